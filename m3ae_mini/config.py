@@ -1,0 +1,148 @@
+"""Every hyper-parameter once: what it is, what it means, its value in each preset, and the flag that sets it.
+
+A field below is a setting. `parse` turns all of them into command-line flags, so a new setting is one new line.
+"""
+import argparse
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake of the user's making: one sentence that says what is wrong and how to mend it."""
+
+
+def opt(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelConfig:
+    """The architecture and its losses; the defaults are the paper's (366 million parameters)."""
+    task: str = opt("pretrain", "pretrain, vqa, cls or irtr: which heads and losses are built")
+    image_size: int = opt(288, "side of the square picture, in pixels")
+    patch_size: int = opt(16, "side of a patch, in pixels")
+    vocab_size: int = opt(50265, "number of tokens; the scripts take it from the tokenizer")
+    max_text_len: int = opt(64, "longest text in tokens, special tokens included; longer ones are cut")
+    text_kind: str = opt("roberta", "roberta or bert: how token positions are counted")
+    text_max_positions: int = opt(514, "rows of the text's table of positions")
+    vit_width: int = opt(768, "width of the image encoder")
+    vit_blocks: int = opt(11, "blocks of the image encoder (the release uses 11 of CLIP's 12)")
+    vit_heads: int = opt(12, "attention heads of the image encoder")
+    text_width: int = opt(768, "width of the text encoder")
+    text_layers: int = opt(12, "layers of the text encoder")
+    text_heads: int = opt(12, "attention heads of the text encoder")
+    fusion_width: int = opt(768, "width of the fusion")
+    fusion_layers: int = opt(6, "pairs of fusion layers")
+    fusion_heads: int = opt(12, "attention heads of the fusion")
+    mim_layer: int = opt(3, "pixels are decoded from what enters this fusion layer; -1: the last one's output")
+    decoder_width: int = opt(384, "width of the pixel decoder")
+    decoder_layers: int = opt(4, "blocks of the pixel decoder")
+    decoder_heads: int = opt(6, "attention heads of the pixel decoder")
+    mask_ratio: float = opt(0.75, "share of the patches that is hidden")
+    norm_pix_loss: bool = opt(True, "reconstruct each patch normalised by its own mean and variance")
+    num_answers: int = opt(0, "size of the answer list (vqa); the scripts take it from the data")
+    num_classes: int = opt(0, "number of classes (cls); the scripts take it from the data")
+    dropout: float = opt(0.1, "dropout on embeddings and sub-layer outputs of text encoder and fusion")
+    attn_dropout: float = opt(0.1, "dropout on their attention weights; 0 keeps the fused kernel on a CPU")
+    mlm: float = opt(1.0, "weight of masked language modelling; 0 leaves it out")
+    mim: float = opt(1.0, "weight of masked image modelling; 0 leaves it out")
+    itm: float = opt(1.0, "weight of image-text matching; 0 leaves it out")
+
+    @classmethod
+    def preset(cls, name, **changes):
+        """The architecture called "tiny", "small" or "base", with `changes` on top."""
+        return _build(cls, name, changes)
+
+    def check(self):
+        """Raise UserError where two settings contradict each other."""
+        if self.task not in ("pretrain", "vqa", "cls", "irtr"):
+            raise UserError(f"--task {self.task} is not known: use pretrain, vqa, cls or irtr")
+        if self.text_kind not in ("roberta", "bert"):
+            raise UserError(f"--text_kind {self.text_kind} is not known: use roberta or bert")
+        if self.image_size % self.patch_size or self.image_size < self.patch_size:
+            raise UserError(f"--image_size {self.image_size} is not a multiple of --patch_size {self.patch_size}")
+        for part in ("vit", "text", "fusion", "decoder"):
+            width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
+            if heads < 1 or width < 1 or width % heads:
+                raise UserError(f"--{part}_width {width} can't be divided among --{part}_heads {heads}")
+        if self.decoder_width % 4:
+            raise UserError(f"--decoder_width {self.decoder_width} must be a multiple of 4, for the sine-cosine positions")
+        if not -1 <= self.mim_layer < self.fusion_layers:
+            raise UserError(f"--mim_layer {self.mim_layer} is out of range: with --fusion_layers {self.fusion_layers} "
+                            f"use 0 to {self.fusion_layers - 1}, or -1 for the last layer's output")
+        patches = (self.image_size // self.patch_size) ** 2
+        if not 0 <= self.mask_ratio < 1 or not 0 < int(patches * (1 - self.mask_ratio)) < patches:
+            raise UserError(f"--mask_ratio {self.mask_ratio} must hide at least one of the {patches} patches and keep one")
+        if self.max_text_len + (2 if self.text_kind == "roberta" else 0) > self.text_max_positions:
+            raise UserError(f"--max_text_len {self.max_text_len} needs more rows than --text_max_positions "
+                            f"{self.text_max_positions} has")
+        if not 0 <= self.dropout < 1 or not 0 <= self.attn_dropout < 1:
+            raise UserError("--dropout and --attn_dropout must lie in 0 … 1 (1 left out)")
+        if min(self.mlm, self.mim, self.itm) < 0 or self.task == "pretrain" and not self.mlm + self.mim + self.itm:
+            raise UserError("--mlm, --mim and --itm are weights: none below 0, and one of them above it")
+
+
+@dataclass
+class TrainConfig:
+    """What is learned from, in what order and at which rates: a run that resumes must keep all of these."""
+    steps: int = opt(100_000, "optimizer steps")
+    batch_size: int = opt(256, "samples a step, over all processes")
+    micro_batch: int = opt(32, "samples of one forward pass: the chunk, the unit of all randomness")
+    lr: float = opt(1e-5, "peak learning rate of the two encoders")
+    head_lr: float = opt(5.0, "rate of the heads, as a multiple of --lr")
+    fusion_lr: float = opt(5.0, "rate of projections, modality embedding, fusion and poolers, as a multiple of --lr")
+    warmup: float = opt(0.1, "share of the steps in which the rate rises from 0; then it falls to 0 on a line")
+    weight_decay: float = opt(0.01, "AdamW's decay of matrices; one-dimensional parameters never decay")
+    beta2: float = opt(0.98, "AdamW's second beta; the first is 0.9")
+    clip: float = opt(0.0, "largest norm of the gradient; 0 turns clipping off")
+    word_ratio: float = opt(0.15, "share of the text's tokens that is hidden")
+    whole_word: bool = opt(True, "hide whole words; off: single tokens")
+    crop: float = opt(1.0, "smallest share of a training picture's area that a random crop keeps; 1: no crops")
+    vocab: int = opt(8192, "largest vocabulary of a tokenizer trained on the data")
+    seed: int = opt(0, "all randomness follows from it")
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives and what it runs on; a run that resumes may change these."""
+    data: str = opt("packs/phantoms", "one pack or several, separated by commas; packs/phantoms is drawn on first use")
+    out: str = opt("runs/pretrain", "the run's folder")
+    tokenizer: str = opt("", "a tokenizer.json, or a folder with one; empty: train one on the captions")
+    resume: bool = opt(False, "go on from the run's last checkpoint, or start if there is none")
+    gpus: int = opt(0, "start this many processes with torchrun, one a GPU (or one a CPU share with --device cpu)")
+    device: str = opt("auto", "auto, cuda, cpu or mps (mps is untested)")
+    dtype: str = opt("auto", "auto, float32, bfloat16 or float16: arithmetic of the matrix products")
+    compile: bool = opt(False, "compile the model with torch.compile")
+    log_every: int = opt(20, "steps between two lines of metrics.jsonl")
+    eval_every: int = opt(1000, "steps between two validations")
+    save_every: int = opt(1000, "steps between two checkpoints")
+    eval_samples: int = opt(1024, "at most this many validation samples are used")
+    timeout: int = opt(600, "seconds after which a process that waits in vain for the others gives up")
+
+
+# What differs from the defaults. A rate of 1e-5 is for CLIP's and RoBERTa's weights, not for random ones.
+PRESETS = {
+    "base": {},
+    "small": dict(
+        image_size=128, patch_size=16, max_text_len=64, text_max_positions=130,
+        vit_width=256, vit_blocks=6, vit_heads=4, text_width=256, text_layers=4, text_heads=4,
+        fusion_width=256, fusion_layers=4, fusion_heads=4, mim_layer=2,
+        decoder_width=128, decoder_layers=2, decoder_heads=4, attn_dropout=0.0,
+        steps=3000, batch_size=64, micro_batch=64, lr=3e-4, head_lr=1.0, fusion_lr=1.0, weight_decay=0.05,
+        clip=1.0, eval_every=250, save_every=250),
+    "tiny": dict(
+        image_size=48, patch_size=8, max_text_len=32, text_max_positions=66,
+        vit_width=128, vit_blocks=3, vit_heads=4, text_width=128, text_layers=2, text_heads=4,
+        fusion_width=128, fusion_layers=2, fusion_heads=4, mim_layer=1,
+        decoder_width=64, decoder_layers=2, decoder_heads=4, dropout=0.0, attn_dropout=0.0,
+        steps=2500, batch_size=64, micro_batch=64, lr=6e-4, head_lr=1.0, fusion_lr=1.0, warmup=0.04,
+        weight_decay=0.05, clip=1.0, vocab=1024, eval_every=500, save_every=500),
+}
+
+
+def _build(cls, preset, changes):
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset} is not known: use {', '.join(PRESETS)}")
+    values = {**PRESETS[preset], **changes}
+    return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})

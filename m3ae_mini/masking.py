@@ -1,0 +1,90 @@
+"""Which patches, which words, which wrong picture: pure functions of (seed, step, chunk, position).
+
+No generator is ever carried from one draw to the next. Each draw names the place it is for, so a run resumes by its
+step number alone, and how many processes share the work changes nothing.
+"""
+import numpy as np
+import torch
+
+# What a draw is for. Two purposes never share numbers.
+ORDER, PATCHES, WORDS, WRONG, CROP, DROPOUT = range(6)
+VALIDATION = 1 << 62        # added to a step number: validation's draws never meet training's
+
+
+def uniform(seed, purpose, step, chunk, shape):
+    """Uniform numbers in [0, 1) of `shape`, float64. Row i of the result depends on (seed, step, chunk, i) alone, as
+    long as a row's own shape stays the same: rows are filled one after the other."""
+    key = np.array([seed, purpose], dtype=np.uint64)
+    counter = np.array([0, 0, chunk, step], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter)).random(shape)
+
+
+def torch_seed(seed, step, chunk):
+    """The seed for dropout in the forward pass of one chunk."""
+    return int(uniform(seed, DROPOUT, step, chunk, ()) * 2 ** 53)
+
+
+def epoch_order(seed, epoch, size):
+    """The order in which epoch `epoch` visits `size` samples, int64 (size,)."""
+    return np.argsort(uniform(seed, ORDER, epoch, 0, size), kind="stable")
+
+
+# ---------------------------------------------------------------------------------------------- patches
+
+def split_patches(noise, ratio):
+    """noise (B, L) -> keep (B, K), restore (B, L). The int(L·(1 - ratio)) patches of least noise stay visible, ordered
+    by their noise. restore[b, l] is the place of patch l in [kept patches ; hidden patches]."""
+    order = noise.argsort(dim=1, stable=True)                                          # (B, L)
+    restore = order.argsort(dim=1)                                                     # (B, L)
+    return order[:, :int(noise.shape[1] * (1 - ratio))], restore
+
+
+# ---------------------------------------------------------------------------------------------- words
+
+def choose_words(starts, real, rows, ratio, whole_word=True):
+    """Which tokens are hidden. starts, real: bool (B, T), where a word starts and which tokens may be hidden; rows:
+    uniform numbers (B, T+1). -> bool (B, T).
+
+    Words are taken in random order until `ratio` of the row's real tokens are reached, at least one word a row
+    (the release drew single tokens, padding included, and left a quarter of short captions with nothing hidden)."""
+    if whole_word:
+        rows = np.take_along_axis(rows, starts.cumsum(axis=1), axis=1)                 # a word's tokens share a number
+    draw = np.where(real, rows, 2.0)                                                   # (B, T)
+
+    before = (draw[:, None, :] < draw[:, :, None]).sum(axis=2)                         # (B, T) tokens of words drawn earlier
+    wanted = np.round(ratio * real.sum(axis=1, keepdims=True))                         # (B, 1) tokens
+    return real & (before < np.maximum(wanted, 1))
+
+
+def hide_words(ids, chosen, numbers, mask_id, ordinary):
+    """What stands in place of the hidden tokens: 80 % the mask token, 10 % a random token of `ordinary` (the ids that
+    are no special tokens), 10 % the token itself. ids, chosen (B, T), numbers (B, T, 2) uniform -> ids (B, T)."""
+    random_ids = ordinary[(numbers[..., 1] * len(ordinary)).astype(np.int64)]          # (B, T)
+    put = np.where(numbers[..., 0] < 0.8, mask_id, np.where(numbers[..., 0] < 0.9, random_ids, ids))
+    return np.where(chosen, put, ids)
+
+
+# ---------------------------------------------------------------------------------------------- wrong pictures
+
+def wrong_rows(picture, text, numbers, amount, group=None):
+    """For every row of a chunk, `amount` other rows that differ from it in picture *and* in text, drawn without
+    repeats -> int64 (B, amount); where there are too few, the row's own number stands instead.
+
+    picture, text: int (B,), equal where two rows share a picture or a text; numbers: uniform (B, B);
+    group: int (B,), where given only rows of the same group count."""
+    fits = (picture[:, None] != picture) & (text[:, None] != text)                     # (B, B)
+    if group is not None:
+        fits &= group[:, None] == group
+
+    order = np.argsort(np.where(fits, numbers, 2.0), axis=1, kind="stable")[:, :amount]
+    return np.where(np.take_along_axis(fits, order, axis=1), order, np.arange(len(picture))[:, None])
+
+
+def mismatch(picture, text, numbers):
+    """Image-text matching: the picture each text goes with, int64 (B,). Half of the rows, rounded down, get another
+    row's picture; one without a partner stays a match. numbers: uniform (B, B+1)."""
+    wrong = wrong_rows(picture, text, numbers[:, 1:], 1)[:, 0]                         # (B,)
+    order = np.argsort(numbers[:, 0], kind="stable")
+    index = np.arange(len(picture))
+    index[order[:len(picture) // 2]] = wrong[order[:len(picture) // 2]]
+    return index
