@@ -3,9 +3,7 @@
 A field below is a setting. `parse` turns all of them into command-line flags, so a new setting is one new line.
 """
 import argparse
-import json
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 
 
 class UserError(Exception):
@@ -106,7 +104,7 @@ class TrainConfig:
 @dataclass
 class RunConfig:
     """Where a run lives and what it runs on; a run that resumes may change these."""
-    data: str = opt("packs/phantoms", "one pack or several, separated by commas; packs/phantoms is drawn on first use")
+    data: str = opt("phantoms", "one pack or several, separated by commas; phantoms are drawn on first use")
     out: str = opt("runs/pretrain", "the run's folder")
     tokenizer: str = opt("", "a tokenizer.json, or a folder with one; empty: train one on the captions")
     resume: bool = opt(False, "go on from the run's last checkpoint, or start if there is none")
@@ -146,3 +144,29 @@ def _build(cls, preset, changes):
         raise UserError(f"--preset {preset} is not known: use {', '.join(PRESETS)}")
     values = {**PRESETS[preset], **changes}
     return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+
+
+# These follow from the data, or from the script that runs: no flag sets them.
+DERIVED = ("task", "vocab_size", "text_kind", "num_answers", "num_classes")
+
+
+def parse(description, argv=None, configs=(ModelConfig, TrainConfig, RunConfig), add=lambda parser: None):
+    """The command line -> one object for each of `configs`, made from --preset and the flags given, and the
+    namespace of what `add` put on the parser besides. Every field is a flag of the same name."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--preset", default="tiny", choices=list(PRESETS),
+                        help="tiny: minutes on a laptop; small: a few thousand real pictures; base: the paper's")
+    add(parser)
+    for cls in configs:
+        group = parser.add_argument_group(cls.__name__, cls.__doc__)
+        for f in fields(cls):
+            if f.name not in DERIVED:
+                kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar="X")
+                values = " / ".join(f"{values[f.name]} ({name})" for name, values in PRESETS.items() if f.name in values)
+                shown = f"{f.metadata['help']} [{f.default}{'; ' + values if values else ''}]".replace("%", "%%")
+                group.add_argument(f"--{f.name}", default=None, help=shown, **kind)
+
+    args = parser.parse_args(argv)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return *(_build(cls, args.preset, given) for cls in configs), args

@@ -1,5 +1,25 @@
-"""Tensors in and out: the released names of M³AE and this project's."""
+"""Weights in and out: CLIP, RoBERTa and BERT, released M³AE, and this project's own checkpoints.
+
+Such files come from strangers. Nothing in them is ever run: a pickle is read as data (`unpickle`), and memory is
+reserved for what a file holds, not for what it claims.
+"""
+import json
+import math
+import os
+import pickletools
+import re
+import sys
+import zipfile
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+
 import torch
+import torch.nn.functional as F
+
+from .config import ModelConfig, UserError
+from .objectives import M3AE
 
 
 # ---------------------------------------------------------------------------------------------- released names
@@ -47,8 +67,8 @@ def name_table(cfg):
         clip_block(f"vit.blocks.{i}", f"{clip}.transformer.resblocks.{i}")
 
     bert = "language_encoder"
-    for mine, released in (("word", "word"), ("position", "position"), ("token_type", "token_type")):
-        table.append((f"text.{mine}.weight", [f"{bert}.embeddings.{released}_embeddings.weight"]))
+    for kind in ("word", "position", "token_type"):
+        table.append((f"text.{kind}.weight", [f"{bert}.embeddings.{kind}_embeddings.weight"]))
     add("text.norm", f"{bert}.embeddings.LayerNorm")
     for i in range(cfg.text_layers):
         bert_layer(f"text.layers.{i}", f"{bert}.encoder.layer.{i}")
@@ -66,9 +86,8 @@ def name_table(cfg):
     table.append(("objectives.mlm.decoder.bias", ["mlm_head.bias"]))
 
     table.append(("objectives.mim.mask_token", ["mim_head.mask_token"]))
-    add("objectives.mim.embed", "mim_head.decoder_embed")
-    add("objectives.mim.norm", "mim_head.decoder_norm")
-    add("objectives.mim.pred", "mim_head.decoder_pred")
+    for layer in ("embed", "norm", "pred"):
+        add(f"objectives.mim.{layer}", f"mim_head.decoder_{layer}")
     for i in range(cfg.decoder_layers):
         clip_block(f"objectives.mim.blocks.{i}", f"mim_head.decoder.resblocks.{i}")
 
@@ -87,8 +106,11 @@ def from_official(state, cfg):
     for name, released in name_table(cfg):
         if any(r not in state for r in released):
             continue
+        shapes = {r: tuple(state[r].shape) for r in released}
+        if len(set(shapes.values())) > 1:
+            raise UserError(f"tensors of one shape differ: {shapes}")
         tensor = state[released[0]] if len(released) == 1 else torch.cat([state[r] for r in released])
-        if name == "vit.patch.weight":
+        if name == "vit.patch.weight" and tensor.ndim == 4:
             tensor = tensor.permute(0, 2, 3, 1).flatten(1)         # a convolution's (W, 3, P, P) -> (W, P·P·3)
         elif name == "objectives.mim.mask_token":
             tensor = tensor.flatten()                              # (1, 1, W) -> (W,)
@@ -109,3 +131,337 @@ def to_official(state, cfg):
             tensor = tensor[None, None]
         theirs.update(zip(released, tensor.chunk(len(released))))
     return theirs
+
+
+# ---------------------------------------------------------------------------------------------- reading files
+
+class Inert(dict):
+    """Stands for whatever a pickle names or builds: class, function, object, container. It keeps what the pickle
+    says of it (name, arguments, items; its state is the item "") and can do nothing."""
+
+    def __init__(self, name=None, args=()):
+        super().__init__()
+        self.name, self.args = name, args
+
+
+def unpickle(data):
+    """A pickle's bytes (protocol 2, torch's) -> what it holds, as plain data. Nothing is imported or called.
+
+    Of containers only tuples and items under strings are kept: the rest is never asked for, and other keys need
+    a hash, which for a tuple of tuples can take for ever."""
+    stack, marks, memo = [], [], {}
+
+    def pop(start):
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    for opcode, value, _ in pickletools.genops(data):
+        match opcode.name:
+            case "STOP": return stack.pop()
+            case "PROTO" | "BINPERSID": pass                # a storage stays the tuple that describes it
+            case "MARK": marks.append(len(stack))
+            case "POP" | "APPEND": stack.pop()
+            case "POP_MARK" | "APPENDS": pop(marks.pop())
+            case "BINPUT" | "LONG_BINPUT": memo[value] = stack[-1]
+            case "BINGET" | "LONG_BINGET": stack.append(memo[value])
+            case "NONE": stack.append(None)
+            case "NEWTRUE" | "NEWFALSE" as name: stack.append(name == "NEWTRUE")
+            case "EMPTY_DICT" | "EMPTY_LIST": stack.append(Inert())
+            case "EMPTY_TUPLE": stack.append(())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3" as name: stack.append(tuple(pop(-int(name[-1]))))
+            case "TUPLE": stack.append(tuple(pop(marks.pop())))
+            case "GLOBAL": stack.append(Inert(value))
+            case "REDUCE" | "NEWOBJ":
+                called, args = pop(-2)
+                stack.append(Inert(called.name, args))
+            case "SETITEM" | "SETITEMS" | "BUILD" as name:
+                items = ["", *pop(-1)] if name == "BUILD" else pop(-2 if name == "SETITEM" else marks.pop())
+                stack[-1].update((k, item) for k, item in zip(items[::2], items[1::2]) if isinstance(k, str))
+            case name if opcode.arg: stack.append(value)    # a number, a string, bytes
+            case name: raise ValueError(f"its pickle has a {name}, which torch does not write")
+
+
+# Other kinds of numbers are no weights, and not read. As safetensors call them, and as pickles do.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "torch DoubleStorage": torch.float64, "torch FloatStorage": torch.float32,
+          "torch HalfStorage": torch.float16, "torch BFloat16Storage": torch.bfloat16}
+
+
+@contextmanager
+def readable(path):
+    """Whatever goes wrong while a file is read is the file's fault, and said so."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{path} can't be read: is the path right, the file whole and of the right kind? "
+                        f"({type(error).__name__}: {str(error)[:200]})") from error
+
+
+def read_safetensors(path):
+    """-> {name: float32 tensor}. The format: the header's length, the header in JSON, tensors without gaps."""
+    tensors, place = {}, 0
+    with readable(path), open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        space = os.path.getsize(path) - 8 - length          # bytes of tensors
+        if space < 0:
+            raise ValueError(f"it claims a header of {length} bytes")
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, end = entry["data_offsets"]
+            if not place == start <= end <= space:
+                raise ValueError(f"tensor {name} claims bytes {start} to {end} of {place} to {space}")
+            data, place = file.read(end - start), end
+            if entry["dtype"] in DTYPES:
+                vector = torch.frombuffer(bytearray(data), dtype=DTYPES[entry["dtype"]])
+                if len(vector) != math.prod(entry["shape"]) or min(entry["shape"], default=1) < 0:
+                    raise ValueError(f"tensor {name} claims another shape than its bytes have")
+                tensors[name] = vector.float().reshape(entry["shape"])
+    return tensors
+
+
+def read_torch(path):
+    """A file of torch.save or torch.jit.save -> (all it holds, as plain data; {dotted name: float32 tensor})."""
+    with readable(path), open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise ValueError("no whole zip archive; from before PyTorch 1.6? Then load and save it again there")
+        archive, size = zipfile.ZipFile(file), os.path.getsize(path)
+        (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        content = unpickle(archive.open(pickled).read(size))
+        weights = next((content[key] for key in ("state_dict", "model") if key in content), content)
+
+        # Entries of a zip may overlap, and tensors be endless views of a few numbers: hence the budget.
+        tensors, storages, seen, todo, budget = {}, {}, set(), [("", weights)], 3 * size
+        while todo:
+            name, node = todo.pop()
+            if not isinstance(node, Inert) or id(node) in seen or len(name) > 255:
+                continue
+            if node.name == "torch._utils _rebuild_tensor_v2":
+                (_, kind, key, *_), offset, shape, stride, *_ = node.args
+                if kind.name in DTYPES:
+                    entry = f"{pickled.removesuffix('.pkl')}/{key}"
+                    if entry not in storages:
+                        data = bytearray(archive.open(entry).read(size))
+                        storages[entry] = torch.frombuffer(data, dtype=DTYPES[kind.name]).float()
+                        budget -= len(data)
+                    tensors[name] = storages[entry].as_strided(shape, stride, offset)
+                    budget -= tensors[name].numel() * DTYPES[kind.name].itemsize
+                    if budget < 0:
+                        raise ValueError(f"tensor {name} claims more numbers than the file has")
+            else:
+                seen.add(id(node))
+                todo += [(f"{name}.{key}".strip("."), item) for key, item in node.items()]
+                todo += [(name, item) for item in node.args[:1]]    # what a Parameter is made of
+    return content, tensors
+
+
+# ---------------------------------------------------------------------------------------------- what is in a file
+
+class State(dict):
+    """Tensors under this model's names. `rest` names those of the file that no such model has a place for, `notes`
+    are sentences on what was assumed."""
+    rest, notes = (), ()
+
+
+def translate(tensors, path, ending="", released=""):
+    """Tensors under a file's names -> State. Names get their released form: of the tensor that ends in `ending`,
+    what stands before it is a prefix, of which `released` takes the place."""
+    prefixes = [name.removesuffix(ending) for name in tensors if name.endswith(ending)] if ending else [""]
+    if len(prefixes) != 1:
+        raise UserError(f"{path} has {len(prefixes)} tensors named {ending}, where one is needed")
+    names = {released + name.removeprefix(prefixes[0]): name for name in tensors if name.startswith(prefixes[0])}
+
+    # There are no more layers than numbers in the names, and a table too long does no harm.
+    most = min(1000, len({piece for name in names for piece in name.split(".") if piece.isdigit()}))
+    cfg = ModelConfig(vit_blocks=most, text_layers=most, fusion_layers=most, decoder_layers=most)
+    state = State(from_official({name: tensors[names[name]] for name in names}, cfg))
+    used = {names[name] for mine, theirs in name_table(cfg) if mine in state for name in theirs}
+    state.rest = [name for name in tensors if name not in used]
+    return state
+
+
+def part(name):
+    """The part of the model a tensor belongs to: vit, text, a head (mlm, …), or fusion, which is all between."""
+    first, second = f"{name}.".split(".")[:2]
+    return second if first == "objectives" else first if first in ("vit", "text") else "fusion"
+
+
+def infer(state, path, known, parts):
+    """What the shapes of those parts of a State tell: fields of ModelConfig. The number of heads is in no shape: it
+    is `known`, or heads are 64 wide."""
+    def size(name, axis=0):
+        if name not in state or state[name].ndim <= axis or not state[name].numel():
+            released = dict(name_table(ModelConfig()))[name]
+            raise UserError(f"{path} has no tensor {name} (as released: {', '.join(released)}), or an empty one")
+        return state[name].shape[axis]
+
+    def depth(prefix):
+        return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
+
+    found = {}
+    if "vit" in parts:
+        patch = max(1, math.isqrt(size("vit.patch.weight", 1) // 3))
+        found.update(patch_size=patch, image_size=patch * math.isqrt(size("vit.pos") - 1),
+                     vit_width=size("vit.cls"), vit_blocks=depth("vit.blocks."))
+    if "text" in parts:
+        found.update(text_kind="roberta" if size("text.token_type.weight") == 1 else "bert",
+                     vocab_size=size("text.word.weight"), text_max_positions=size("text.position.weight"),
+                     text_width=size("text.word.weight", 1), text_layers=depth("text.layers."))
+    if "fusion" in parts:
+        found.update(fusion_width=size("modality", 1), fusion_layers=depth("fusion.text_layers."))
+    if "mim" in parts:
+        found.update(decoder_width=size("objectives.mim.mask_token"),
+                     decoder_layers=depth("objectives.mim.blocks."))
+    for width in [field for field in found if field.endswith("_width")]:
+        heads = width.replace("width", "heads")
+        if heads not in known and found[width] % 64:
+            raise UserError(f"{path} does not tell how many heads share a width of {found[width]}: give --{heads}")
+        found[heads] = known.get(heads, found[width] // 64)
+
+    for task, field in ("vqa", "num_answers"), ("cls", "num_classes"), ("irtr", None):
+        if task in parts:
+            found.update({"task": task} | ({field: size(f"objectives.{task}.head.3.bias")} if field else {}))
+    if parts & {"mlm", "mim", "itm"}:
+        found.update({name: known.get(name, 1.0) if name in parts else 0.0 for name in ("mlm", "mim", "itm")})
+    return found
+
+
+def load_clip(path):
+    """CLIP's image encoder, from OpenAI's archive or a plain state dict -> (fields of ModelConfig, State).
+
+    As released, vit_blocks leaves out the last block. Fewer blocks and another image_size do as well."""
+    state = translate(read_torch(path)[1], path, "class_embedding", "vision_encoder.visual.")
+    found = infer(state, path, {}, {"vit"})
+    found["vit_blocks"] -= 1
+    del found["image_size"]
+    return found, state
+
+
+def load_text(path, text_heads=None):
+    """A Hugging Face folder of RoBERTa or BERT -> (fields of ModelConfig, State). `text_heads` is for a folder
+    without config.json."""
+    folder, config = Path(path), {}
+    if (folder / "config.json").exists():
+        with readable(folder / "config.json"):
+            config = json.loads((folder / "config.json").read_bytes())
+            text_heads = int(config["num_attention_heads"])
+    if not text_heads:
+        raise UserError(f"{path} has no config.json, which tells the number of heads: give --text_heads")
+
+    safe = folder / "model.safetensors"
+    tensors = read_safetensors(safe) if safe.exists() else read_torch(folder / "pytorch_model.bin")[1]
+    for name in [name for name in tensors if name.endswith(("LayerNorm.gamma", "LayerNorm.beta"))]:    # old files
+        tensors[name.replace("gamma", "weight").replace("beta", "bias")] = tensors.pop(name)
+    state = translate(tensors, path, "embeddings.word_embeddings.weight", "language_encoder.")
+    found = infer(state, path, {"text_heads": text_heads}, {"text"})
+
+    roberta = found["text_kind"] == "roberta"
+    for key, here in {"model_type": found["text_kind"], "hidden_act": "gelu", "position_embedding_type": "absolute",
+                      "layer_norm_eps": 1e-5 if roberta else 1e-12, "pad_token_id": int(roberta)}.items():
+        if config.get(key, here) != here:
+            raise UserError(f"{folder / 'config.json'}: {key} is {config[key]}, where this encoder has {here}")
+    return found, state
+
+
+def load_m3ae(path, **given):
+    """A checkpoint of M³AE, released or of this project, or a run's folder -> (ModelConfig, State).
+
+    What shapes do not tell comes from `given`, else from the configuration in the file, else it is the paper's."""
+    if Path(path).is_dir():
+        path = Path(path, "best.pt" if Path(path, "best.pt").exists() else "last.pt")
+    content, tensors = read_torch(path)
+    state = State(tensors) if "vit.cls" in tensors else translate(tensors, path)
+
+    with readable(path):
+        config = content.get("model_config", content.get("hyper_parameters", {}))
+        config = config.get("config", config)
+        known = {f.name: config[f.name] for f in fields(ModelConfig)
+                 if isinstance(config.get(f.name), (float, int) if type(f.default) is float else type(f.default))}
+    known |= given
+    found = infer(state, path, known, {"vit", "text", "fusion"} | {part(name) for name in state})
+    free = ["max_text_len", "mim_layer", "mask_ratio", "norm_pix_loss", "dropout", "attn_dropout"]
+    cfg = ModelConfig(**{field: known[field] for field in free if field in known}, **found)
+
+    assumed = [field for field in found if field.endswith("_heads")] + ["mim_layer"] * ("decoder_width" in found)
+    assumed = [f"{field} {getattr(cfg, field)}" for field in assumed if field not in known]
+    state.notes = [f"{path} does not tell, hence assumed: {', '.join(assumed)}"] if assumed else []
+    return cfg, state
+
+
+# ---------------------------------------------------------------------------------------------- into a model, and out
+
+def resize_positions(pos, patches):
+    """Learned positions of a square grid (1+L, W) -> (1+patches, W), bicubic; the class position stays as it is."""
+    old, new = math.isqrt(len(pos) - 1), math.isqrt(patches)
+    if not len(pos) - 1 == old ** 2 > 0:
+        raise UserError(f"{len(pos)} positions are not a class position and a square grid")
+    grid = pos[1:].T.reshape(1, -1, old, old)                                          # (1, W, √L, √L)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False, antialias=False)
+    return torch.cat([pos[:1], grid.flatten(2)[0].T])                                  # (1+patches, W)
+
+
+def fit(model, state, source):
+    """The tensors of `state` that `model` takes, positions resized. A part of the model comes whole or not at all:
+    a missing tensor is a UserError, and so is a wrong shape."""
+    released, parts, taken = dict(name_table(model.cfg)), {part(name) for name in state}, {}
+    for name, here in model.state_dict().items():
+        if part(name) not in parts:
+            continue
+        if name not in state:
+            raise UserError(f"{source} has no tensor {name} (as released: {', '.join(released[name])})")
+        tensor = state[name]
+        if name == "vit.pos" and tensor.ndim == 2 and len(tensor) != len(here):
+            tensor = resize_positions(tensor, len(here) - 1)
+        if tensor.shape != here.shape:
+            words = name in ("text.word.weight", "objectives.mlm.decoder.weight")
+            raise UserError(f"{source}: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(here.shape)}"
+                            + ("; --tokenizer must be the one these weights were trained with" if words else ""))
+        taken[name] = tensor
+    return taken
+
+
+def start(model, sources):
+    """Put weights from files into a model. sources: {"--init_image ViT-B-16.pt": State, …}; the later ones win.
+    -> a table for the user: what came from where, what is left random, what of the files is not used."""
+    origin, lines, tensors, weights = {}, [], Counter(), Counter()
+    for source, state in sources.items():
+        taken = fit(model, state, source)
+        model.load_state_dict(taken, strict=False)
+        origin.update(dict.fromkeys(taken, source))
+
+        if len(state.get("vit.pos", ())) != len(taken.get("vit.pos", ())):
+            lines.append(f"{source}: image positions resized from {len(state['vit.pos'])} to {len(taken['vit.pos'])}")
+        rest = [*state.rest, *(name for name in state if name not in taken)]
+        groups = Counter(re.split(r"\.\d+\.|\.(?:weight|bias)$", name)[0] for name in rest)
+        lines += [*state.notes, f"{source}: not used, as this model has no place for them: "
+                  + (", ".join(f"{group} ({n})" for group, n in groups.items()) or "none")]
+
+    for name, tensor in model.state_dict().items():
+        row = part(name), origin.get(name, "random")
+        tensors[row] += 1
+        weights[row] += tensor.numel()
+    rows = [f"{row[0]:8}{tensors[row]:8,}{weights[row]:14,}  {row[1]}" for row in tensors]
+    return "\n".join([f"{'part':8}{'tensors':>8}{'weights':>14}  from", *rows, *lines])
+
+
+def export(run, out):
+    """Write a run's weights under the released names; beside `out` first, so that it is never half a file."""
+    cfg, state = load_m3ae(run)
+    beside = f"{out}.tmp-{os.getpid()}"
+    with open(beside, "wb") as file:
+        torch.save({"state_dict": to_official(state, cfg), "model_config": asdict(cfg)}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, out)
+
+
+if __name__ == "__main__":
+    try:
+        if len(sys.argv) != 4 or sys.argv[1] != "export":
+            raise UserError("usage: python -m m3ae_mini.weights export RUN OUT.ckpt")
+        export(*sys.argv[2:])
+    except (UserError, OSError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

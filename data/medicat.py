@@ -1,0 +1,38 @@
+"""MedICaT (github.com/allenai/medicat): figures of medical papers, with captions and mentions.
+
+    release/s2_full_figures_oa_nonroco_combined_medical_top4_public.jsonl
+    release/figures/{pdf_hash}_{fig_uri}
+"""
+from pathlib import Path
+from typing import Iterator
+
+from data import Row, draw, records, too_short
+from m3ae_mini.config import UserError
+
+ANNOTATIONS = "s2_full_figures_oa_nonroco_combined_medical_top4_public.jsonl"
+HELD_OUT = 1000   # pictures for validation, and as many for test
+
+
+def rows(root: Path, task: str) -> Iterator[Row]:
+    """Radiology figures only; its caption and the sentences that mention it are texts of a figure. `root` is
+    the folder that holds release.
+
+    Validation and test are the first and the second thousand in an order drawn by the papers' names, so the
+    figures of one paper stay together (but for two papers, at the borders)."""
+    if task != "pretrain":
+        raise UserError(f"medicat has nothing for the task {task}: choose --task pretrain")
+
+    figures = []   # (paper, picture's file name, texts)
+    keys = "radiology", "pdf_hash", "fig_uri", "s2_caption", "s2orc_references"
+    for _, record in records(root / "release" / ANNOTATIONS, *keys):
+        if record["radiology"]:
+            texts = [record["s2_caption"] or ""] + (record["s2orc_references"] or [])
+            figures.append((record["pdf_hash"], f"{record['pdf_hash']}_{record['fig_uri']}", texts))
+    figures.sort(key=lambda figure: (draw(figure[0]), figure[1]))
+
+    held = 0
+    for _, name, texts in figures:
+        split = "val" if held < HELD_OUT else "test" if held < 2 * HELD_OUT else "train"
+        held += any(too_short(text) is None for text in texts)   # a picture without a text takes no place
+        for text in texts:
+            yield Row(split, root / "release" / "figures" / name, text, skip=too_short(text))

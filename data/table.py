@@ -1,0 +1,95 @@
+"""Your own data: one table, CSV with a header or JSON lines, and the pictures it names.
+
+    picture,text,split                     {"picture": "a/1.png", "text": "Normal chest.", "split": "train"}
+    a/1.png,Normal chest.,train
+
+Columns: picture (or image, path, file), relative to the table's folder; text (or caption, question); and
+where you have them answer, closed (is it a yes/no question or a choice?), label, group (pictures of one kind)
+and split. Without a split, a picture's name decides, the same way each time: one in ten goes to test, one in
+ten to val, the others to train."""
+import csv
+from pathlib import Path
+from typing import Iterator
+
+from data import Row, draw, lines, records
+from m3ae_mini.config import UserError
+
+PICTURE = "picture", "image", "path", "file"
+TEXT = "text", "caption", "question"
+SPLITS = {"train": "train", "training": "train",
+          "val": "val", "valid": "val", "validation": "val", "dev": "val",
+          "test": "test", "testing": "test"}
+CLOSED = {"closed": True, "true": True, "yes": True, "1": True,
+          "open": False, "false": False, "no": False, "0": False}
+
+
+def rows(root: Path, task: str) -> Iterator[Row]:
+    """`root` is the table, or a folder that holds one. A malformed row is a UserError naming file and line.
+    What a task needs of a row (an answer, a label) is looked for when it is packed."""
+    path = _table(root)
+    for number, fields in _fields(path):
+        where = f"{path}, line {number}"
+        picture, text = _first(fields, PICTURE, where), _first(fields, TEXT, where)
+        if not picture:
+            raise UserError(f"{where}: the picture's name is empty")
+        yield Row(_split(fields, picture, where), path.parent / picture, text, answer=fields.get("answer"),
+                  closed=_closed(fields, where), label=fields.get("label"), group=fields.get("group"))
+
+
+def _table(root: Path) -> Path:
+    """The one .csv or .jsonl file of a folder, or the file itself."""
+    files = [root] if root.is_file() else sorted(root.iterdir())
+    tables = [file for file in files if file.suffix in (".csv", ".jsonl")]
+    if not tables:
+        raise UserError(f"{root} holds no table: it needs a .csv with a header or a .jsonl")
+    if len(tables) > 1:
+        names = ", ".join(table.name for table in tables)
+        raise UserError(f"{root} holds {len(tables)} tables ({names}): give one of them as --root")
+    return tables[0]
+
+
+def _fields(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line number, {column in small letters: what stands there})"""
+    for number, record in _csv(path) if path.suffix == ".csv" else records(path):
+        fields = {}
+        for key, value in record.items():
+            if isinstance(value, (list, dict)):
+                raise UserError(f"{path}, line {number}: {key} is not plain text")
+            fields[key.strip().lower()] = "" if value is None else str(value).strip()
+        yield number, fields
+
+
+def _csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    table = csv.reader(lines(path), strict=True)
+    try:
+        header = next(table, [])
+        for values in filter(None, table):   # empty lines are left out
+            if len(values) != len(header):
+                raise UserError(f"{path}, line {table.line_num}: {len(values)} fields, not {len(header)}")
+            yield table.line_num, dict(zip(header, values))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {table.line_num}: not valid CSV ({error})") from None
+
+
+def _first(fields: dict[str, str], names: tuple[str, ...], where: str) -> str:
+    """What stands in the first of the columns `names` that is there."""
+    for name in names:
+        if name in fields:
+            return fields[name]
+    raise UserError(f"{where}: no {names[0]} (or {', '.join(names[1:])}) among {', '.join(fields)}")
+
+
+def _split(fields: dict[str, str], picture: str, where: str) -> str:
+    if name := fields.get("split"):
+        if name.lower() not in SPLITS:
+            raise UserError(f"{where}: the split is '{name}', it must be train, val or test")
+        return SPLITS[name.lower()]
+    chance = draw(picture)   # by the picture, so that all its rows stand in one split
+    return "test" if chance < 0.1 else "val" if chance < 0.2 else "train"
+
+
+def _closed(fields: dict[str, str], where: str) -> bool | None:
+    word = fields.get("closed", "").lower()
+    if word and word not in CLOSED:
+        raise UserError(f"{where}: closed is '{word}', it must be true or false")
+    return CLOSED.get(word)

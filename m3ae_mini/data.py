@@ -1,0 +1,354 @@
+"""The pack on disk, and a loader that has nothing left to do.
+
+Pictures were resized when they were packed (data/prepare.py) and lie as raw bytes in one file. A background thread
+reads each straight into its place of a batch, hides words and patches, and starts the copy to the device on a stream
+of its own; the batch is normalised there. Which sample stands where and what is hidden of it follows from the step
+number alone (masking.py), so there is no state to save.
+"""
+import hashlib
+import json
+import os
+import queue
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from . import masking
+from .config import UserError
+
+PACK_VERSION = 1
+SAMPLE_DTYPE = np.dtype([("picture", "<i4"), ("text", "<i4"), ("label", "<i4"), ("group", "<i4"), ("closed", "<i1"),
+                         ("line", "<i8")])
+SPLITS = ("train", "val", "test")
+MEAN = (0.48145466, 0.4578275, 0.40821073)         # CLIP's, of R, G, B in 0 … 1
+STD = (0.26862954, 0.26130258, 0.27577711)
+VAL_CHUNK = 32                                     # samples of a validation chunk, whatever the run's --micro_batch
+VAL_SEED = 0                                       # validation masks are the same in every run
+
+
+# ---------------------------------------------------------------------------------------------- the pack
+
+class Pack:
+    """A folder made by data/prepare.py, opened by its version and the sizes of its files.
+
+    meta: the dict of meta.json; samples: SAMPLE_DTYPE (N,), mapped from disk, train first, then val, then test."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        if not (self.folder / "meta.json").is_file():
+            raise UserError(f"there is no pack at {folder}: make one with python -m data.prepare NAME --root DIR "
+                            f"--out {folder}")
+        try:
+            self.meta = json.loads((self.folder / "meta.json").read_text())
+            version, self.size, counts = (self.meta[key] for key in ("version", "size", "samples"))
+            sizes = {name: entry["bytes"] for name, entry in self.meta["files"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder}/meta.json is damaged ({error!r}): prepare the pack again") from None
+        if version != PACK_VERSION:
+            raise UserError(f"{folder} is a pack of version {version}, this code reads {PACK_VERSION}: prepare it again")
+        for name, size in sizes.items():
+            there = (self.folder / name).stat().st_size if (self.folder / name).is_file() else 0
+            if there != size:
+                raise UserError(f"{self.folder / name} has {there} bytes instead of {size}: the pack is damaged, "
+                                "prepare it again")
+
+        self.samples = np.load(self.folder / "samples.npy", mmap_mode="r", allow_pickle=False)
+        self.offsets = np.load(self.folder / "offsets.npy", mmap_mode="r", allow_pickle=False)
+        ends = np.cumsum([0] + [counts.get(split, 0) for split in SPLITS])
+        self.split = {split: range(ends[i], ends[i + 1]) for i, split in enumerate(SPLITS)}
+        self.images = open(self.folder / "images.bin", "rb", buffering=0)
+        self.lock = threading.Lock()               # one file position, several readers (training, validation)
+
+    def read_picture(self, number, out):
+        """Read picture `number` into out, uint8 (3, S, S); a grey one is broadcast to three channels."""
+        start, end = int(self.offsets[number]), int(self.offsets[number + 1])
+        area = self.size * self.size
+        grey = end - start == area
+        flat = out.reshape(-1)[:area] if grey else out.reshape(-1)
+        with self.lock:
+            self.images.seek(start)
+            got = self.images.readinto(memoryview(flat))
+        if got != flat.nbytes or end - start not in (area, 3 * area):
+            raise UserError(f"{self.folder}/images.bin ends within picture {number}: the pack is damaged, prepare it again")
+        if grey:
+            out[1:] = out[0]
+
+    def line(self, row):
+        """Everything that samples.jsonl says of sample `row`: a dict with "text" and more."""
+        with open(self.folder / "samples.jsonl", "rb") as file:
+            file.seek(int(self.samples["line"][row]))
+            return json.loads(file.readline())
+
+    def lines(self, split=None):
+        """The dicts of one split's samples (default: of all), in order."""
+        rows = range(len(self.samples)) if split is None else self.split[split]
+        if len(rows):
+            with open(self.folder / "samples.jsonl", "rb") as file:
+                file.seek(int(self.samples["line"][rows[0]]))
+                for _ in rows:
+                    yield json.loads(file.readline())
+
+    def tokens(self, tokenizer):
+        """-> (offsets (N+1,), tokens (n,) uint32), mapped from disk: sample r has tokens[offsets[r]:offsets[r+1]],
+        each 2·id + 1 where a word starts, else 2·id. Made on first use, kept beside the pack by the tokenizer's hash."""
+        path = self.folder / f"tokens.{tokenizer.hash}.npy"
+        count = len(self.samples)
+        if not path.is_file():
+            lengths, parts, texts = [], [], []
+            for number, line in enumerate(tqdm(self.lines(), "tokens", count, disable=count < 50_000), 1):
+                texts.append(line["text"])
+                if len(texts) == 4096 or number == count:
+                    for ids, starts in tokenizer.encode(texts):
+                        lengths.append(len(ids))
+                        parts.append((2 * ids + starts).astype(np.uint32))
+                    texts = []
+            header = np.array([0] + lengths).cumsum().astype(np.uint32)
+            table = np.concatenate([header, *parts])
+            try:
+                beside = path.with_suffix(f".{os.getpid()}.tmp")
+                with open(beside, "wb") as file:
+                    np.save(file, table)
+                os.replace(beside, path)
+            except OSError:                        # a pack on a read-only disk: keep the tokens in memory
+                return table[:count + 1], table[count + 1:]
+
+        table = np.load(path, mmap_mode="r", allow_pickle=False)
+        if table.ndim != 1 or len(table) <= count or len(table) != count + 1 + table[count]:
+            raise UserError(f"{path} is damaged: delete it, it is made again")
+        return table[:count + 1], table[count + 1:]
+
+    def verify(self):
+        """Read every byte and compare the check sums of meta.json; UserError names the first damaged file."""
+        for name, entry in self.meta["files"].items():
+            with open(self.folder / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                    raise UserError(f"{self.folder / name} does not have the check sum it was written with: the pack is "
+                                    "damaged, prepare it again")
+
+    def fingerprint(self):
+        """What tells this pack from another: the check sums of its files, as one short text."""
+        sums = json.dumps({name: entry["sha256"] for name, entry in sorted(self.meta["files"].items())})
+        return hashlib.sha256(sums.encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------- the samples
+
+class Samples:
+    """One split of one or several packs, read as one list; and the batch that any choice of its rows makes.
+
+    n: number of samples; cut: how many texts are longer than max_text_len."""
+
+    def __init__(self, packs, split, tokenizer, cfg, train_cfg):
+        self.packs, self.tokenizer, self.cfg, self.train_cfg = packs, tokenizer, cfg, train_cfg
+        self.tokens = [pack.tokens(tokenizer) for pack in packs]
+        self.rows = [pack.split[split] for pack in packs]
+        self.ends = np.cumsum([len(rows) for rows in self.rows])
+        self.n = int(self.ends[-1])
+        if not self.n:
+            raise UserError(f"{', '.join(str(pack.folder) for pack in packs)} holds no {split} samples: prepare a pack "
+                            "that has some")
+
+        side = packs[0].size
+        for pack in packs:
+            if pack.size != side:
+                raise UserError(f"{pack.folder} holds pictures of {pack.size} pixels and {packs[0].folder} of {side}: "
+                                "prepare both with one --size")
+            if not (pack.size == cfg.image_size or pack.size > cfg.image_size and train_cfg.crop < 1):
+                raise UserError(f"{pack.folder} holds pictures of {pack.size} pixels, the model wants {cfg.image_size}: "
+                                f"prepare it with --size {cfg.image_size}, or set --image_size {pack.size}")
+
+        lengths = np.concatenate([np.diff(offsets[rows.start:rows.stop + 1].astype(np.int64))
+                                  for (offsets, _), rows in zip(self.tokens, self.rows)])
+        self.cut = int((lengths > cfg.max_text_len - 2).sum())
+
+    def locate(self, n):
+        """Sample number n -> (number of its pack, row in that pack)."""
+        which = int(np.searchsorted(self.ends, n, side="right"))
+        return which, self.rows[which][int(n - (self.ends[which - 1] if which else 0))]
+
+    def line(self, n):
+        """Everything that is known of sample number n: a dict with "text", "source" and more."""
+        which, row = self.locate(n)
+        return self.packs[which].line(row)
+
+    def batch(self, numbers, seed, step, chunk, images, crop=False):
+        """The chunk made of samples `numbers` (B,): a dict of arrays. images, uint8 (B, 3, S, S), is filled in place.
+        All that is random follows from (seed, step, chunk) and the place in the chunk."""
+        cfg, tok, size = self.cfg, self.tokenizer, len(numbers)
+        where = [self.locate(n) for n in numbers]
+
+        def uniform(purpose, *shape):
+            return masking.uniform(seed, purpose, step, chunk, shape)
+
+        # Pictures: straight into their places, or through a crop.
+        box = uniform(masking.CROP, size, 8, 4) if crop else None
+        for i, (which, row) in enumerate(where):
+            self.picture(which, row, images[i], box[i] if crop else None)
+
+        # Texts: cut, framed by their special tokens, padded to one of four lengths, so that shapes repeat.
+        longest, unit = cfg.max_text_len, -(-cfg.max_text_len // 4)
+        bodies = []
+        for which, row in where:
+            offsets, tokens = self.tokens[which]
+            bodies.append(np.asarray(tokens[offsets[row]:offsets[row + 1]][:longest - 2], dtype=np.int64))
+        length = min(longest, -(-(max(map(len, bodies)) + 2) // unit) * unit)
+        ids = np.full((size, length), tok.pad_id)                                      # (B, T)
+        starts = np.zeros((size, length), dtype=bool)
+        real = np.zeros((size, length), dtype=bool)                                    # may be hidden
+        for i, body in enumerate(bodies):
+            end = len(body) + 1
+            ids[i, 0], ids[i, 1:end], ids[i, end] = tok.cls_id, body >> 1, tok.sep_id
+            starts[i, 1:end], real[i, 1:end] = body & 1, True
+        batch = {"text_ids": ids, "text_mask": (ids != tok.pad_id).astype(np.int64)}
+
+        # Hidden words. Numbers are drawn for max_text_len places, so they don't depend on the batch's length.
+        draws = uniform(masking.WORDS, size, longest + 1, 3)[:, :length + 1]
+        chosen = masking.choose_words(starts, real, draws[..., 0], self.train_cfg.word_ratio,
+                                      self.train_cfg.whole_word)                       # (B, T)
+        batch["mlm_ids"] = masking.hide_words(ids, chosen, draws[:, :length, 1:], tok.mask_id, tok.ordinary)
+        batch["mlm_labels"] = np.where(chosen, ids, -100)
+        places = np.flatnonzero(chosen)                                                # (M,)
+        filler = -len(places) % size        # place 0 is a special token, so it has the label -100 and counts for nothing
+        batch["mlm_positions"] = np.concatenate([places, np.zeros(filler, dtype=np.int64)])
+
+        # Hidden patches and wrong pictures.
+        patches = (cfg.image_size // cfg.patch_size) ** 2
+        batch["mim_noise"] = uniform(masking.PATCHES, size, patches).astype(np.float32)
+        picture, text, group = self.identities(where)
+        draws = uniform(masking.WRONG, size, 3 * size + 1)
+        batch["itm_index"] = masking.mismatch(picture, text, draws[:, :size + 1])
+        batch["other_index"] = masking.wrong_rows(picture, text, draws[:, size + 1:2 * size + 1], 1)[:, 0]
+        batch["kin_index"] = masking.wrong_rows(picture, text, draws[:, 2 * size + 1:], 1, group)[:, 0]
+        return batch
+
+    def identities(self, where):
+        """(pack, row) pairs -> what picture, what text and what group each is, int64 (B,) each, equal only where they
+        are the same. Groups are compared by name across packs; a row without one is alone in its group."""
+        picture, text, group = [], [], []
+        for place, (which, row) in enumerate(where):
+            sample = self.packs[which].samples[row]
+            picture.append(which << 32 | int(sample["picture"]))
+            text.append(which << 32 | int(sample["text"]))
+            group.append(which << 32 | int(sample["group"]) if sample["group"] >= 0 else -1 - place)
+        return np.array(picture), np.array(text), np.array(group)
+
+    def picture(self, which, row, out, numbers=None):
+        """Read the picture of a row into out, uint8 (3, s, s), through a random crop where uniform numbers (8, 4)
+        say which: PIL's own resize of a box that keeps `crop` to 1 of the area at an aspect of 3/4 to 4/3."""
+        pack, side = self.packs[which], out.shape[-1]
+        number = self.packs[which].samples["picture"][row]
+        if numbers is None and pack.size == side:
+            return pack.read_picture(number, out)
+
+        stored = np.empty((3, pack.size, pack.size), dtype=np.uint8)
+        pack.read_picture(number, stored)
+        box = (0, 0, pack.size, pack.size) if numbers is None else crop_box(pack.size, self.train_cfg.crop, numbers)
+        for channel in range(3):
+            resized = Image.fromarray(stored[channel]).resize((side, side), Image.Resampling.BICUBIC, box=box)
+            out[channel] = np.asarray(resized)
+
+
+def crop_box(side, smallest, numbers):
+    """The first box of the eight that `numbers` (8, 4) propose which lies within the square, else the whole square:
+    (left, top, right, bottom) in pixels."""
+    for scale, aspect, x, y in numbers:
+        area = side * side * (smallest + (1 - smallest) * scale)
+        ratio = np.exp(np.log(3 / 4) + aspect * np.log(16 / 9))
+        width, height = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        if 0 < width <= side and 0 < height <= side:
+            left, top = int(x * (side - width + 1)), int(y * (side - height + 1))
+            return left, top, left + width, top + height
+    return 0, 0, side, side
+
+
+def normalise(image):
+    """uint8 (B, 3, S, S) -> float32, by CLIP's mean and deviation."""
+    mean, std = (255 * torch.tensor(values, device=image.device).view(3, 1, 1) for values in (MEAN, STD))
+    return (image.float() - mean) / std
+
+
+# ---------------------------------------------------------------------------------------------- the loader
+
+def training_chunks(samples, train_cfg, start, rank=0, world=1):
+    """The chunks of process `rank` from step `start` on: (step, chunk, sample numbers (micro_batch,)). Sample n of the
+    one global stream is step · batch + its place; epochs follow each other without a seam, nothing is dropped."""
+    order, known = None, None
+    for step in range(start, train_cfg.steps):
+        for chunk in range(rank, train_cfg.batch_size // train_cfg.micro_batch, world):
+            first = step * train_cfg.batch_size + chunk * train_cfg.micro_batch
+            numbers = []
+            for n in range(first, first + train_cfg.micro_batch):
+                if n // samples.n != known:
+                    known = n // samples.n
+                    order = masking.epoch_order(train_cfg.seed, known, samples.n)
+                numbers.append(order[n % samples.n])
+            yield step, chunk, np.array(numbers)
+
+
+def validation_chunks(samples, limit, rank=0, world=1):
+    """Every sample once, at most `limit` of them, in fixed chunks of VAL_CHUNK: (step, chunk, sample numbers). Where
+    there are more they are taken at equal distances, so that every part of the split has its share."""
+    count = min(limit, samples.n)
+    numbers = np.arange(count) * samples.n // count
+    for chunk in range(rank, -(-count // VAL_CHUNK), world):
+        yield masking.VALIDATION, chunk, numbers[chunk * VAL_CHUNK:(chunk + 1) * VAL_CHUNK]
+
+
+def load(samples, chunks, seed, device, crop=False, ahead=3):
+    """Iterate over (step, chunk, numbers, batch): numbers (B,) says which samples the chunk holds, batch is a dict of
+    tensors on `device`, its image float32 (B, 3, S, S), normalised.
+
+    One thread works `ahead` of the caller. On a GPU it copies from pinned memory on a stream of its own, while the
+    last step still computes, and refills a buffer only after its copy's event."""
+    device = torch.device(device)
+    cuda, side = device.type == "cuda", samples.cfg.image_size
+    stream = torch.cuda.Stream(device) if cuda else None
+    ready, free = queue.Queue(), queue.Queue()
+    for _ in range(ahead):
+        free.put((None, None))
+    stop = threading.Event()
+
+    def work():
+        try:
+            for step, chunk, numbers in chunks:
+                buffer, copied = free.get()
+                if stop.is_set():
+                    return
+                if buffer is None or len(buffer) != len(numbers):
+                    buffer = torch.empty(len(numbers), 3, side, side, dtype=torch.uint8, pin_memory=cuda)
+                elif copied is not None:
+                    copied.synchronize()
+                batch = samples.batch(numbers, seed, step, chunk, buffer.numpy(), crop)
+                batch = {name: torch.from_numpy(array) for name, array in batch.items()} | {"image": buffer}
+                if cuda:
+                    with torch.cuda.stream(stream):
+                        batch = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+                        copied = stream.record_event()
+                ready.put((step, chunk, numbers, batch, buffer, copied))
+            ready.put(None)
+        except BaseException as error:             # the caller's thread raises it
+            ready.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            step, chunk, numbers, batch, buffer, copied = item
+            if cuda:
+                now = torch.cuda.current_stream(device)
+                now.wait_event(copied)
+                for tensor in batch.values():
+                    tensor.record_stream(now)      # made on the copy's stream, used on this one
+            elif device.type != "cpu":
+                batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            batch["image"] = normalise(batch["image"])                                 # (B, 3, S, S)
+            free.put((buffer, copied))
+            yield step, chunk, numbers, batch
+    finally:
+        stop.set()
+        free.put((None, None))

@@ -1,0 +1,91 @@
+"""Text to tokens: train a tokenizer on captions or load one, and learn from it where words start."""
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from .config import UserError
+
+# Special tokens by name: start, padding, end, unknown, mask.
+SPECIAL = {"roberta": ("<s>", "<pad>", "</s>", "<unk>", "<mask>"),
+           "bert": ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")}
+PAD_ID = {"roberta": 1, "bert": 0}
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` of RoBERTa's or BERT's kind, told apart by the names of the special tokens.
+
+    ids: cls_id, pad_id, sep_id, mask_id; ordinary: the ids that are no special tokens (n,); vocab_size; hash."""
+
+    def __init__(self, backend, source="the tokenizer"):
+        self.backend = backend
+        self.backend.no_padding()              # many tokenizer.json files cut and pad; here the loader does both
+        self.backend.no_truncation()
+
+        self.kind = next((kind for kind, names in SPECIAL.items()
+                          if all(backend.token_to_id(name) is not None for name in names)), None)
+        if self.kind is None:
+            raise UserError(f"{source} has neither RoBERTa's special tokens {' '.join(SPECIAL['roberta'])} nor BERT's "
+                            f"{' '.join(SPECIAL['bert'])}: give another with --tokenizer")
+        names = SPECIAL[self.kind]
+        self.cls_id, self.pad_id, self.sep_id, _, self.mask_id = map(backend.token_to_id, names)
+        if self.pad_id != PAD_ID[self.kind]:
+            raise UserError(f"{source} has its padding token at {self.pad_id}, a {self.kind} model needs it at "
+                            f"{PAD_ID[self.kind]}: give another with --tokenizer")
+
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        special |= {backend.token_to_id(name) for name in names}
+        self.ordinary = np.array(sorted(set(backend.get_vocab().values()) - special))
+        self.hash = hashlib.sha256(self.json().encode()).hexdigest()[:16]
+
+    @classmethod
+    def load(cls, path):
+        """path: a tokenizer.json, or a folder that holds one."""
+        path = Path(path)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(f"there is no tokenizer at {path}: give a tokenizer.json, or a folder with one")
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(path)), path)
+        except UserError:
+            raise
+        except Exception as error:             # the library raises bare Exception for whatever is wrong
+            raise UserError(f"{path} is no tokenizer file that can be read ({error})") from None
+
+    @classmethod
+    def train(cls, texts, vocab_size):
+        """A byte-level BPE of at most `vocab_size` tokens on `texts`, lower case, with RoBERTa's special tokens where
+        RoBERTa has them: four first, the mask token last."""
+        *first, mask = SPECIAL["roberta"]
+        backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+        backend.normalizer = normalizers.Lowercase()
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, special_tokens=list(first), show_progress=False,
+                                      initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+        backend.train_from_iterator(texts, trainer)
+        backend.add_special_tokens([mask])
+        return cls(backend)
+
+    def json(self):
+        """The tokenizer as the text of a tokenizer.json."""
+        return self.backend.to_str()
+
+    def encode(self, texts):
+        """texts, a list -> a list of (ids (n,), starts (n,)), special tokens left out: starts is true where a word
+        begins, as the tokenizer itself split them."""
+        pairs = []
+        for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False):
+            words = np.array([-1 if word is None else word for word in encoding.word_ids], dtype=np.int64)
+            pairs.append((np.array(encoding.ids, dtype=np.int64), np.diff(words, prepend=-2) != 0))
+        return pairs
+
+    def words(self, ids):
+        """ids -> the text of each token, for pictures: a leading blank where a word begins."""
+        tokens = [self.backend.id_to_token(int(i)) or "" for i in ids]
+        if self.kind == "bert":
+            return [token[2:] if token.startswith("##") else " " + token for token in tokens]
+        return [self.backend.decoder.decode([token]) for token in tokens]

@@ -1,0 +1,50 @@
+"""What the tests share: the project on the path, two threads, and small models with batches to match."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+torch.set_num_threads(1)                    # these tensors are small: a second thread only waits for a busy core
+
+
+@pytest.fixture
+def small_config():
+    """A function: changes -> the ModelConfig of a model that trains in milliseconds. No two widths are equal."""
+    from m3ae_mini import ModelConfig
+
+    def make(**changes):
+        return ModelConfig(**{**dict(
+            image_size=32, patch_size=8, vocab_size=50, max_text_len=12, text_max_positions=24,
+            vit_width=48, vit_blocks=2, vit_heads=3, text_width=40, text_layers=2, text_heads=2,
+            fusion_width=64, fusion_layers=3, fusion_heads=2, mim_layer=2,
+            decoder_width=24, decoder_layers=2, decoder_heads=2, num_answers=9, num_classes=5,
+            dropout=0.0, attn_dropout=0.0), **changes})
+    return make
+
+
+@pytest.fixture
+def random_batch():
+    """A function: (cfg, rows, seed) -> a batch for every task, its texts of unequal length."""
+    def make(cfg, rows=4, seed=0):
+        draw = torch.Generator().manual_seed(seed)
+        start, pad, end, ordinary = (0, 1, 2, 5) if cfg.text_kind == "roberta" else (2, 0, 3, 5)
+        length = cfg.max_text_len - torch.arange(rows)[:, None] % 7                    # (B, 1)
+        column = torch.arange(cfg.max_text_len)                                        # (T,)
+
+        ids = torch.randint(ordinary, cfg.vocab_size, (rows, cfg.max_text_len), generator=draw)
+        ids[:, 0] = start
+        ids = torch.where(column == length - 1, end, ids).where(column < length, pad)
+        hidden = (column == 1) | (column == 3)                                         # (T,)
+        noise = torch.rand(rows, (cfg.image_size // cfg.patch_size) ** 2, generator=draw)
+        return {
+            "image": torch.randn(rows, 3, cfg.image_size, cfg.image_size, generator=draw),
+            "text_ids": ids, "text_mask": (column < length).long(),
+            "mlm_ids": torch.where(hidden, 4, ids), "mlm_labels": torch.where(hidden, ids, -100),
+            "mim_noise": noise,
+            "itm_index": torch.arange(rows).roll(1).where(torch.arange(rows) < rows // 2, torch.arange(rows)),
+            "vqa_labels": torch.arange(rows) * 2 - 1,                                  # the first has no answer
+            "cls_labels": torch.arange(rows) % cfg.num_classes,
+            "false_text_index": (torch.arange(rows)[:, None] + torch.tensor([1, 2])) % rows}
+    return make

@@ -1,0 +1,190 @@
+"""The embedded data set: the same for everybody, and its words agree with its pictures."""
+import pickle
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from data import phantoms
+from data.phantoms import FINDINGS, RADII, SIDES, ZONES, draw, make_scene, render, rows
+from m3ae_mini.config import UserError
+
+SIZE = 48
+SCENES = [make_scene(0, number) for number in range(400)]
+FOUND = [(scene, f) for scene in SCENES for f in scene.findings]
+
+
+def clean(scene) -> np.ndarray:
+    """(SIZE, SIZE) in 0 ... 1, without noise."""
+    return render(scene, SIZE, noise=False) / 255
+
+
+def change(scene, finding) -> np.ndarray:
+    """(SIZE, SIZE): how much the picture owes to one finding."""
+    others = tuple(f for f in scene.findings if f != finding)
+    return np.abs(clean(scene) - clean(scene._replace(findings=others)))
+
+
+def test_a_picture_is_a_function_of_seed_and_number():
+    once = [draw(3, number, SIZE) for number in range(20)]
+    again = [draw(3, number, SIZE) for number in reversed(range(20))][::-1]
+    assert all(np.array_equal(a, b) for a, b in zip(once, again))
+    assert len({picture.tobytes() for picture in once}) == 20
+    assert not np.array_equal(draw(3, 0, SIZE), draw(4, 0, SIZE))
+
+
+def test_no_size_changes_what_is_drawn():
+    for scene in SCENES[:40]:
+        fine = render(scene, 3 * SIZE, noise=False).reshape(SIZE, 3, SIZE, 3).mean((1, 3)) / 255
+        assert np.abs(fine - clean(scene)).mean() < 0.015
+
+
+def test_the_background_is_black_and_the_noise_is_small():
+    for scene in SCENES[:80]:
+        noisy, clear = render(scene, SIZE) / 255, clean(scene)
+        rng = phantoms.generator(scene.seed, scene.number, phantoms.ANATOMY)
+        _, body, _ = phantoms.DRAW[scene.kind](SIZE, rng, scene.findings)
+        assert (body == 0).mean() > 0.04
+        assert not noisy[body == 0].any() and not clear[body == 0].any()
+
+        unclipped = (body == 1) & (clear > 0.15) & (clear < 0.85)
+        noise = (noisy - clear)[unclipped]
+        assert 0.01 < noise.std() <= 0.06 and abs(noise.mean()) < 0.01
+        assert np.abs(noise).max() < 0.06 * 6 ** 0.5 + 0.01
+
+
+def test_scenes_have_the_stated_shares():
+    scenes = [make_scene(1, number) for number in range(4000)]
+    shares = np.bincount([len(scene.findings) for scene in scenes]) / len(scenes)
+    normal, single = phantoms.NORMAL, phantoms.SINGLE
+    assert np.allclose(shares, [normal, single, 1 - normal - single], atol=0.03)
+
+    for kind, names in FINDINGS.items():
+        findings = [f for scene in scenes if scene.kind == kind for f in scene.findings]
+        for value, options in [("name", names), ("size", RADII), ("side", SIDES)]:
+            count = Counter(getattr(f, value) for f in findings)
+            assert all(abs(count[option] / len(findings) - 1 / len(options)) < 0.05 for option in options)
+
+    for a, b in (scene.findings for scene in scenes if len(scene.findings) == 2):
+        assert a.name != b.name and (a.side, a.zone) != (b.side, b.zone)
+
+
+def test_a_finding_is_where_it_is_said_to_be():
+    centres = (np.arange(SIZE) + 0.5) * 2 / SIZE - 1
+    x, y = np.meshgrid(centres, centres)
+    for scene, f in FOUND:
+        difference = change(scene, f)
+        assert SIDES[f.side] * (difference * x).sum() > 0
+        if f.zone is None:
+            continue
+
+        places = {}
+        for side, sign in SIDES.items():
+            for zone, (midline, lateral, height) in ZONES[scene.kind].items():
+                near = (x - midline - sign * lateral) ** 2 + (y - height) ** 2 < 0.1 ** 2
+                places[side, zone] = difference[near].mean()
+        assert max(places, key=places.get) == (f.side, f.zone) and max(places.values()) > 0.2
+
+
+def test_large_is_much_larger_than_small():
+    areas = {}
+    for scene, f in FOUND:
+        areas.setdefault((scene.kind, f.name, f.size), []).append((change(scene, f) > 0.1).sum())
+    for kind, name, _ in areas:
+        small, large = np.mean(areas[kind, name, "small"]), np.mean(areas[kind, name, "large"])
+        assert small > 30        # pixels of 48 x 48
+
+        # These change more than they cover: the rest of the lung, or what lies behind in the beam.
+        indirect = name == "pneumothorax" or kind == "ultrasound"
+        assert large > (1.25 if indirect else 2) * small
+    assert RADII["large"][0] > 1.7 * RADII["small"][1]
+
+
+def test_captions_tell_the_scene():
+    informative = words = named = 0
+    for scene in SCENES:
+        caption = phantoms.caption(scene)
+        text = re.findall(r"[\w-]+", caption.lower())
+        assert 3 <= len(text) <= 20 and caption[0].isupper() and caption.endswith(".")
+        for attribute, options in [("size", RADII), ("side", SIDES)]:
+            said = Counter(word for word in text if word in options)
+            assert said == Counter(getattr(f, attribute) for f in scene.findings)
+        for f in scene.findings:
+            place, before = phantoms.PLACES[f.zone]
+            synonym = phantoms.SYNONYMS.get((scene.kind, f.name), f.name)
+            assert place in caption.lower() or before in caption.lower()
+            assert f.name in text or synonym in caption.lower()
+        assert ("no focal abnormality" in caption.lower()) == (not scene.findings)
+
+        told = sum(4 if f.zone else 3 for f in scene.findings)
+        informative, words = informative + told, words + len(text)
+        named += any(view in caption.lower() for view in map(str.lower, phantoms.VIEWS[scene.kind]))
+    assert informative > 0.4 * words
+    assert 0.4 < named / len(SCENES) < 0.6
+
+
+def test_rows_of_all_tasks_and_splits():
+    counts = {"train": 30, "val": 20, "test": 10}
+    seen = {}
+    for task in ("pretrain", "vqa", "cls"):
+        found = list(rows(None, task, counts))
+        for split, number in counts.items():
+            pictures = {row.picture for row in found if row.split == split}
+            assert len(pictures) == number
+            assert not any(pictures & others for others in seen.values())
+            seen[task, split] = pictures
+        for row in found:
+            assert row.group == make_scene(*row.picture).kind and row.skip is None
+    assert len({draw(*picture, 16).tobytes() for pictures in seen.values() for picture in pictures}) == 180
+
+    pretrain = list(rows(None, "pretrain", counts))
+    assert list(rows(None, "irtr", counts)) == pretrain
+    assert list(rows(None, "irtr", {"val": 20})) == [row for row in pretrain if row.split == "val"]
+    assert [row.text for row in rows(None, "irtr", counts, seed=1)] != [row.text for row in pretrain]
+
+    picture = pickle.loads(pickle.dumps(pretrain[0].picture))
+    assert picture == pretrain[0].picture and picture(32).mode == "L" and picture(32).size == (32, 32)
+    with pytest.raises(UserError):
+        next(rows(None, "segmentation"))
+
+
+def test_answers_agree_with_the_scene():
+    answers = {}
+    for row in rows(None, "vqa", {"train": 1500}):
+        scene, question = make_scene(*row.picture), row.text.lower()
+        names = {f.name: f for f in scene.findings}
+        asked = next((name for name in sum(FINDINGS.values(), ()) if name in question), None)
+        assert row.closed == (row.answer in ("yes", "no")) and row.answer == row.answer.lower()
+
+        if row.closed:
+            size, side, zone = (next((w for w in options if f" {w} " in question.replace("?", " ")), None)
+                                for options in (RADII, SIDES, ZONES[scene.kind]))
+            f = names.get(asked)
+            truth = f is not None and all(said in (None, real) for said, real in
+                                          [(size, f.size), (side, f.side), (zone, f.zone)])
+            assert row.answer == ("yes" if truth else "no")
+            answers.setdefault("presence" if size == side == zone is None else "attribute", []).append(truth)
+        elif "modality" in question:
+            assert row.answer in {"x-ray", "ct", "mri", "ultrasound"} & set(scene.kind.split())
+        elif "how many" in question:
+            assert row.answer == str(len(scene.findings))
+            answers.setdefault("count", []).append(row.answer)
+        elif asked:
+            assert row.answer in (names[asked].size, names[asked].side, names[asked].zone)
+        elif "what does" in question or "what is seen" in question:
+            side = next(side for side in SIDES if side in question)
+            assert names[row.answer].side == side and phantoms.PLACES[names[row.answer].zone][0] in question
+        else:
+            assert row.answer == phantoms.ABOUT[scene.kind][1]
+
+    assert 0.45 < np.mean(answers["presence"]) < 0.55 and 0.42 < np.mean(answers["attribute"]) < 0.58
+    assert max(Counter(answers["count"]).values()) < 0.45 * len(answers["count"])
+
+
+def test_classes_are_the_single_findings():
+    found = list(rows(None, "cls", {"train": 300}))
+    for row in found:
+        findings = make_scene(*row.picture).findings
+        assert [row.label] == ([f.name for f in findings] or ["normal"]) and row.label not in row.text.lower()
+    assert len({row.label for row in found}) == 9

@@ -1,0 +1,603 @@
+"""Packing: pictures of every kind, the readers on miniatures of their data sets, and what goes wrong."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import Row, draw, medicat, medpix, prepare, roco, table
+from m3ae_mini.config import UserError
+from m3ae_mini.data import SAMPLE_DTYPE, SPLITS, Pack
+
+REPO = Path(__file__).parent.parent
+REAL = REPO.parent / "shared" / "data"
+needs = partial(pytest.mark.skipif, reason="the real data set is not here")
+
+
+def noise(width, height, channels=None, seed=0):
+    """A picture of random pixels, mode L or (with 3 or 4 channels) RGB or RGBA."""
+    shape = (height, width, channels) if channels else (height, width)
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+def drawn(size, seed=0):
+    """A picture that is drawn, not read: partial(drawn, seed=3) is a source."""
+    return noise(size, size, 3 if seed % 2 else None, seed)
+
+
+def rows_of(count, split="train"):
+    return [Row(split, partial(drawn, seed=seed), f"caption {seed}") for seed in range(count)]
+
+
+def listing(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def picture(folder, number):
+    """Picture `number` of the pack in `folder`: (S, S) or (3, S, S), as it lies on the disk."""
+    size, offsets = Pack(folder).size, np.load(folder / "offsets.npy")
+    pixels = np.fromfile(folder / "images.bin", dtype=np.uint8)[offsets[number]:offsets[number + 1]]
+    return pixels.reshape(-1, size, size).squeeze()
+
+
+# ---------------------------------------------------------------------------------------------- one picture
+
+def opened(tmp_path, image, kind="png", **options):
+    path = tmp_path / f"picture.{kind}"
+    image.save(path, **options)
+    return prepare.open_picture(path)
+
+
+def test_grey_and_colour_stay_as_they_are(tmp_path):
+    for image in noise(7, 5), noise(7, 5, 3):
+        read = opened(tmp_path, image)
+        assert read.mode == image.mode and np.array_equal(read, image)
+
+
+@pytest.mark.parametrize("kind, dtype", [("png", np.uint16), ("tiff", np.uint16), ("tiff", np.int32),
+                                         ("tiff", np.float32)])
+def test_deep_grey_is_stretched_by_its_own_range(tmp_path, kind, dtype):
+    values = np.array([[1000, 1100, 1510], [2020, 1255, 1765]], dtype=dtype)   # 1000 … 2020: 4 values a step
+    read = opened(tmp_path, Image.fromarray(values), kind)
+    assert read.mode == "L" and np.asarray(read).tolist() == [[0, 25, 128], [255, 64, 191]]
+    assert not np.any(opened(tmp_path, Image.fromarray(np.full((3, 3), 7, dtype=dtype)), kind))
+
+
+def test_float_pixels_that_are_no_numbers_turn_black(tmp_path):
+    values = np.array([[np.nan, -1, 0, np.inf, 1]], dtype=np.float32)
+    assert np.asarray(opened(tmp_path, Image.fromarray(values), "tiff")).tolist() == [[0, 0, 128, 0, 255]]
+
+
+def test_one_bit(tmp_path):
+    bits = noise(9, 6).convert("1")
+    read = opened(tmp_path, bits)
+    assert read.mode == "L" and np.array_equal(np.asarray(read), 255 * np.asarray(bits, dtype=np.uint8))
+
+
+def test_palette(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putdata([0, 1])
+    assert np.asarray(opened(tmp_path, image)).tolist() == [[[10, 20, 30], [200, 100, 50]]]
+    clear = opened(tmp_path, image, transparency=1)   # the second colour is transparent: black shows through
+    assert np.asarray(clear).tolist() == [[[10, 20, 30], [0, 0, 0]]]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha_over_black(tmp_path, mode):
+    image = noise(16, 16, 4).convert(mode)
+    colour, alpha = np.split(np.asarray(image.convert("RGBA"), dtype=float), [3], axis=2)
+    read = opened(tmp_path, image)
+    assert read.mode == "RGB" and np.abs(np.asarray(read) - colour * alpha / 255).max() <= 1
+
+
+def test_transparent_grey(tmp_path):
+    image = Image.fromarray(np.array([[9, 10, 11]], dtype=np.uint8))
+    assert np.asarray(opened(tmp_path, image, transparency=10).convert("L")).tolist() == [[9, 0, 11]]
+
+
+def test_cmyk_and_ycbcr(tmp_path):
+    image = noise(8, 8, 4)
+    cmyk = Image.frombytes("CMYK", image.size, image.tobytes())
+    ink = np.asarray(image, dtype=float)
+    expected = (255 - ink[..., :3]) * (255 - ink[..., 3:]) / 255
+    assert np.abs(np.asarray(opened(tmp_path, cmyk, "tiff")) - expected).max() <= 1
+
+    grey = noise(8, 8).convert("YCbCr")   # luma is the grey, chroma 128
+    assert np.array_equal(opened(tmp_path, grey, "tiff"), grey.convert("RGB"))
+
+
+@pytest.mark.parametrize("orientation, turned", [
+    (1, lambda a: a), (2, np.fliplr), (3, lambda a: np.rot90(a, 2)), (4, np.flipud), (5, np.transpose),
+    (6, lambda a: np.rot90(a, -1)), (7, lambda a: np.rot90(a, 2).T), (8, np.rot90)])
+def test_exif_rotation(tmp_path, orientation, turned):
+    image, exif = noise(6, 4), Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(opened(tmp_path, image, exif=exif), turned(np.asarray(image)))
+    deep = Image.fromarray(257 * np.asarray(image, dtype=np.uint16))
+    assert np.asarray(opened(tmp_path, deep, exif=exif)).shape == turned(np.asarray(image)).shape
+
+
+@pytest.mark.parametrize("size", [16, 31])
+@pytest.mark.parametrize("width, height", [(40, 40), (61, 40), (40, 61), (401, 203), (17, 64), (1, 3)])
+def test_square_is_pils_resize_and_crop(width, height, size):
+    """As torchvision does it: the longer side is int(size * longer / shorter), the crop from int(round())."""
+    image, short = noise(width, height, 3), min(width, height)
+    wide, high = int(size * width / short), int(size * height / short)
+    whole = np.asarray(image.resize((wide, high), Image.Resampling.BICUBIC))
+    left, top = int(round((wide - size) / 2)), int(round((high - size) / 2))
+    assert min(wide, high) == size
+    assert np.array_equal(prepare.square(image, size), whole[top:top + size, left:left + size])
+
+
+def test_grey_takes_one_plane(tmp_path):
+    grey = noise(20, 20)
+    grey.convert("RGB").save(tmp_path / "grey.png")
+    assert prepare.stored(tmp_path / "grey.png", 20) == grey.tobytes()
+
+    pixels = np.stack([np.asarray(grey)] * 3, axis=2)
+    pixels[3, 4, 2] ^= 1   # one pixel is not grey
+    Image.fromarray(pixels).save(tmp_path / "colour.png")
+    assert prepare.stored(tmp_path / "colour.png", 20) == pixels.transpose(2, 0, 1).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "bmp", "tiff", "gif", "webp", "ppm"])
+def test_a_truncated_picture_is_refused(tmp_path, kind):
+    path = tmp_path / f"picture.{kind}"
+    noise(60, 60, 3).save(path)
+    prepare.open_picture(path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(OSError):
+        prepare.open_picture(path)
+
+
+def test_a_picture_bomb_is_refused_before_it_is_decoded(tmp_path):
+    Image.new("1", (10_000, 9_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(Image.DecompressionBombWarning):
+        prepare.open_picture(tmp_path / "bomb.png")
+    with pytest.raises(ValueError, match="elongated"):   # it would be one only after resizing
+        prepare.square(Image.new("L", (40_000, 1)), 288)
+
+
+# ------------------------------------------------------------------------------------------------- the pack
+
+TEXT_WITH_BREAKS = "Chest radiograph.\n\n  •\tNo effusion. "
+
+
+@pytest.fixture
+def records(tmp_path):
+    """A JSON lines table of 22 pictures, one of them used three times, in a folder of its own."""
+    root = tmp_path / "records"
+    (root / "pictures").mkdir(parents=True)
+    entries = []
+    for i in range(22):
+        noise(30, 20, 3 if i == 1 else None, seed=i).save(root / "pictures" / f"{i}.png")
+        entries.append({"image": f"pictures/{i}.png", "caption": f"Finding {i}", "label": "ab"[i % 2],
+                        "split": ["train", "dev", "test"][i % 3]})
+    entries[0] |= {"caption": TEXT_WITH_BREAKS, "group": "CT", "answer": 2, "closed": True}
+    entries.append(entries[0] | {"caption": "Finding 3"})       # the picture again, the text of another
+    entries.append(entries[0])                                  # the pair again
+    entries.append(entries[1] | {"caption": " \n"})             # no text
+    (root / "table.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return root
+
+
+def packed(root, out, size=16, task="pretrain", reader=table, **options):
+    return prepare.pack(reader.rows(root, task), out, reader.__name__.split(".")[-1], task, size, root=root,
+                        **options)
+
+
+def test_what_a_pack_holds(records, tmp_path):
+    out = tmp_path / "packs" / "mine"
+    meta = packed(records, out)
+    assert meta == json.loads((out / "meta.json").read_text()) == Pack(out).meta
+    Pack(out).verify()
+    assert listing(out.parent) == ["mine"]
+    assert listing(out) == sorted([*meta["files"], "meta.json"])
+    assert meta["samples"] == {"train": 9, "val": 7, "test": 7} and meta["pictures"] == 22
+    assert meta["labels"] == ["a", "b"] and meta["groups"] == ["CT"]
+    assert meta["skipped"] == {"duplicate": 1, "no text": 1}
+    assert [entry["reason"] for entry in json_lines(out / "skipped.jsonl")] == ["duplicate", "no text"]
+
+    samples, numbers = json_lines(out / "samples.jsonl"), np.load(out / "samples.npy")
+    assert numbers.dtype == SAMPLE_DTYPE and len(numbers) == len(samples) == 23
+    assert [sample["split"] for sample in samples] == ["train"] * 9 + ["val"] * 7 + ["test"] * 7
+    assert samples[0] == {"picture": 0, "text": "Chest radiograph. • No effusion.", "split": "train",
+                          "answer": "2", "closed": True, "label": "a", "group": "CT",
+                          "source": "pictures/0.png"}
+    raw = (out / "samples.jsonl").read_bytes()
+    for sample, row in zip(samples, numbers):
+        assert json.loads(raw[row["line"]:].split(b"\n")[0]) == sample
+        assert row["picture"] == sample["picture"] and meta["labels"][row["label"]] == sample["label"]
+        assert row["group"] == (0 if "group" in sample else -1)
+        assert row["closed"] == (1 if "closed" in sample else -1)
+
+    again = [i for i, sample in enumerate(samples) if sample["source"] == "pictures/0.png"]
+    assert [samples[i]["text"] for i in again] == ["Chest radiograph. • No effusion.", "Finding 3"]
+    same_text = [i for i, sample in enumerate(samples) if sample["text"] == "Finding 3"]
+    assert len(same_text) == 2 and len(set(numbers["text"][same_text])) == 1
+    assert len(set(numbers["text"])) == len({sample["text"] for sample in samples})
+
+    for sample in samples:
+        image = Image.open(records / sample["source"])
+        expected = np.asarray(prepare.square(image, 16))
+        assert np.array_equal(picture(out, sample["picture"]),
+                              expected if image.mode == "L" else expected.transpose(2, 0, 1))
+
+
+def test_questions_may_repeat(records, tmp_path):
+    meta = packed(records, tmp_path / "vqa", task="vqa")
+    assert meta["samples"] == {"train": 3, "val": 0, "test": 0}
+    assert meta["skipped"] == {"no answer": 21, "no text": 1}
+
+
+def test_any_number_of_workers_gives_the_same_pack(tmp_path):
+    for workers in 1, 2:
+        prepare.pack(rows_of(100), tmp_path / str(workers), "drawn", "pretrain", 24, workers=workers)
+    for name in listing(tmp_path / "1"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+    assert np.array_equal(picture(tmp_path / "2", 98), drawn(24, 98))
+
+
+def test_five_percent_of_the_pictures_may_be_missing(records, tmp_path):
+    (records / "pictures" / "4.png").unlink()
+    (records / "pictures" / "5.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="2 of 22 pictures cannot be packed, the first is .*4.png"):
+        packed(records, tmp_path / "pack")
+    assert listing(tmp_path) == ["records"]
+
+    meta = packed(records, tmp_path / "allowed", allow_missing=True)
+    assert meta["pictures"] == 20
+    assert meta["skipped"] == {"duplicate": 1, "missing picture": 1, "no text": 1, "unreadable picture": 1}
+    unreadable = json_lines(tmp_path / "allowed" / "skipped.jsonl")[-1]
+    assert unreadable["reason"] == "unreadable picture" and "cannot identify" in unreadable["detail"]
+    assert unreadable["text"] == "Finding 5"
+
+    noise(30, 20).save(records / "pictures" / "4.png")   # 1 of 22 is under 5 %
+    assert packed(records, tmp_path / "pack")["skipped"]["unreadable picture"] == 1
+
+
+def test_names_that_leave_the_folder_are_refused(records, tmp_path):
+    noise(9, 9).save(tmp_path / "secret.png")
+    (records / "link.png").symlink_to(tmp_path / "secret.png")
+    (records / "inner.png").symlink_to(records / "pictures" / "7.png")
+    names = ["../secret.png", "pictures/../../secret.png", str(tmp_path / "secret.png"), "link.png",
+             "inner.png", "a\0b.png"]
+    with open(records / "table.jsonl", "a") as file:
+        for name in names:
+            file.write(json.dumps({"image": name, "caption": "leave", "split": "train"}) + "\n")
+    meta = packed(records, tmp_path / "pack", allow_missing=True)
+    assert meta["skipped"]["outside the data set's folder"] == 4 and meta["skipped"]["missing picture"] == 1
+    texts = [s["source"] for s in json_lines(tmp_path / "pack" / "samples.jsonl") if s["text"] == "leave"]
+    assert texts == ["inner.png"]
+
+
+def test_an_existing_pack_is_replaced_only_on_demand(records, tmp_path):
+    out = tmp_path / "pack"
+    packed(records, out)
+    before = (out / "images.bin").read_bytes()
+    with pytest.raises(UserError, match="exists already"):
+        packed(records, out, size=8)
+    (records / "pictures" / "1.png").write_bytes(b"")
+    (records / "pictures" / "2.png").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be packed"):
+        packed(records, out, size=8, overwrite=True)
+    assert (out / "images.bin").read_bytes() == before
+
+    assert packed(records, out, size=8, overwrite=True, allow_missing=True)["size"] == 8
+    assert Pack(out).size == 8 and listing(tmp_path) == ["pack", "records"]
+    with pytest.raises(UserError, match="is no pack"):
+        packed(records, records, overwrite=True)
+
+
+def test_nothing_to_train_on(tmp_path):
+    for rows in [], rows_of(3, "val"), [row._replace(skip="excluded") for row in rows_of(3)]:
+        with pytest.raises(UserError, match="no training rows"):
+            prepare.pack(rows, tmp_path / "pack", "drawn", "pretrain", 8)
+    assert listing(tmp_path) == []
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
+        prepare.pack(rows_of(40), tmp_path / "pack", "drawn", "pretrain", 8, workers=2)
+    assert listing(tmp_path) == []
+
+
+def test_an_interrupt_leaves_nothing(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    noise(300, 300, 3).save(root / "0.png")
+    for i in range(1, 5000):   # half a minute of work
+        os.link(root / "0.png", root / f"{i}.png")
+    lines = [f"{i}.png,Caption {i},train" for i in range(5000)]
+    (root / "table.csv").write_text("\n".join(["picture,text,split"] + lines))
+    (tmp_path / "packs").mkdir()
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "data.prepare", "table", "--root", root, "--out", tmp_path / "packs" / "p"],
+        cwd=REPO, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(file.stat().st_size for file in tmp_path.glob("packs/p.tmp-*/images.bin")):
+            os.killpg(process.pid, signal.SIGINT)   # Ctrl-C reaches every process of the terminal
+            break
+        time.sleep(0.01)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said.endswith("prepare: interrupted, nothing was written\n")
+    assert "Traceback" not in said and listing(tmp_path / "packs") == []
+
+
+def test_damage_is_found(records, tmp_path):
+    out = tmp_path / "pack"
+    packed(records, out)
+    pixels = bytearray((out / "images.bin").read_bytes())
+    pixels[100] ^= 1
+    (out / "images.bin").write_bytes(pixels)
+    damaged = Pack(out)   # its size is right
+    with pytest.raises(UserError, match="images.bin does not have the check sum"):
+        damaged.verify()
+
+
+# -------------------------------------------------------------------------------------- the command line
+
+def refused(capsys, *arguments):
+    """The sentence on stderr with which `prepare arguments` ends."""
+    assert prepare.main([str(argument) for argument in arguments]) == 2
+    said = capsys.readouterr().err.strip().split("\n")[-1]
+    assert said.startswith("prepare: ")
+    return said
+
+
+def test_command_line(records, tmp_path, capsys):
+    out = tmp_path / "pack"
+    assert prepare.main(["table", "--root", str(records), "--out", str(out), "--size", "16"]) == 0
+    said = capsys.readouterr().out
+    assert "22 pictures of 16 x 16" in said and "9 train, 7 val, 7 test" in said and "1 duplicate" in said
+    assert prepare.main(["--verify", str(out)]) == 0
+    assert prepare.main(["--show", str(out)]) == 0
+    with Image.open(tmp_path / "pack.png") as sheet:
+        assert sheet.width > 1000 and len(np.unique(sheet)) > 20
+
+    assert "exists already" in refused(capsys, "table", "--root", records, "--out", out)
+    new = tmp_path / "new"
+    assert "correct --root" in refused(capsys, "table", "--root", tmp_path / "nowhere", "--out", new)
+    assert "--root" in refused(capsys, "table", "--out", new)
+    assert "--out" in refused(capsys, "table", "--root", records)
+    assert "no pack" in refused(capsys, "--show", tmp_path)
+    in_a_file = out / "meta.json" / "pack"
+    assert "cannot be written" in refused(capsys, "table", "--root", records, "--out", in_a_file)
+    assert "train/radiology" in refused(capsys, "roco", "--root", records, "--out", new)
+    for wrong in ["nonsense"], ["table", "--size", "0"], ["table", "--task", "x"]:
+        with pytest.raises(SystemExit) as end:
+            prepare.main(wrong)
+        assert end.value.code == 2
+    assert listing(tmp_path) == ["pack", "pack.png", "records"]
+
+
+def test_exclude_knows_pictures_by_their_names(tmp_path):
+    for name in "synpic1.jpg", "synpic22.png":
+        (tmp_path / name).touch()
+    names = ["MPX7_synpic1.png", "MPX7_synpic2.png", "synpic22.jpg", "a_synpic222.png"]
+    rows = prepare.excluding([Row("train", Path(name), "text") for name in names], tmp_path)
+    assert [row.skip for row in rows] == ["excluded", None, "excluded", None]
+    with pytest.raises(UserError, match="no folder"):
+        list(prepare.excluding([], tmp_path / "nowhere"))
+
+
+# --------------------------------------------------------------------------------------------- the readers
+
+def test_csv(tmp_path):
+    (tmp_path / "mine.csv").write_bytes(
+        '\ufeffPath,Question,answer,closed,split\r\n'
+        'a.png,"Is it ""large"",\r\nor not?",yes,yes,train\r\n\r\n'
+        'b/c.png,Where is it?,,open,Validation\r\n'.encode("utf-8"))
+    rows = list(table.rows(tmp_path / "mine.csv", "vqa"))
+    assert rows == list(table.rows(tmp_path, "vqa"))
+    assert rows[0] == Row("train", tmp_path / "a.png", 'Is it "large",\r\nor not?', "yes", True)
+    assert rows[1] == Row("val", tmp_path / "b/c.png", "Where is it?", "", False)
+
+
+def test_a_table_without_splits_is_split_by_picture(tmp_path):
+    lines = [f"{i // 2}.png,text {i}" for i in range(4000)]
+    (tmp_path / "t.csv").write_text("\n".join(["file,text"] + lines))
+    rows = list(table.rows(tmp_path, "pretrain"))
+    splits = {row.picture: row.split for row in rows}
+    assert all(row.split == splits[row.picture] for row in rows)
+    share = {split: list(splits.values()).count(split) / 2000 for split in SPLITS}
+    assert abs(share["val"] - 0.1) < 0.02 and abs(share["test"] - 0.1) < 0.02
+    assert [round(draw(f"{i}.png"), 6) for i in range(3)] == [0.059171, 0.579619, 0.201021]   # for ever
+
+
+@pytest.mark.parametrize("name, lines, sentence", [
+    ("t.jsonl", ['{"image": "a", "text": "b"}', '{"image": "a", '], "t.jsonl, line 2: not valid JSON"),
+    ("t.jsonl", ['["a"]'], "line 1: not a JSON object"),
+    ("t.jsonl", ['{"text": "b"}'], "line 1: no picture .* among text"),
+    ("t.jsonl", ['{"image": "a", "text": ["b"]}'], "line 1: text is not plain text"),
+    ("t.jsonl", ['{"image": "a", "text": "b", "split": "tain"}'], "line 1: the split is 'tain'"),
+    ("t.jsonl", ['{"image": "a", "text": "b", "closed": 3}'], "line 1: closed is '3'"),
+    ("t.csv", ["picture,text", "a,b", "a,b,c"], "t.csv, line 3: 3 fields, not 2"),
+    ("t.csv", ["picture,text", 'a,"b'], "line 2: not valid CSV"),
+    ("t.csv", ["picture,text", ",b"], "line 2: the picture's name is empty"),
+    ("t.csv", ["picture,words", "a,b"], "line 2: no text .* among picture, words"),
+    ("t.txt", ["picture,text"], "holds no table"),
+])
+def test_a_malformed_table_is_named_by_file_and_line(tmp_path, name, lines, sentence):
+    (tmp_path / name).write_text("\n".join(lines))
+    with pytest.raises(UserError, match=sentence):
+        list(table.rows(tmp_path, "pretrain"))
+
+
+def test_a_table_must_be_one_and_utf8(tmp_path):
+    (tmp_path / "a.csv").write_bytes("picture,text\na.png,caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        list(table.rows(tmp_path, "pretrain"))
+    (tmp_path / "b.jsonl").touch()
+    with pytest.raises(UserError, match="2 tables"):
+        list(table.rows(tmp_path, "pretrain"))
+
+
+def write_lines(path, *entries):
+    """Lines of text, or of JSON where an entry is a dict."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def medpix_entry(name, caption, kind="CT", part="Head"):
+    return {"Type": kind, "U_id": "MPX1", "image": name, "Description": {"Caption": caption, "Plane": None},
+            "Location": "Brain", "Location Category": part}
+
+
+def test_medpix(tmp_path):
+    root = tmp_path / "MedPix-2-0"
+    folder = root / "splitted_dataset"
+    write_lines(folder / "descriptions_train.jsonl", medpix_entry("MPX1_synpic1", "Mass.\n\n• large"),
+                medpix_entry("MPX1_synpic2", medpix.PLACEHOLDER + " OR FINDINGS."))
+    write_lines(folder / "descriptions_dev.jsonl", medpix_entry("MPX2_synpic3", "Cyst", "MR", "Abdomen"))
+    write_lines(folder / "descriptions_test.jsonl", medpix_entry("MPX3_synpic4", None))
+    rows = list(medpix.rows(tmp_path, "cls"))   # the clone, or the folder in it
+    assert rows == list(medpix.rows(root, "cls"))
+    assert [row.split for row in rows] == ["train", "train", "val", "test"]
+    assert rows[0] == Row("train", root / "images" / "MPX1_synpic1.png", "Mass.\n\n• large", label="Head",
+                          group="CT Head")
+    assert [row.skip for row in rows] == [None, "placeholder caption", None, None]
+    assert (rows[2].label, rows[2].group) == ("Abdomen", "MR Abdomen")
+
+    entry = medpix_entry("a", "b")
+    write_lines(folder / "descriptions_test.jsonl", entry, entry | {"Description": 3})
+    with pytest.raises(UserError, match="descriptions_test.jsonl, line 2: its Description has no Caption"):
+        list(medpix.rows(root, "cls"))
+    with pytest.raises(UserError, match="vqa"):
+        list(medpix.rows(root, "vqa"))
+
+
+def roco_miniature(root, validation="validation"):
+    for name, numbers in ("train", range(1, 4)), (validation, range(4, 20)), ("test", range(20, 30)):
+        folder = root / name / "radiology"
+        write_lines(folder / "captions.txt", *[f"ROCO_{i:05}\t Axial CT  number {i}." for i in numbers])
+        links = [f"ROCO_{i:05}\twget -r ftp://host/pub/{i % 7}/PMC{i}.tar.gz\tfig {i}.jpg" for i in numbers]
+        write_lines(folder / "dlinks.txt", *links)
+        (folder / "images").mkdir()
+        for i in numbers:
+            noise(20, 20, seed=i).save(folder / "images" / f"ROCO_{i:05}.jpg")
+    with open(root / "train" / "radiology" / "captions.txt", "a") as file:
+        file.write("ROCO_00090\t Two words.\n")
+
+
+@pytest.mark.parametrize("validation", ["validation", "val"])
+def test_roco(tmp_path, validation):
+    root = tmp_path / "roco"
+    roco_miniature(root, validation)
+    rows = list(roco.rows(root, "pretrain"))
+    assert len(rows) == 30 and {row.split for row in rows} == {"train", "val", "test"}
+    assert rows[0] == Row("train", root / "train/radiology/images/ROCO_00001.jpg", " Axial CT  number 1.\n")
+    assert [row.skip for row in rows].count("under 3 words") == 1 and rows[3].skip
+
+    references = tmp_path / "medicat" / "release" / "roco_files"
+    write_lines(references / "roco_train_references.jsonl",
+                {"roco_image_id": "PMC2_fig 2.jpg", "gorc_references": ["Figure 2 shows this.", "See Fig."]},
+                {"roco_image_id": "PMC3_fig 3.jpg", "gorc_references": None},
+                {"roco_image_id": "PMC99_fig 3.jpg", "gorc_references": ["Of no picture here."]})
+    more = list(roco.rows(root, "pretrain"))
+    added = [row for row in more if row not in rows]
+    assert [(row.picture.stem, row.text, row.skip) for row in added] == [
+        ("ROCO_00002", "Figure 2 shows this.", None), ("ROCO_00002", "See Fig.", "under 3 words")]
+    meta = packed(root, tmp_path / "pack", reader=roco)
+    assert meta["pictures"] == 29 and meta["samples"] == {"train": 4, "val": 16, "test": 10}
+
+
+def test_roco_retrieval_takes_pairs_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(roco, "RETRIEVAL_PAIRS", 8)
+    roco_miniature(tmp_path)
+    first = [row.picture for row in roco.rows(tmp_path, "irtr") if row.split == "val"]
+    assert len(first) == 8 and first == sorted(first, key=lambda picture: draw(picture.stem))
+    first[0].unlink()
+    rows = list(roco.rows(tmp_path, "irtr"))
+    second = [row.picture for row in rows if row.split == "val"]
+    assert second[:8] == first and len(second) == 9   # the missing one is listed, another takes its place
+    assert len([row for row in rows if row.split == "train"]) == 4
+    with pytest.raises(UserError, match="task vqa"):
+        list(roco.rows(tmp_path, "vqa"))
+
+
+def test_roco_without_pictures(tmp_path, capsys):
+    roco_miniature(tmp_path / "roco")
+    for path in (tmp_path / "roco").rglob("*.jpg"):
+        path.unlink()
+    said = refused(capsys, "roco", "--root", tmp_path / "roco", "--out", tmp_path / "pack")
+    assert "29 of 29 pictures" in said and "train/radiology/images/ROCO_00001.jpg (missing picture)" in said
+    assert listing(tmp_path) == ["roco"]
+
+    captions = tmp_path / "roco" / "test" / "radiology" / "captions.txt"
+    write_lines(captions, "ROCO_00001\tA b c.", "ROCO_00002 A b c.")
+    with pytest.raises(UserError, match="captions.txt, line 2: no tab"):
+        list(roco.rows(tmp_path / "roco", "pretrain"))
+
+
+def test_medicat(tmp_path, monkeypatch):
+    monkeypatch.setattr(medicat, "HELD_OUT", 4)
+    entries = [{"radiology": i != 5, "pdf_hash": f"paper{i // 2}", "fig_uri": f"{i}-Figure1-1.png",
+                "s2_caption": f"Axial CT number {i}." if i != 6 else None,
+                "s2orc_references": [f"Figure {i} shows a mass.", "See Figure"] if i % 2 else None}
+               for i in range(30)]
+    write_lines(tmp_path / "release" / medicat.ANNOTATIONS, *entries)
+    rows = list(medicat.rows(tmp_path, "pretrain"))
+    usable = {row.picture.name: row.split for row in rows if row.skip is None}
+    assert len(usable) == 28   # not the figure that is no radiology, nor the one without a text
+    assert "paper2_5-Figure1-1.png" not in usable and "paper3_6-Figure1-1.png" not in usable
+    assert list(usable.values()) == ["val"] * 4 + ["test"] * 4 + ["train"] * 20
+    of_one = [row for row in rows if row.picture == tmp_path / "release/figures/paper0_1-Figure1-1.png"]
+    assert [row.text for row in of_one] == ["Axial CT number 1.", "Figure 1 shows a mass.", "See Figure"]
+    assert [row.skip for row in of_one] == [None, None, "under 3 words"]
+
+    del entries[3]["s2_caption"]
+    write_lines(tmp_path / "release" / medicat.ANNOTATIONS, *entries)
+    with pytest.raises(UserError, match="line 4: has no s2_caption"):
+        list(medicat.rows(tmp_path, "pretrain"))
+    with pytest.raises(UserError, match="cannot be read .No such file"):
+        list(medicat.rows(tmp_path / "nowhere", "pretrain"))
+
+
+# ------------------------------------------------------------------------------------------------- real data
+
+@needs(not (REAL / "MedPix-2-0").is_dir())
+def test_real_medpix():
+    rows = list(medpix.rows(REAL / "MedPix-2-0", "pretrain"))
+    count = {split: sum(row.split == split for row in rows) for split in SPLITS}
+    placeholders = {split: sum(row.split == split and row.skip is not None for row in rows)
+                    for split in SPLITS}
+    assert count == {"train": 1653, "val": 197, "test": 200}
+    assert placeholders == {"train": 15, "val": 6, "test": 0}
+    assert len({row.label for row in rows}) == 5 and len({row.group for row in rows}) == 10
+    assert all(row.picture.is_file() for row in rows)
+    kept, skipped = prepare.sift(rows, "pretrain")
+    assert len(kept) == 2029 and len(skipped) == 21 and not any("\n" in row.text for row in kept)
+
+
+@needs(not (REAL / "vqa_rad").is_dir() or not (REAL / "MedPix-2-0").is_dir())
+def test_real_medpix_without_vqa_rad():
+    rows = prepare.excluding(medpix.rows(REAL / "MedPix-2-0", "pretrain"), REAL / "vqa_rad" / "images")
+    assert sum(row.skip == "excluded" for row in rows) == 19
+
+
+@needs(not (REAL / "roco").is_dir())
+def test_real_roco_has_no_pictures(tmp_path, capsys):
+    rows = list(roco.rows(REAL / "roco", "pretrain"))
+    assert sum(row.skip is not None for row in rows) == 116 + 131 and len(rows) == 8179 + 8180
+    said = refused(capsys, "roco", "--root", REAL / "roco", "--out", tmp_path / "pack")
+    assert "16,112 of 16,112 pictures" in said and "validation/radiology/images/ROCO_00020.jpg" in said
+    assert listing(tmp_path) == []
