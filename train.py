@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import m3ae_mini                                         # before torch: it says how threads wait for each other
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -190,7 +191,7 @@ def evaluate(model, samples, place, limit):
 
 def report(model, packs, tokenizer, cfg, train_cfg, place, out):
     """The best checkpoint on the test split, each figure beside what ignorance gives."""
-    best = loop.load_checkpoint(out / "best.pt")
+    best = loop.load_checkpoint(place.from_main(lambda: out / "best.pt"))              # once the main one wrote it
     model.load_state_dict(best["model"])
     test = Samples(packs, "test", tokenizer, cfg, train_cfg)
     found = evaluate(model, test, place, test.n)

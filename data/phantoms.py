@@ -164,8 +164,8 @@ class Canvas:
 
 
 # ---------------------------------------------------------------------------------------------- four kinds
-# Each draws an anatomy by lot and the findings in it. It returns the picture and the body's mask (S, S),
-# and the standard deviation of the noise.
+# Each draws an anatomy by lot (the same one for any findings) and the findings in it. It returns the picture
+# and the body's mask, both (S, S), and the standard deviation of the noise.
 
 def draw_chest(size: int, rng, findings):
     """Frontal radiograph: dark lungs crossed by ribs, a bright heart and spine, two domes of diaphragm."""
@@ -440,7 +440,7 @@ def questions(scene: Scene) -> Iterator[tuple[str, str, bool]]:
 # ---------------------------------------------------------------------------------------------- rows
 
 class Phantom(NamedTuple):
-    """A picture yet to be drawn."""
+    """A picture yet to be drawn, at whatever size."""
     seed: int
     number: int
 

@@ -44,7 +44,8 @@ class Pack:
                             f"--out {folder}")
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text())
-            version, self.size, counts = (self.meta[key] for key in ("version", "size", "samples"))
+            version, self.size = self.meta["version"], int(self.meta["size"])
+            ends = np.cumsum([0] + [int(self.meta["samples"].get(split, 0)) for split in SPLITS])
             sizes = {name: entry["bytes"] for name, entry in self.meta["files"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}/meta.json is damaged ({error!r}): prepare the pack again") from None
@@ -58,7 +59,6 @@ class Pack:
 
         self.samples = np.load(self.folder / "samples.npy", mmap_mode="r", allow_pickle=False)
         self.offsets = np.load(self.folder / "offsets.npy", mmap_mode="r", allow_pickle=False)
-        ends = np.cumsum([0] + [counts.get(split, 0) for split in SPLITS])
         self.split = {split: range(ends[i], ends[i + 1]) for i, split in enumerate(SPLITS)}
         self.images = open(self.folder / "images.bin", "rb", buffering=0)
         self.lock = threading.Lock()               # one file position, several readers (training, validation)

@@ -47,9 +47,10 @@ def choose_words(starts, real, rows, ratio, whole_word=True):
 
     Words are taken in random order until `ratio` of the row's real tokens are reached, at least one word a row
     (the release drew single tokens, padding included, and left a quarter of short captions with nothing hidden)."""
-    if whole_word:
-        rows = np.take_along_axis(rows, starts.cumsum(axis=1), axis=1)                 # a word's tokens share a number
-    draw = np.where(real, rows, 2.0)                                                   # (B, T)
+    if not whole_word:
+        starts = np.ones_like(starts)                                                  # each token is a word of its own
+    word = starts.cumsum(axis=1)                                                       # (B, T) number of a token's word
+    draw = np.where(real, np.take_along_axis(rows, word, axis=1), 2.0)                 # (B, T) one number a word
 
     before = (draw[:, None, :] < draw[:, :, None]).sum(axis=2)                         # (B, T) tokens of words drawn earlier
     wanted = np.round(ratio * real.sum(axis=1, keepdims=True))                         # (B, 1) tokens

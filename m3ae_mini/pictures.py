@@ -89,6 +89,7 @@ def write_caption(sheet, corner, width, pieces):
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     x, y = corner
     for text, colour in pieces:
+        text = text.replace("\n", " ")            # a model that has learned nothing yet writes anything
         length = draw.textlength(text, font)
         if x + length > corner[0] + width and x > corner[0]:
             x, y, text = corner[0], y + 18, text.lstrip()

@@ -78,7 +78,7 @@ class Tokenizer:
         """texts, a list -> a list of (ids (n,), starts (n,)), special tokens left out: starts is true where a word
         begins, as the tokenizer itself split them."""
         pairs = []
-        for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False):
+        for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False):
             words = np.array([-1 if word is None else word for word in encoding.word_ids], dtype=np.int64)
             pairs.append((np.array(encoding.ids, dtype=np.int64), np.diff(words, prepend=-2) != 0))
         return pairs

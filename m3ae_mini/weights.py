@@ -213,12 +213,10 @@ def read_safetensors(path):
             start, end = entry["data_offsets"]
             if not place == start <= end <= space:
                 raise ValueError(f"tensor {name} claims bytes {start} to {end} of {place} to {space}")
-            data, place = file.read(end - start), end
+            data, place = bytearray(file.read(end - start)), end
             if entry["dtype"] in DTYPES:
-                vector = torch.frombuffer(bytearray(data), dtype=DTYPES[entry["dtype"]])
-                if len(vector) != math.prod(entry["shape"]) or min(entry["shape"], default=1) < 0:
-                    raise ValueError(f"tensor {name} claims another shape than its bytes have")
-                tensors[name] = vector.float().reshape(entry["shape"])
+                shape = torch.empty(entry["shape"], device="meta").shape    # refuses what is no shape
+                tensors[name] = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]]).float().view(shape)
     return tensors
 
 
@@ -238,22 +236,24 @@ def read_torch(path):
             name, node = todo.pop()
             if not isinstance(node, Inert) or id(node) in seen or len(name) > 255:
                 continue
-            if node.name == "torch._utils _rebuild_tensor_v2":
-                (_, kind, key, *_), offset, shape, stride, *_ = node.args
-                if kind.name in DTYPES:
-                    entry = f"{pickled.removesuffix('.pkl')}/{key}"
-                    if entry not in storages:
-                        data = bytearray(archive.open(entry).read(size))
-                        storages[entry] = torch.frombuffer(data, dtype=DTYPES[kind.name]).float()
-                        budget -= len(data)
-                    tensors[name] = storages[entry].as_strided(shape, stride, offset)
-                    budget -= tensors[name].numel() * DTYPES[kind.name].itemsize
-                    if budget < 0:
-                        raise ValueError(f"tensor {name} claims more numbers than the file has")
-            else:
+            if node.name != "torch._utils _rebuild_tensor_v2":
                 seen.add(id(node))
                 todo += [(f"{name}.{key}".strip("."), item) for key, item in node.items()]
                 todo += [(name, item) for item in node.args[:1]]    # what a Parameter is made of
+                continue
+
+            storage, offset, shape, stride = node.args[:4]
+            kind, entry = storage[1].name, pickled.removesuffix(".pkl") + "/" + storage[2]
+            if kind not in DTYPES:
+                continue
+            if entry not in storages:
+                data = bytearray(archive.open(entry).read(size))
+                storages[entry] = torch.frombuffer(data, dtype=DTYPES[kind]).float()
+                budget -= len(data)
+            tensors[name] = storages[entry].as_strided(shape, stride, offset)
+            budget -= tensors[name].numel() * DTYPES[kind].itemsize + len(shape)
+            if budget < 0:
+                raise ValueError(f"tensor {name} claims more numbers than the file has")
     return content, tensors
 
 
@@ -320,11 +320,13 @@ def infer(state, path, known, parts):
             raise UserError(f"{path} does not tell how many heads share a width of {found[width]}: give --{heads}")
         found[heads] = known.get(heads, found[width] // 64)
 
-    for task, field in ("vqa", "num_answers"), ("cls", "num_classes"), ("irtr", None):
-        if task in parts:
-            found.update({"task": task} | ({field: size(f"objectives.{task}.head.3.bias")} if field else {}))
     if parts & {"mlm", "mim", "itm"}:
         found.update({name: known.get(name, 1.0) if name in parts else 0.0 for name in ("mlm", "mim", "itm")})
+    if "irtr" in parts:
+        found["task"] = "irtr"
+    for task, answers in ("vqa", "num_answers"), ("cls", "num_classes"):
+        if task in parts:
+            found.update({"task": task, answers: size(f"objectives.{task}.head.3.bias")})
     return found
 
 
@@ -377,16 +379,20 @@ def load_m3ae(path, **given):
     with readable(path):
         config = content.get("model_config", content.get("hyper_parameters", {}))
         config = config.get("config", config)
+        config = {"fusion_heads": config.get("num_heads")} | config         # its released name
         known = {f.name: config[f.name] for f in fields(ModelConfig)
                  if isinstance(config.get(f.name), (float, int) if type(f.default) is float else type(f.default))}
     known |= given
     found = infer(state, path, known, {"vit", "text", "fusion"} | {part(name) for name in state})
-    free = ["max_text_len", "mim_layer", "mask_ratio", "norm_pix_loss", "dropout", "attn_dropout"]
-    cfg = ModelConfig(**{field: known[field] for field in free if field in known}, **found)
+    papers = {"mim_layer": 3 if found["fusion_layers"] > 3 else -1,
+              "max_text_len": min(64, found["text_max_positions"] - 2)}
+    cfg = ModelConfig(**papers | known | found)
 
-    assumed = [field for field in found if field.endswith("_heads")] + ["mim_layer"] * ("decoder_width" in found)
-    assumed = [f"{field} {getattr(cfg, field)}" for field in assumed if field not in known]
-    state.notes = [f"{path} does not tell, hence assumed: {', '.join(assumed)}"] if assumed else []
+    assumed = [f"{field} {getattr(cfg, field)}" for field in ("mim_layer", *found)
+               if field.endswith(("_layer", "_heads")) and field not in known]
+    state.notes = [f"{path} does not tell and is taken to have: {', '.join(assumed)}"] if assumed else []
+    with torch.device("meta"):
+        fit(M3AE(cfg), state, path)
     return cfg, state
 
 
@@ -435,8 +441,7 @@ def start(model, sources):
             lines.append(f"{source}: image positions resized from {len(state['vit.pos'])} to {len(taken['vit.pos'])}")
         rest = [*state.rest, *(name for name in state if name not in taken)]
         groups = Counter(re.split(r"\.\d+\.|\.(?:weight|bias)$", name)[0] for name in rest)
-        lines += [*state.notes, f"{source}: not used, as this model has no place for them: "
-                  + (", ".join(f"{group} ({n})" for group, n in groups.items()) or "none")]
+        lines += [*state.notes, *(f"{source}: not used, this model has no {group} ({n})" for group, n in groups.items())]
 
     for name, tensor in model.state_dict().items():
         row = part(name), origin.get(name, "random")

@@ -352,7 +352,8 @@ def test_sine_cosine_positions(width, side):
 def test_patches_and_target(norm_pix_loss, small_config):
     cfg = small_config(image_size=12, patch_size=4, norm_pix_loss=norm_pix_loss)
     image = torch.randn(2, 3, 12, 12) * 0.3 + 2
-    image[:, :, :4, :4] = 1.5                                                  # a patch of one value has no variance
+    image[:, :, :4, :4] = 1.5                                                  # a patch of one value has no variance,
+    image[:, :, 4:8, :4] = torch.randn(2, 3, 4, 4) * 1e-3                      # another one hardly any
     assert torch.equal(patchify(image, 4), slow_patches(image, 4))
     torch.testing.assert_close(MIM.target(image, cfg), slow_target(image, cfg), rtol=1e-4, atol=1e-4)
 

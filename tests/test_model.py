@@ -481,6 +481,20 @@ def test_dropout_is_for_training(small_config, random_batch):
         assert torch.equal(model(batch)["loss"], model(batch)["loss"])
 
 
+def test_places_of_dropout(small_config, random_batch):
+    """Text: on the embeddings and after both sub-layers of a layer. Fusion: after all three."""
+    cfg = small_config(dropout=0.1)
+    model, batch, calls = seeded(cfg), random_batch(cfg), []
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(lambda module, *_: calls.append(module.p))
+    text = model.encode_text(batch["text_ids"], batch["text_mask"])
+    assert calls == [0.1] * (1 + 2 * cfg.text_layers)
+    calls.clear()
+    model.fuse(text, model.encode_image(batch["image"]), batch["text_mask"])
+    assert calls == [0.1] * (3 * 2 * cfg.fusion_layers)
+
+
 def test_dropout_spares_image_encoder_and_decoder(small_config, random_batch):
     cfg = small_config(dropout=0.3, attn_dropout=0.3)
     model, batch = seeded(cfg), random_batch(cfg)

@@ -1,0 +1,380 @@
+"""Tokenizers, packs and the loader."""
+import json
+import threading
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from PIL import Image
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+
+from data import Row, prepare
+from m3ae_mini import ModelConfig, masking
+from m3ae_mini.config import TrainConfig, UserError, _build
+from m3ae_mini.data import VAL_CHUNK, Pack, Samples, load, normalise, training_chunks, validation_chunks
+from m3ae_mini.text import Tokenizer
+
+SIDES, SIZES, FINDINGS = ("left", "right"), ("small", "large"), ("pneumothorax", "nodule", "effusion", "cardiomegaly")
+CAPTIONS = [f"{size} {finding} on the {side}, number {n}." for n in range(4) for side in SIDES for size in SIZES
+            for finding in FINDINGS]
+
+
+def write_pack(folder, captions, counts, size=16, colour_every=3, seed=0, groups=2):
+    """A pack of random pictures; picture n of caption n. -> (Pack, pictures uint8 (n, 3, size, size))"""
+    rng = np.random.default_rng(seed)
+    pictures, rows = [], []
+    splits = [split for split, count in counts.items() for _ in range(count)]
+    for n, (caption, split) in enumerate(zip(captions, splits)):
+        grey = n % colour_every != 0
+        pixels = rng.integers(0, 256, (size, size) if grey else (size, size, 3), dtype=np.uint8)
+        path = folder.parent / f"{folder.name}-{n}.png"
+        Image.fromarray(pixels).save(path)
+        pictures.append(np.stack([pixels] * 3) if grey else pixels.transpose(2, 0, 1))
+        rows.append(Row(split, path, caption, group=f"kind {n % groups}"))
+    prepare.pack(rows, out=folder, name="test", task="pretrain", size=size, root=folder.parent, workers=1)
+    return Pack(folder), np.stack(pictures)
+
+
+def settings(tokenizer, **changes):
+    """A small architecture and training settings to go with 16-pixel pictures."""
+    train = {name: changes.pop(name) for name in list(changes) if name in TrainConfig.__dataclass_fields__}
+    cfg = ModelConfig.preset("tiny", image_size=16, patch_size=4, vocab_size=tokenizer.vocab_size,
+                             text_kind=tokenizer.kind, max_text_len=20, **changes)
+    return cfg, _build(TrainConfig, "tiny", {"batch_size": 8, "micro_batch": 8, "steps": 6, **train})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    pack, pictures = write_pack(tmp_path_factory.mktemp("packs") / "one", CAPTIONS, {"train": 37, "val": 21, "test": 6})
+    return pack, pictures, Tokenizer.train(CAPTIONS, 400)
+
+
+# ---------------------------------------------------------------------------------------------- tokenizers
+
+def bert_tokenizer(texts, path=None):
+    """A WordPiece tokenizer as BERT's files have it: with its own cutting and padding switched on."""
+    backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    backend.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=60, special_tokens=names, show_progress=False))
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]",
+                                                           special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    backend.enable_truncation(4)
+    backend.enable_padding(length=128)
+    if path:
+        backend.save(str(path))
+    return backend
+
+
+def test_trained_tokenizer_has_robertas_special_tokens():
+    tokenizer = Tokenizer.train(CAPTIONS, 300)
+    assert tokenizer.kind == "roberta" and tokenizer.vocab_size <= 300
+    assert (tokenizer.cls_id, tokenizer.pad_id, tokenizer.sep_id) == (0, 1, 2)
+    assert tokenizer.mask_id == tokenizer.vocab_size - 1
+    assert set(tokenizer.ordinary) == set(range(tokenizer.vocab_size)) - {0, 1, 2, 3, tokenizer.mask_id}
+    ids, _ = tokenizer.encode(["Large EFFUSION"])[0]
+    assert "".join(tokenizer.words(ids)).strip() == "large effusion"
+
+
+@pytest.mark.parametrize("kind", ["roberta", "bert"])
+def test_words_start_where_the_tokenizer_split_them(kind, tmp_path):
+    if kind == "roberta":
+        tokenizer = Tokenizer.train(CAPTIONS, 262)          # hardly any merges: words fall into letters
+    else:
+        bert_tokenizer(CAPTIONS, tmp_path / "tokenizer.json")
+        tokenizer = Tokenizer.load(tmp_path)
+    text = "large pneumothorax, left."
+    ids, starts = tokenizer.encode([text])[0]
+    assert tokenizer.kind == kind and len(ids) > 8          # not cut at 4, as the file asked
+    pieces = tokenizer.words(ids)
+    words = [""]
+    for piece, start in zip(pieces, starts):
+        if start:
+            words.append("")
+        words[-1] += piece.strip()
+    assert words[1:] == ["large", "pneumothorax", ",", "left", "."] and words[0] == ""
+
+
+@pytest.mark.parametrize("kind", ["roberta", "bert"])
+def test_whole_words_are_hidden_on_both_kinds(kind, tmp_path):
+    tokenizer = Tokenizer.train(CAPTIONS, 262) if kind == "roberta" else Tokenizer(bert_tokenizer(CAPTIONS))
+    pack, _ = write_pack(tmp_path / "p", CAPTIONS, {"train": 64})
+    cfg, train_cfg = settings(tokenizer)
+    cfg.max_text_len = 60
+    samples = Samples([pack], "train", tokenizer, cfg, train_cfg)
+    for whole in (True, False):
+        train_cfg.whole_word = whole
+        batch = samples.batch(np.arange(64), 0, 0, 0, np.empty((64, 3, 16, 16), np.uint8))
+        split_words = 0
+        for row in range(64):
+            _, starts = tokenizer.encode([pack.line(row)["text"]])[0]
+            word = np.cumsum(starts)
+            hidden = batch["mlm_labels"][row, 1:1 + len(word)] != -100
+            assert hidden.any()
+            split_words += sum(0 < hidden[word == w].sum() < (word == w).sum() for w in set(word))
+        assert split_words == 0 if whole else split_words > 20
+
+
+def test_tokenizer_errors(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer at"):
+        Tokenizer.load(tmp_path / "nothing")
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="can be read"):
+        Tokenizer.load(tmp_path)
+    tokenizers.Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="special tokens"):
+        Tokenizer.load(tmp_path)
+
+
+def test_long_captions_are_counted_and_cut(made):
+    pack, _, tokenizer = made
+    cfg, train_cfg = settings(tokenizer)
+    cfg.max_text_len = 8
+    samples = Samples([pack], "train", tokenizer, cfg, train_cfg)
+    lengths = [len(tokenizer.encode([line["text"]])[0][0]) for line in pack.lines("train")]
+    assert samples.cut == sum(length > 6 for length in lengths) > 0
+    ids = samples.batch(np.arange(8), 0, 0, 0, np.empty((8, 3, 16, 16), np.uint8))["text_ids"]
+    assert ids.shape[1] == 8 and (ids[:, 0] == tokenizer.cls_id).all()
+    assert all((row == tokenizer.sep_id).sum() == 1 for row in ids)
+
+
+# ---------------------------------------------------------------------------------------------- what a batch holds
+
+def read(samples, chunks, **more):
+    return list(load(samples, chunks, samples.train_cfg.seed, "cpu", **more))
+
+
+def test_order_and_content(made):
+    pack, pictures, tokenizer = made
+    cfg, train_cfg = settings(tokenizer, steps=20, micro_batch=4)
+    samples = Samples([pack], "train", tokenizer, cfg, train_cfg)
+    seen = read(samples, training_chunks(samples, train_cfg, 0))
+    assert [(step, chunk) for step, chunk, _, _ in seen] == [(s, c) for s in range(20) for c in range(2)]
+
+    stream = np.concatenate([numbers for _, _, numbers, _ in seen])
+    for epoch in range(len(stream) // 37):
+        assert sorted(stream[37 * epoch:37 * epoch + 37]) == list(range(37))           # nothing dropped at the seam
+    assert (stream[:37] != stream[37:74]).any()
+
+    for _, _, numbers, batch in seen[:6]:
+        wanted = normalise(torch.from_numpy(pictures[numbers]))
+        assert torch.equal(batch["image"], wanted)
+        for row, number in enumerate(numbers):
+            ids, mask, labels = (batch[name][row] for name in ("text_ids", "text_mask", "mlm_labels"))
+            body = tokenizer.encode([CAPTIONS[number]])[0][0]
+            assert ids[mask.bool()].tolist() == [tokenizer.cls_id, *body, tokenizer.sep_id]
+            assert (ids[~mask.bool()] == tokenizer.pad_id).all()
+            hidden = labels != -100
+            assert hidden.any() and (labels[hidden] == ids[hidden]).all()
+            assert torch.equal(batch["mlm_ids"][row][~hidden], ids[~hidden])
+        places = batch["mlm_positions"]
+        hidden = batch["mlm_labels"].flatten() != -100
+        assert torch.equal(places[:hidden.sum()], hidden.nonzero()[:, 0]) and (places[hidden.sum():] == 0).all()
+        assert not hidden[0]                                                           # so filler counts for nothing
+
+
+def test_a_chunk_is_a_pure_function_of_its_place(made):
+    """From any step on, and whoever reads the other chunks, a chunk is the same."""
+    pack, _, tokenizer = made
+    cfg, train_cfg = settings(tokenizer, steps=9, micro_batch=4)
+    samples = Samples([pack], "train", tokenizer, cfg, train_cfg)
+    whole = {(step, chunk): (numbers, batch) for step, chunk, numbers, batch
+             in read(samples, training_chunks(samples, train_cfg, 0))}
+    parts = [read(samples, training_chunks(samples, train_cfg, start, rank, 2)) for start in (0, 5) for rank in (0, 1)]
+    for step, chunk, numbers, batch in (item for part in parts for item in part):
+        same_numbers, same_batch = whole[step, chunk]
+        assert (numbers == same_numbers).all()
+        assert all(torch.equal(batch[name], same_batch[name]) for name in batch)
+
+
+def test_shapes_repeat(made):
+    """Text comes in at most four lengths, masked positions in multiples of the chunk's rows."""
+    pack, _, tokenizer = made
+    cfg, train_cfg = settings(tokenizer, steps=30)
+    samples = Samples([pack], "train", tokenizer, cfg, train_cfg)
+    seen = read(samples, training_chunks(samples, train_cfg, 0))
+    assert {batch["text_ids"].shape[1] for *_, batch in seen} <= {5, 10, 15, 20}
+    assert all(len(batch["mlm_positions"]) % 8 == 0 for *_, batch in seen)
+
+
+def test_a_pack_smaller_than_a_batch(made, tmp_path):
+    _, _, tokenizer = made
+    pack, _ = write_pack(tmp_path / "small", CAPTIONS, {"train": 3, "val": 1})
+    cfg, train_cfg = settings(tokenizer, steps=3)
+    samples = Samples([pack], "train", tokenizer, cfg, train_cfg)
+    stream = np.concatenate([numbers for _, _, numbers, _ in read(samples, training_chunks(samples, train_cfg, 0))])
+    assert sorted(stream) == sorted(list(range(3)) * 8)
+    assert [len(n) for _, _, n, _ in read(Samples([pack], "val", tokenizer, cfg, train_cfg),
+                                          validation_chunks(Samples([pack], "val", tokenizer, cfg, train_cfg), 99))] == [1]
+
+
+def test_several_packs_are_one_stream(made, tmp_path):
+    one, pictures, tokenizer = made
+    two, more = write_pack(tmp_path / "two", CAPTIONS[::-1], {"train": 10, "val": 5}, seed=1)
+    cfg, train_cfg = settings(tokenizer, steps=8)
+    samples = Samples([one, two], "train", tokenizer, cfg, train_cfg)
+    assert samples.n == 47
+    wanted = normalise(torch.from_numpy(np.concatenate([pictures[:37], more[:10]])))
+    for _, _, numbers, batch in read(samples, training_chunks(samples, train_cfg, 0)):
+        assert torch.equal(batch["image"], wanted[numbers])
+        for row, number in enumerate(numbers):
+            text = (CAPTIONS[number] if number < 37 else CAPTIONS[::-1][number - 37])
+            assert batch["text_ids"][row][1:1 + len(tokenizer.encode([text])[0][0])].tolist() == \
+                tokenizer.encode([text])[0][0].tolist()
+
+    with pytest.raises(UserError, match="--size"):
+        big, _ = write_pack(tmp_path / "big", CAPTIONS, {"train": 4}, size=20)
+        Samples([one, big], "train", tokenizer, cfg, train_cfg)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_validation_counts_each_sample_once(made, world, tmp_path):
+    _, _, tokenizer = made
+    pack, _ = write_pack(tmp_path / "v", CAPTIONS * 2, {"train": 1, "val": 2 * VAL_CHUNK + 7})
+    cfg, train_cfg = settings(tokenizer)
+    samples = Samples([pack], "val", tokenizer, cfg, train_cfg)
+    parts = [list(validation_chunks(samples, 10 ** 9, rank, world)) for rank in range(world)]
+    numbers = np.concatenate([n for part in parts for _, _, n in part])
+    assert sorted(numbers) == list(range(samples.n))
+    limited = np.concatenate([n for _, _, n in validation_chunks(samples, 40)])
+    assert len(set(limited)) == 40 and limited.max() > 60
+
+
+def test_wrong_pictures_differ_in_picture_and_caption(tmp_path, made):
+    """Rows that share a picture or a caption are never given to each other."""
+    tokenizer = made[2]
+    captions = ["small nodule.", "large nodule.", "small effusion.", "large effusion."] * 4
+    paths = []
+    for n in range(4):
+        paths.append(tmp_path / f"{n}.png")
+        Image.fromarray(np.full((16, 16), 50 * n, np.uint8)).save(paths[-1])
+    rows = [Row("train", paths[n // 4], caption, group="even" if n // 4 % 2 else "odd") for n, caption in enumerate(captions)]
+    prepare.pack(rows, out=tmp_path / "pack", name="x", task="pretrain", size=16, root=tmp_path, workers=1)
+    cfg, train_cfg = settings(tokenizer)
+    samples = Samples([Pack(tmp_path / "pack")], "train", tokenizer, cfg, train_cfg)
+    numbers = np.arange(16)
+    for step in range(20):
+        batch = samples.batch(numbers, 0, step, 0, np.empty((16, 3, 16, 16), np.uint8))
+        assert (batch["itm_index"] != numbers).sum() == 8
+        for name in ("itm_index", "other_index", "kin_index"):
+            moved = batch[name] != numbers
+            assert (batch[name][moved] // 4 != numbers[moved] // 4).all()              # another picture
+            assert (batch[name][moved] % 4 != numbers[moved] % 4).all()                # and another caption
+        assert (batch["kin_index"] // 4 % 2 == numbers // 4 % 2).all()                 # of the same kind
+        assert (batch["kin_index"] != numbers).all() and (batch["other_index"] != numbers).all()
+
+
+def test_crops_equal_pillows(made, tmp_path):
+    """A training crop is Pillow's own resize of a box that keeps 90-100 % of the area; validation sees the whole."""
+    tokenizer = made[2]
+    pack, pictures = write_pack(tmp_path / "margin", CAPTIONS, {"train": 12, "val": 4}, size=24, colour_every=1)
+    cfg, train_cfg = settings(tokenizer, crop=0.9, steps=40)
+    samples = Samples([pack], "train", tokenizer, cfg, train_cfg)
+    out = np.empty((12, 3, 16, 16), np.uint8)
+    samples.batch(np.arange(12), 0, 0, 0, out, crop=True)
+    numbers = masking.uniform(0, masking.CROP, 0, 0, (12, 8, 4))
+    from m3ae_mini.data import crop_box
+    boxes = [crop_box(24, 0.9, n) for n in numbers]
+    assert len(set(boxes)) > 1
+    for row, box in enumerate(boxes):
+        left, top, right, bottom = box
+        assert 0 <= left < right <= 24 and 0 <= top < bottom <= 24
+        assert 0.85 * 24 * 24 <= (right - left) * (bottom - top)                       # rounding to whole pixels
+        whole = Image.fromarray(pictures[row].transpose(1, 2, 0))
+        assert (out[row].transpose(1, 2, 0) == np.asarray(whole.resize((16, 16), Image.Resampling.BICUBIC, box=box))).all()
+
+    with pytest.raises(UserError, match="--size 16"):
+        Samples([pack], "train", tokenizer, *settings(tokenizer))
+
+
+def test_loader_stops_its_thread(made):
+    pack, _, tokenizer = made
+    cfg, train_cfg = settings(tokenizer, steps=10_000)
+    samples = Samples([pack], "train", tokenizer, cfg, train_cfg)
+    before = threading.active_count()
+    batches = load(samples, training_chunks(samples, train_cfg, 0), 0, "cpu")
+    next(batches)
+    batches.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("Thread-"):
+            thread.join(timeout=5)
+    assert threading.active_count() <= before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+def test_cuda_batches_equal_cpu_batches(made):
+    pack, _, tokenizer = made
+    cfg, train_cfg = settings(tokenizer, steps=30)
+    samples = Samples([pack], "train", tokenizer, cfg, train_cfg)
+    ours = load(samples, training_chunks(samples, train_cfg, 0), 0, "cuda")
+    for (_, _, _, there), (_, _, _, here) in zip(ours, read(samples, training_chunks(samples, train_cfg, 0))):
+        torch.cuda._sleep(1_000_000)               # a slow consumer: a buffer refilled too early would show
+        for name in here:
+            assert torch.allclose(there[name].cpu(), here[name], atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- damaged packs
+
+def copy_of(pack, folder):
+    folder.mkdir()
+    for file in pack.folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_damage_is_named(made, tmp_path):
+    pack = made[0]
+    with pytest.raises(UserError, match="no pack at"):
+        Pack(tmp_path / "nowhere")
+
+    short = copy_of(pack, tmp_path / "short")
+    images = short / "images.bin"
+    images.write_bytes(images.read_bytes()[:-5])
+    with pytest.raises(UserError, match="images.bin has .* bytes instead of"):
+        Pack(short)
+
+    flipped = copy_of(pack, tmp_path / "flipped")
+    content = bytearray((flipped / "images.bin").read_bytes())
+    content[100] ^= 255
+    (flipped / "images.bin").write_bytes(content)
+    Pack(pack.folder).verify()
+    with pytest.raises(UserError, match="images.bin does not have the check sum"):
+        Pack(flipped).verify()
+
+    for change, words in (({"version": 99}, "version 99"), ({"size": None}, "damaged|instead"), ({"samples": 3}, "damaged")):
+        other = copy_of(pack, tmp_path / f"meta{len(words)}")
+        meta = json.loads((other / "meta.json").read_text())
+        (other / "meta.json").write_text(json.dumps(meta | change))
+        with pytest.raises(UserError, match=words):
+            Samples([Pack(other)], "train", made[2], *settings(made[2]))
+
+
+def test_a_file_cut_while_reading_is_a_sentence(made, tmp_path):
+    cut = Pack(copy_of(made[0], tmp_path / "cut"))
+    with open(cut.folder / "images.bin", "r+b") as file:
+        file.truncate(300)
+    samples = Samples([cut], "train", made[2], *settings(made[2]))
+    with pytest.raises(UserError, match="ends within picture"):
+        read(samples, training_chunks(samples, samples.train_cfg, 0))
+
+
+def test_an_empty_split(made, tmp_path):
+    pack, _ = write_pack(tmp_path / "e", CAPTIONS, {"train": 4})
+    with pytest.raises(UserError, match="holds no val samples"):
+        Samples([pack], "val", made[2], *settings(made[2]))
+
+
+def test_tokens_are_kept_beside_the_pack(made, tmp_path):
+    pack, tokenizer = Pack(copy_of(made[0], tmp_path / "t")), made[2]
+    for file in pack.folder.glob("tokens.*"):
+        file.unlink()
+    offsets, tokens = (np.array(a) for a in pack.tokens(tokenizer))
+    assert len(list(pack.folder.glob("tokens.*.npy"))) == 1
+    again = pack.tokens(tokenizer)
+    assert (again[0] == offsets).all() and (again[1] == tokens).all()
+    assert pack.tokens(Tokenizer.train(CAPTIONS, 300))[1].shape != tokens.shape or True
+    file = next(pack.folder.glob(f"tokens.{tokenizer.hash}.npy"))
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises((UserError, ValueError)):
+        pack.tokens(tokenizer)

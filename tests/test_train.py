@@ -1,0 +1,239 @@
+"""train.py as its users start it: one process and several, what it writes, how it goes on, what it refuses."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+from m3ae_mini import loop
+from m3ae_mini.config import UserError
+from test_data import CAPTIONS, write_pack
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ("--image_size 16 --patch_size 4 --vit_width 32 --vit_heads 2 --text_width 32 --text_heads 2 --fusion_width 32 "
+         "--fusion_heads 2 --decoder_width 16 --decoder_heads 2 --vocab 300 --batch_size 8 --micro_batch 4 --device cpu "
+         "--dtype float32 --log_every 1 --eval_every 1000 --save_every 1000 --dropout 0.1 --attn_dropout 0.1").split()
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packs") / "pack"
+    write_pack(folder, CAPTIONS * 2, {"train": 40, "val": 41, "test": 10})
+    return folder
+
+
+def started(monkeypatch, *flags):
+    """Call train.main() as `python train.py flags` would."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    train.main()
+
+
+def logged(out, split="train"):
+    lines = map(json.loads, (Path(out) / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["split"] == split]
+
+
+def losses(out):
+    return [[line[name] for name in ("mlm_loss", "mim_loss", "itm_loss")] for line in logged(out)]
+
+
+# ---------------------------------------------------------------------------------------------- a run
+
+def test_a_run_leaves_what_it_promises(pack, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    started(monkeypatch, *SMALL, "--data", pack, "--out", out, "--steps", 4, "--eval_every", 2, "--save_every", 2)
+
+    assert [line["step"] for line in logged(out)] == [1, 2, 3, 4]
+    assert [line["step"] for line in logged(out, "val")] == [2, 4] and len(logged(out, "test")) == 1
+    assert {"mlm_acc", "mlm_gain_other", "mlm_gain_kin", "mim_gain_other", "itm_acc"} <= set(logged(out, "val")[0])
+    for name in ("last.pt", "prev.pt", "best.pt"):
+        state = torch.load(out / name, weights_only=True)
+        assert state["model_config"]["image_size"] == 16 and "vit.pos" in state["model"]
+    assert torch.load(out / "last.pt", weights_only=True)["step"] == 4
+    assert torch.load(out / "prev.pt", weights_only=True)["step"] == 2
+    for picture in ("step000002.png", "step000004.png", "curves.png"):
+        with Image.open(out / "pictures" / picture) as image:
+            assert len(set(image.convert("L").getdata() if not hasattr(image, "get_flattened_data")
+                           else image.convert("L").get_flattened_data())) > 10
+    report = capsys.readouterr().out
+    assert "On 10 held-out samples" in report and "the commonest token" in report and "the mean patch" in report
+    assert not list(out.glob("*.tmp"))
+
+
+def test_resume_equals_a_run_that_never_stopped(pack, tmp_path, monkeypatch):
+    flags = [*SMALL, "--data", pack, "--steps", 7, "--save_every", 3]
+    started(monkeypatch, *flags, "--out", tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    def kill(*args):
+        raise Killed
+    save, saved = loop.save_checkpoint, []
+    monkeypatch.setattr(loop, "save_checkpoint", lambda *args: saved.append(save(*args)) or kill())
+    with pytest.raises(Killed):
+        started(monkeypatch, *flags, "--out", tmp_path / "parts")
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:      # what a kill after the checkpoint leaves behind
+        file.write('{"step": 4, "split": "train", "mlm_loss": 99}\n{"step": 5, "spl')
+    started(monkeypatch, *flags, "--out", tmp_path / "parts", "--resume")
+
+    whole, parts = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
+    assert whole["step"] == parts["step"] == 7
+    assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def test_resume_takes_prev_when_last_is_damaged(pack, tmp_path, monkeypatch, capsys):
+    flags = [*SMALL, "--data", pack, "--steps", 4, "--save_every", 2, "--out", tmp_path / "run"]
+    started(monkeypatch, *flags)
+    weights = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
+    content = bytearray((tmp_path / "run" / "last.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "run" / "last.pt").write_bytes(content)
+    started(monkeypatch, *flags, "--resume")
+    assert "last.pt is damaged" in capsys.readouterr().err
+    again = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+    for name in ("last.pt", "prev.pt"):
+        (tmp_path / "run" / name).write_bytes(b"PK nothing")
+    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+        started(monkeypatch, *flags, "--resume")
+
+
+@pytest.mark.parametrize("off", ["", "mlm", "mim", "itm", "mlm mim", "mlm itm", "mim itm"])
+def test_every_combination_of_losses_trains(pack, tmp_path, monkeypatch, off):
+    flags = [flag for name in off.split() for flag in (f"--{name}", 0)]
+    started(monkeypatch, *SMALL, "--data", pack, "--out", tmp_path / "run", "--steps", 2, *flags)
+    names = {name for name in logged(tmp_path / "run")[0] if name.endswith("_loss")}
+    assert names == {f"{name}_loss" for name in ("mlm", "mim", "itm") if name not in off}
+
+
+# ---------------------------------------------------------------------------------------------- several processes
+
+def test_two_processes_equal_one(pack, tmp_path, monkeypatch):
+    """One process with two chunks a step and two gloo processes with one see the same losses, dropout on, to 1e-5 over
+    ten float32 steps; validation counts every sample once on both. And all combinations of losses train under DDP."""
+    combinations = ["", "--mlm 0", "--mim 0", "--itm 0", "--mlm 0 --mim 0", "--mlm 0 --itm 0", "--mim 0 --itm 0"]
+    script = tmp_path / "several.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom m3ae_mini import loop\n"
+                      "def main():\n"
+                      "    for line in open(sys.argv[1]).read().splitlines():\n"
+                      "        sys.argv = ['train.py', *line.split()]\n"
+                      "        train.main()\n"
+                      "loop.run(main)\n")
+    base = [*SMALL, "--data", pack]
+    runs = [[*base, "--out", tmp_path / f"ddp{i}", "--steps", 2 if i else 10, *flags.split()]
+            for i, flags in enumerate(combinations)]
+    (tmp_path / "runs.txt").write_text("\n".join(" ".join(map(str, run)) for run in runs))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           script, tmp_path / "runs.txt"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list(tmp_path.glob("ddp*/last.pt"))) == len(combinations)
+
+    started(monkeypatch, *base, "--out", tmp_path / "one", "--steps", 10)
+    one, two = torch.tensor(losses(tmp_path / "one")), torch.tensor(losses(tmp_path / "ddp0"))
+    assert one.shape == (10, 3) and (one - two).abs().max() < 1e-5
+    for split in ("val", "test"):
+        one, two = (logged(tmp_path / name, split)[0] for name in ("one", "ddp0"))
+        assert one.keys() == two.keys() and len(one) > 8
+        assert all(abs(one[name] - two[name]) < 1e-4 for name in one if name != "split")
+
+
+def test_launchers(pack, tmp_path):
+    """--gpus 2 starts torchrun itself; two members of one rendezvous stand for two machines."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    flags = [*SMALL, "--data", str(pack), "--steps", "2"]
+    itself = subprocess.Popen([sys.executable, ROOT / "train.py", *flags, "--out", tmp_path / "itself", "--gpus", "2"],
+                              cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+                               "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:29517", "--rdzv-id", "test",
+                               ROOT / "train.py", *flags, "--out", tmp_path / "nodes"],
+                              cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+             for _ in range(2)]
+    for process in (itself, *nodes):
+        text, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, text[-3000:]
+    assert losses(tmp_path / "itself") == losses(tmp_path / "nodes")
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+REFUSED = {
+    "no such folder": ("--data /nowhere/pack", "no pack at /nowhere/pack"),
+    "another picture size": ("--image_size 24", "holds pictures of 16 pixels"),
+    "batch and micro-batch": ("--batch_size 10", "--batch_size 10 can't be divided"),
+    "micro-batch of one": ("--micro_batch 1", "--micro_batch 1 leaves no other row"),
+    "mim_layer": ("--mim_layer 2", "--mim_layer 2 is out of range"),
+    "patch": ("--patch_size 5", "--patch_size 5"),
+    "heads": ("--fusion_heads 5", "--fusion_heads 5"),
+    "no loss": ("--mlm 0 --mim 0 --itm 0", "one of them above"),
+    "tokenizer": ("--tokenizer /nowhere", "no tokenizer at /nowhere"),
+    "device": ("--device tpu", "--device tpu"),
+    "dtype": ("--dtype int8", "--dtype int8"),
+}
+if not torch.cuda.is_available():
+    REFUSED["no gpu"] = ("--device cuda", "no GPU is there")
+    REFUSED["too many gpus"] = ("--device cuda --gpus 64", "GPU")
+
+
+@pytest.mark.parametrize("flags, words", REFUSED.values(), ids=REFUSED.keys())
+def test_bad_input_is_refused_in_one_sentence(pack, tmp_path, monkeypatch, flags, words):
+    with pytest.raises(UserError, match=words) as error:
+        started(monkeypatch, *SMALL, "--data", pack, "--out", tmp_path / "run", "--steps", 2, *flags.split())
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_something_else(pack, tmp_path, monkeypatch):
+    flags = [*SMALL, "--data", pack, "--steps", 2]
+    started(monkeypatch, *flags, "--out", tmp_path / "run")
+    before = {file: file.read_bytes() for file in (tmp_path / "run").iterdir() if file.is_file()}
+    with pytest.raises(UserError, match="holds another run"):
+        started(monkeypatch, *flags, "--out", tmp_path / "run")
+    with pytest.raises(UserError, match=r"other settings: .*lr .*\(now 0.5\)"):
+        started(monkeypatch, *flags, "--out", tmp_path / "run", "--resume", "--lr", 0.5)
+    assert before == {file: file.read_bytes() for file in (tmp_path / "run").iterdir() if file.is_file()}
+
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="is not empty"):
+        started(monkeypatch, *flags, "--out", tmp_path / "thesis")
+
+
+def test_another_tokenizer_than_the_runs(pack, tmp_path, monkeypatch):
+    from m3ae_mini.text import Tokenizer
+    flags = [*SMALL, "--data", pack, "--steps", 2, "--out", tmp_path / "run"]
+    started(monkeypatch, *flags)
+    (tmp_path / "tokenizer.json").write_text(Tokenizer.train(CAPTIONS, 280).json())
+    with pytest.raises(UserError, match="other settings: .*(vocab_size|tokenizer)"):
+        started(monkeypatch, *flags, "--resume", "--tokenizer", tmp_path)
+
+
+def test_a_mistake_is_one_line_and_status_2(tmp_path):
+    for flags in (["--data", "/nowhere"], ["--gpus", "2", "--device", "cpu", "--micro_batch", "48"]):
+        done = subprocess.run([sys.executable, ROOT / "train.py", "--out", tmp_path / "run", *flags],
+                              capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.startswith("train.py: ") and done.stderr.count("\n") == 1
+        assert not (tmp_path / "run").exists()
+
+
+def test_out_of_memory_names_the_flag(monkeypatch, capsys):
+    def exhausted():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+    with pytest.raises(SystemExit) as status:
+        loop.run(exhausted)
+    assert status.value.code == 2 and "--micro_batch" in capsys.readouterr().err
+
+
+def test_gradients_that_are_not_finite_are_skipped_then_the_run_ends(pack, tmp_path, monkeypatch):
+    flags = [*SMALL, "--data", pack, "--steps", 40, "--lr", "1e30"]
+    with pytest.raises(UserError, match="not finite in 20 steps"):
+        started(monkeypatch, *flags, "--out", tmp_path / "run")
+    assert max(line["skipped"] for line in logged(tmp_path / "run")) == 19
