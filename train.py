@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import m3ae_mini                                         # before torch: it says how threads wait for each other
+import m3ae_mini                       # before torch: it says how threads wait for each other
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -44,13 +44,13 @@ def main():
     packs, tokenizer, cfg = prepare(cfg, train_cfg, run_cfg)
     train, val = (Samples(packs, split, tokenizer, cfg, train_cfg) for split in ("train", "val"))
 
-    settings = {"model": asdict(cfg), "train": asdict(train_cfg), "packs": [pack.fingerprint() for pack in packs],
-                "tokenizer": tokenizer.hash, "run": asdict(run_cfg)}
-    checkpoint = place.from_main(lambda: loop.open_run(run_cfg, settings))             # the path of one, or None
+    settings = {"model": asdict(cfg), "train": asdict(train_cfg), "run": asdict(run_cfg),
+                "data": {"packs": [pack.fingerprint() for pack in packs], "tokenizer": tokenizer.hash}}
+    checkpoint = place.from_main(lambda: loop.open_run(run_cfg, settings))     # the path of one, or None
     if place.main:
         loop.write_whole(out / "tokenizer.json", tokenizer.json().encode())
-        print(f"{train.n:,} training and {val.n:,} validation samples; {train.cut:,} captions are longer than "
-              f"{cfg.max_text_len} tokens and are cut; vocabulary {cfg.vocab_size:,}")
+        print(f"{train.n:,} training and {val.n:,} validation samples; {train.cut:,} captions of more than "
+              f"{cfg.max_text_len} tokens are cut; vocabulary {cfg.vocab_size:,}")
 
     # ------------------------------------------------------------------------------------ the model
     torch.manual_seed(train_cfg.seed)
@@ -76,7 +76,7 @@ def main():
     net = torch.compile(model) if run_cfg.compile else model
     if place.world > 1:
         net = DistributedDataParallel(net, device_ids=[place.device] if place.device.type == "cuda" else None,
-                                      broadcast_buffers=False, gradient_as_bucket_view=True)
+                                      gradient_as_bucket_view=True)
 
     if place.main:
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters on {place.world} × "
@@ -108,7 +108,7 @@ def main():
 
         # Step. A gradient that is not finite is the same on all processes by now, so all of them skip it.
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, train_cfg.clip or math.inf).item()  # a step's one host read
+        norm = torch.nn.utils.clip_grad_norm_(parameters, train_cfg.clip or math.inf).item()  # one host read
         if math.isfinite(norm) or scaler.is_enabled():
             scaler.step(optimizer)
             scaler.update()
@@ -126,9 +126,9 @@ def main():
                      for name, value in place.total(sums).items()}
             if place.main:
                 speed = since * train_cfg.batch_size / (time.perf_counter() - clock)
-                log.write(step, "train", lr=rate, grad_norm=norm, samples_per_s=speed, skipped=skipped, **means)
-                bar.set_postfix_str(" ".join(f"{n.removesuffix('_loss')} {v:.3f}" for n, v in means.items() if n != "loss")
-                                    + f" {speed:,.0f} samples/s")
+                log.write(step, "train", lr=rate, norm=norm, skipped=skipped, samples_per_s=speed, **means)
+                shown = [f"{name[:3]} {value:.3f}" for name, value in means.items() if name != "loss"]
+                bar.set_postfix_str(" ".join(shown) + f" {speed:,.0f} samples/s")
                 bar.update(step - bar.n)
             sums, since, clock = {}, 0, time.perf_counter()
 
@@ -137,7 +137,8 @@ def main():
             score = found.get("itm_acc", 0) + found.get("mlm_acc", 0) - found.get("mim_loss", 0)
             if place.main:
                 log.write(step, "val", score=score, **found)
-                tqdm.write(f"step {step:,}  " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+                shown = "  ".join(f"{name} {value:.4g}" for name, value in found.items())
+                tqdm.write(f"step {step:,}  {shown}")
                 pictures.reconstructions(model, val, place, out / "pictures" / f"step{step:06d}.png")
                 pictures.curves(log.lines(), out / "pictures" / "curves.png")
                 if score > best:
@@ -153,13 +154,13 @@ def main():
             clock = time.perf_counter()
     bar.close()
 
-    if any(len(pack.split["test"]) for pack in packs):
-        report(model, packs, tokenizer, cfg, train_cfg, place, out)
+    if run_cfg.test_samples and any(len(pack.split["test"]) for pack in packs):
+        report(model, packs, tokenizer, cfg, train_cfg, run_cfg.test_samples, place, out)
 
 
 def prepare(cfg, train_cfg, run_cfg):
-    """Open the packs and the tokenizer (that of the run, else the one asked for, else one trained on the captions)
-    and fit the configuration to it. -> packs, tokenizer, configuration"""
+    """Open the packs and the tokenizer (the one asked for, else that of the run, else one trained on the
+    captions) and fit the configuration to it. -> packs, tokenizer, configuration"""
     packs = loop.open_packs(run_cfg.data, cfg.image_size)
     of_run = Path(run_cfg.out) / "tokenizer.json"
     if run_cfg.tokenizer:
@@ -181,7 +182,8 @@ def evaluate(model, samples, place, limit):
     """Mean of every validation figure over at most `limit` samples, each counted once, with fixed masks."""
     model.eval()
     sums = {}
-    for _, _, _, batch in load(samples, validation_chunks(samples, limit, place.rank, place.world), VAL_SEED, place.device):
+    chunks = validation_chunks(samples, limit, place.rank, place.world)
+    for _, _, _, batch in load(samples, chunks, VAL_SEED, place.device):
         with place.autocast():
             for name, pair in metrics.pretraining(model, batch).items():
                 sums[name] = sums.get(name, 0) + pair
@@ -189,12 +191,12 @@ def evaluate(model, samples, place, limit):
     return {name: total / max(count, 1) for name, (total, count) in place.total(sums).items()}
 
 
-def report(model, packs, tokenizer, cfg, train_cfg, place, out):
+def report(model, packs, tokenizer, cfg, train_cfg, limit, place, out):
     """The best checkpoint on the test split, each figure beside what ignorance gives."""
-    best = loop.load_checkpoint(place.from_main(lambda: out / "best.pt"))              # once the main one wrote it
+    best = loop.load_checkpoint(place.from_main(lambda: out / "best.pt"))  # once the main process wrote it
     model.load_state_dict(best["model"])
     test = Samples(packs, "test", tokenizer, cfg, train_cfg)
-    found = evaluate(model, test, place, test.n)
+    found = evaluate(model, test, place, limit)
     if not place.main:
         return
 
@@ -205,23 +207,25 @@ def report(model, packs, tokenizer, cfg, train_cfg, place, out):
 
     embedded = all(pack.meta["name"] == "phantoms" for pack in packs)
     train = Samples(packs, "train", tokenizer, cfg, train_cfg)
-    found |= metrics.ignorance(train, test, place.device, drawn_clean if embedded else None)
+    found |= metrics.ignorance(train, test, limit, place.device, drawn_clean if embedded else None)
     loop.Log(out, train_cfg.steps).write(best["step"], "test", **found)
-    print(f"\nOn {test.n:,} held-out samples (step {best['step']:,}):")
+    print(f"\nOn {min(limit, test.n):,} held-out samples (step {best['step']:,}):")
     if cfg.mlm:
-        print(f"  masked tokens restored    {found['mlm_acc']:6.1%}   always the commonest token: {found['commonest']:.1%}\n"
-              f"    cross-modal gain        {100 * found['mlm_gain_other']:+6.1f} points over another row's picture\n"
-              f"    within the kind         {100 * found['mlm_gain_kin']:+6.1f} points over another picture of the same kind")
+        print(f"  masked tokens restored    {found['mlm_acc']:6.1%}   always the commonest token: "
+              f"{found['commonest']:.1%}")
+        print(f"    cross-modal gain        {100 * found['mlm_gain_other']:+6.1f} points over another image")
+        print(f"    within the kind         {100 * found['mlm_gain_kin']:+6.1f} points over one of its kind")
     if cfg.itm:
         print(f"  matching, any picture     {found['itm_acc_other']:6.1%}   guessing: 50.0%; the kind alone: "
-              f"{found['kind_alone']:.1%}\n"
-              f"    within the kind         {found['itm_acc_kin']:6.1%}   guessing and the kind alone: 50.0%")
+              f"{found['kind_alone']:.1%}")
+        print(f"    within the kind         {found['itm_acc_kin']:6.1%}   guessing and the kind alone: 50.0%")
     if cfg.mim:
         share = 1 - found["mim_loss"] / found["constant_patch"]
         print(f"  reconstruction error      {found['mim_loss']:6.3f}   the mean patch at each place: "
-              f"{found['constant_patch']:.3f} ({share:.0%} below)"
-              + (f"; a drawing without noise: {found['noise_floor']:.3f}" if "noise_floor" in found else "")
-              + f"\n    cross-modal gain        {found['mim_gain_other']:+6.4f} of error with another row's text")
+              f"{found['constant_patch']:.3f} ({share:.0%} below)")
+        print(f"    cross-modal gain        {found['mim_gain_other']:+6.3f} with another row's text")
+        if "noise_floor" in found:
+            print(f"    the floor               {found['noise_floor']:6.3f}   the same picture without noise")
     print(f"Pictures: {out / 'pictures'}")
 
 

@@ -3,8 +3,8 @@
 Read model.py (the trunk), then objectives.py (the losses), then masking.py (what is hidden)."""
 import os
 
-# Threads that wait for each other without spinning: on a busy machine, small kernels were ten times faster this way.
-# It must be said before torch is loaded.
+# Threads wait for each other without spinning: where another program runs too, two threads that spin were ten
+# times slower. It must be said before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from .config import ModelConfig

@@ -1,8 +1,9 @@
 """Every hyper-parameter once: what it is, what it means, its value in each preset, and the flag that sets it.
 
-A field below is a setting. `parse` turns all of them into command-line flags, so a new setting is one new line.
+A field below is a setting. `parse` turns all of them into command-line flags: a new setting is one new line.
 """
 import argparse
+import math
 from dataclasses import dataclass, field, fields
 
 
@@ -33,7 +34,7 @@ class ModelConfig:
     fusion_width: int = opt(768, "width of the fusion")
     fusion_layers: int = opt(6, "pairs of fusion layers")
     fusion_heads: int = opt(12, "attention heads of the fusion")
-    mim_layer: int = opt(3, "pixels are decoded from what enters this fusion layer; -1: the last one's output")
+    mim_layer: int = opt(3, "pixels are decoded from what enters this fusion layer; -1: from the last output")
     decoder_width: int = opt(384, "width of the pixel decoder")
     decoder_layers: int = opt(4, "blocks of the pixel decoder")
     decoder_heads: int = opt(6, "attention heads of the pixel decoder")
@@ -50,35 +51,46 @@ class ModelConfig:
     @classmethod
     def preset(cls, name, **changes):
         """The architecture called "tiny", "small" or "base", with `changes` on top."""
+        if unknown := changes.keys() - {f.name for f in fields(cls)}:
+            raise TypeError(f"no such settings: {', '.join(sorted(unknown))}")
         return _build(cls, name, changes)
 
     def check(self):
-        """Raise UserError where two settings contradict each other."""
-        if self.task not in ("pretrain", "vqa", "cls", "irtr"):
-            raise UserError(f"--task {self.task} is not known: use pretrain, vqa, cls or irtr")
-        if self.text_kind not in ("roberta", "bert"):
-            raise UserError(f"--text_kind {self.text_kind} is not known: use roberta or bert")
-        if self.image_size % self.patch_size or self.image_size < self.patch_size:
-            raise UserError(f"--image_size {self.image_size} is not a multiple of --patch_size {self.patch_size}")
+        """Raise UserError where a setting is out of range or two contradict each other."""
+        def ask(right, sentence):
+            if not right:
+                raise UserError(sentence)
+
+        ask(self.task in ("pretrain", "vqa", "cls", "irtr"), f"--task {self.task} is not known")
+        ask(self.text_kind in ("roberta", "bert"), f"--text_kind {self.text_kind}: use roberta or bert")
+        for name in ("patch_size", "vit_blocks", "text_layers", "fusion_layers", "decoder_layers"):
+            ask(getattr(self, name) >= 1, f"--{name} {getattr(self, name)} must be at least 1")
+        ask(self.max_text_len >= 3, f"--max_text_len {self.max_text_len} leaves no room for a word: use more")
+        ask(self.image_size >= self.patch_size and self.image_size % self.patch_size == 0,
+            f"--image_size {self.image_size} is not a multiple of --patch_size {self.patch_size}")
         for part in ("vit", "text", "fusion", "decoder"):
             width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
-            if heads < 1 or width < 1 or width % heads:
-                raise UserError(f"--{part}_width {width} can't be divided among --{part}_heads {heads}")
-        if self.decoder_width % 4:
-            raise UserError(f"--decoder_width {self.decoder_width} must be a multiple of 4, for the sine-cosine positions")
-        if not -1 <= self.mim_layer < self.fusion_layers:
-            raise UserError(f"--mim_layer {self.mim_layer} is out of range: with --fusion_layers {self.fusion_layers} "
-                            f"use 0 to {self.fusion_layers - 1}, or -1 for the last layer's output")
+            ask(heads >= 1 and width >= 1 and width % heads == 0,
+                f"--{part}_width {width} can't be divided among --{part}_heads {heads}")
+        ask(self.decoder_width % 4 == 0,
+            f"--decoder_width {self.decoder_width} must be a multiple of 4, for sine-cosine positions")
+        ask(-1 <= self.mim_layer < self.fusion_layers,
+            f"--mim_layer {self.mim_layer} is out of range: with --fusion_layers {self.fusion_layers} use 0 "
+            f"to {self.fusion_layers - 1}, or -1 for the last layer's output")
+
         patches = (self.image_size // self.patch_size) ** 2
-        if not 0 <= self.mask_ratio < 1 or not 0 < int(patches * (1 - self.mask_ratio)) < patches:
-            raise UserError(f"--mask_ratio {self.mask_ratio} must hide at least one of the {patches} patches and keep one")
-        if self.max_text_len + (2 if self.text_kind == "roberta" else 0) > self.text_max_positions:
-            raise UserError(f"--max_text_len {self.max_text_len} needs more rows than --text_max_positions "
-                            f"{self.text_max_positions} has")
-        if not 0 <= self.dropout < 1 or not 0 <= self.attn_dropout < 1:
-            raise UserError("--dropout and --attn_dropout must lie in 0 … 1 (1 left out)")
-        if min(self.mlm, self.mim, self.itm) < 0 or self.task == "pretrain" and not self.mlm + self.mim + self.itm:
-            raise UserError("--mlm, --mim and --itm are weights: none below 0, and one of them above it")
+        ask(0 <= self.mask_ratio < 1 and 0 < int(patches * (1 - self.mask_ratio)) < patches,
+            f"--mask_ratio {self.mask_ratio} must hide at least one of the {patches} patches and keep one")
+        ask(self.max_text_len + 2 * (self.text_kind == "roberta") <= self.text_max_positions,
+            f"--max_text_len {self.max_text_len} needs more rows than --text_max_positions "
+            f"{self.text_max_positions} has")
+        ask(0 <= self.dropout < 1 and 0 <= self.attn_dropout < 1,
+            "--dropout and --attn_dropout must be at least 0 and below 1")
+        weights = (self.mlm, self.mim, self.itm)
+        ask(all(0 <= weight < math.inf for weight in weights) and (self.task != "pretrain" or any(weights)),
+            "--mlm, --mim and --itm are weights: none below 0, and one of them above it")
+        choices = {"vqa": self.num_answers, "cls": self.num_classes}.get(self.task, 1)
+        ask(choices >= 1, f"a {self.task} model needs at least one answer or class to choose")
 
 
 @dataclass
@@ -89,14 +101,15 @@ class TrainConfig:
     micro_batch: int = opt(32, "samples of one forward pass: the chunk, the unit of all randomness")
     lr: float = opt(1e-5, "peak learning rate of the two encoders")
     head_lr: float = opt(5.0, "rate of the heads, as a multiple of --lr")
-    fusion_lr: float = opt(5.0, "rate of projections, modality embedding, fusion and poolers, as a multiple of --lr")
-    warmup: float = opt(0.1, "share of the steps in which the rate rises from 0; then it falls to 0 on a line")
+    fusion_lr: float = opt(5.0, "rate of projections, modality embedding, fusion, poolers: multiple of --lr")
+    warmup: float = opt(0.1, "share of the steps in which the rate rises; then it falls to 0 on a line")
     weight_decay: float = opt(0.01, "AdamW's decay of matrices; one-dimensional parameters never decay")
     beta2: float = opt(0.98, "AdamW's second beta; the first is 0.9")
     clip: float = opt(0.0, "largest norm of the gradient; 0 turns clipping off")
     word_ratio: float = opt(0.15, "share of the text's tokens that is hidden")
     whole_word: bool = opt(True, "hide whole words; off: single tokens")
-    crop: float = opt(1.0, "smallest share of a training picture's area that a random crop keeps; 1: no crops")
+    kin: float = opt(0.0, "share of matching's wrong pictures that are of the text's kind; paper: 0")
+    crop: float = opt(1.0, "least share of a training picture's area that a random crop keeps; 1: none")
     vocab: int = opt(8192, "largest vocabulary of a tokenizer trained on the data")
     seed: int = opt(0, "all randomness follows from it")
 
@@ -108,7 +121,7 @@ class RunConfig:
     out: str = opt("runs/pretrain", "the run's folder")
     tokenizer: str = opt("", "a tokenizer.json, or a folder with one; empty: train one on the captions")
     resume: bool = opt(False, "go on from the run's last checkpoint, or start if there is none")
-    gpus: int = opt(0, "start this many processes with torchrun, one a GPU (or one a CPU share with --device cpu)")
+    gpus: int = opt(0, "start this many processes by torchrun, each with a GPU (or a part of the CPU)")
     device: str = opt("auto", "auto, cuda, cpu or mps (mps is untested)")
     dtype: str = opt("auto", "auto, float32, bfloat16 or float16: arithmetic of the matrix products")
     compile: bool = opt(False, "compile the model with torch.compile")
@@ -116,6 +129,7 @@ class RunConfig:
     eval_every: int = opt(1000, "steps between two validations")
     save_every: int = opt(1000, "steps between two checkpoints")
     eval_samples: int = opt(1024, "at most this many validation samples are used")
+    test_samples: int = opt(1_000_000, "at most this many test samples are in the last report; 0: no report")
     timeout: int = opt(600, "seconds after which a process that waits in vain for the others gives up")
 
 
@@ -127,15 +141,15 @@ PRESETS = {
         vit_width=256, vit_blocks=6, vit_heads=4, text_width=256, text_layers=4, text_heads=4,
         fusion_width=256, fusion_layers=4, fusion_heads=4, mim_layer=2,
         decoder_width=128, decoder_layers=2, decoder_heads=4, attn_dropout=0.0,
-        steps=3000, batch_size=64, micro_batch=64, lr=3e-4, head_lr=1.0, fusion_lr=1.0, weight_decay=0.05,
+        steps=3000, batch_size=64, micro_batch=32, lr=3e-4, head_lr=1.0, fusion_lr=1.0, weight_decay=0.05,
         clip=1.0, eval_every=250, save_every=250),
     "tiny": dict(
-        image_size=48, patch_size=8, max_text_len=32, text_max_positions=66,
+        image_size=48, patch_size=12, max_text_len=32, text_max_positions=66,
         vit_width=128, vit_blocks=3, vit_heads=4, text_width=128, text_layers=2, text_heads=4,
         fusion_width=128, fusion_layers=2, fusion_heads=4, mim_layer=1,
         decoder_width=64, decoder_layers=2, decoder_heads=4, dropout=0.0, attn_dropout=0.0,
-        steps=2500, batch_size=64, micro_batch=64, lr=6e-4, head_lr=1.0, fusion_lr=1.0, warmup=0.04,
-        weight_decay=0.05, clip=1.0, vocab=1024, eval_every=500, save_every=500),
+        steps=900, batch_size=64, micro_batch=32, lr=1e-3, head_lr=1.0, fusion_lr=1.0, warmup=0.1,
+        weight_decay=0.05, clip=1.0, kin=0.75, vocab=1024, eval_every=225, save_every=225, eval_samples=512),
 }
 
 
@@ -153,19 +167,22 @@ DERIVED = ("task", "vocab_size", "text_kind", "num_answers", "num_classes")
 def parse(description, argv=None, configs=(ModelConfig, TrainConfig, RunConfig), add=lambda parser: None):
     """The command line -> one object for each of `configs`, made from --preset and the flags given, and the
     namespace of what `add` put on the parser besides. Every field is a flag of the same name."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny", choices=list(PRESETS),
-                        help="tiny: minutes on a laptop; small: a few thousand real pictures; base: the paper's")
+                        help="tiny: minutes on a laptop; small: thousands of real images; base: the paper's")
     add(parser)
     for cls in configs:
         group = parser.add_argument_group(cls.__name__, cls.__doc__)
         for f in fields(cls):
-            if f.name not in DERIVED:
-                kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar="X")
-                values = " / ".join(f"{values[f.name]} ({name})" for name, values in PRESETS.items() if f.name in values)
-                shown = f"{f.metadata['help']} [{f.default}{'; ' + values if values else ''}]".replace("%", "%%")
-                group.add_argument(f"--{f.name}", default=None, help=shown, **kind)
+            if f.name in DERIVED:
+                continue
+            on_off = f.type is bool
+            kind = dict(action=argparse.BooleanOptionalAction) if on_off else dict(type=f.type, metavar="X")
+            values = [f"{f.default}"] + [f"{name} {values[f.name]}" for name, values in PRESETS.items()
+                                         if f.name in values]
+            shown = f"{f.metadata['help']} [{', '.join(values)}]".replace("%", "%%")
+            group.add_argument(f"--{f.name}", default=None, help=shown, **kind)
 
     args = parser.parse_args(argv)
     given = {name: value for name, value in vars(args).items() if value is not None}

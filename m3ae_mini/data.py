@@ -1,47 +1,48 @@
 """The pack on disk, and a loader that has nothing left to do.
 
-Pictures were resized when they were packed (data/prepare.py) and lie as raw bytes in one file. A background thread
-reads each straight into its place of a batch, hides words and patches, and starts the copy to the device on a stream
-of its own; the batch is normalised there. Which sample stands where and what is hidden of it follows from the step
-number alone (masking.py), so there is no state to save.
+Pictures were resized when they were packed (data/prepare.py) and lie as raw bytes in one file. A background
+thread reads each straight into its place of a batch, hides words and patches, and starts the copy to the
+device on a stream of its own; the batch is normalised there. Which sample stands where and what is hidden of
+it follows from the step number alone (masking.py), so there is no state to save.
 """
+import contextlib
 import hashlib
 import json
 import os
 import queue
 import threading
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from . import masking
 from .config import UserError
 
 PACK_VERSION = 1
-SAMPLE_DTYPE = np.dtype([("picture", "<i4"), ("text", "<i4"), ("label", "<i4"), ("group", "<i4"), ("closed", "<i1"),
-                         ("line", "<i8")])
+SAMPLE_DTYPE = np.dtype([("picture", "<i4"), ("text", "<i4"), ("label", "<i4"), ("group", "<i4"),
+                         ("closed", "<i1"), ("line", "<i8")])
 SPLITS = ("train", "val", "test")
 MEAN = (0.48145466, 0.4578275, 0.40821073)         # CLIP's, of R, G, B in 0 … 1
 STD = (0.26862954, 0.26130258, 0.27577711)
-VAL_CHUNK = 32                                     # samples of a validation chunk, whatever the run's --micro_batch
+VAL_CHUNK = 32                                     # samples of a validation chunk, in every run
 VAL_SEED = 0                                       # validation masks are the same in every run
 
 
-# ---------------------------------------------------------------------------------------------- the pack
+# ------------------------------------------------------------------------------------------- the pack
 
 class Pack:
     """A folder made by data/prepare.py, opened by its version and the sizes of its files.
 
-    meta: the dict of meta.json; samples: SAMPLE_DTYPE (N,), mapped from disk, train first, then val, then test."""
+    meta: the dict of meta.json; samples: SAMPLE_DTYPE (N,), mapped from disk: train, then val, then test."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
         if not (self.folder / "meta.json").is_file():
-            raise UserError(f"there is no pack at {folder}: make one with python -m data.prepare NAME --root DIR "
-                            f"--out {folder}")
+            raise UserError(f"there is no pack at {folder}: make one with python -m data.prepare NAME --root "
+                            f"DIR --out {folder}")
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text())
             version, self.size = self.meta["version"], int(self.meta["size"])
@@ -50,12 +51,13 @@ class Pack:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}/meta.json is damaged ({error!r}): prepare the pack again") from None
         if version != PACK_VERSION:
-            raise UserError(f"{folder} is a pack of version {version}, this code reads {PACK_VERSION}: prepare it again")
+            raise UserError(f"{folder} is a pack of version {version}, this code reads {PACK_VERSION}: "
+                            "prepare it again")
         for name, size in sizes.items():
             there = (self.folder / name).stat().st_size if (self.folder / name).is_file() else 0
             if there != size:
-                raise UserError(f"{self.folder / name} has {there} bytes instead of {size}: the pack is damaged, "
-                                "prepare it again")
+                raise UserError(f"{self.folder / name} has {there} bytes instead of {size}: the pack is "
+                                "damaged, prepare it again")
 
         self.samples = np.load(self.folder / "samples.npy", mmap_mode="r", allow_pickle=False)
         self.offsets = np.load(self.folder / "offsets.npy", mmap_mode="r", allow_pickle=False)
@@ -73,7 +75,8 @@ class Pack:
             self.images.seek(start)
             got = self.images.readinto(memoryview(flat))
         if got != flat.nbytes or end - start not in (area, 3 * area):
-            raise UserError(f"{self.folder}/images.bin ends within picture {number}: the pack is damaged, prepare it again")
+            raise UserError(f"{self.folder}/images.bin ends within picture {number}: the pack is damaged, "
+                            "prepare it again")
         if grey:
             out[1:] = out[0]
 
@@ -93,32 +96,29 @@ class Pack:
                     yield json.loads(file.readline())
 
     def tokens(self, tokenizer):
-        """-> (offsets (N+1,), tokens (n,) uint32), mapped from disk: sample r has tokens[offsets[r]:offsets[r+1]],
-        each 2·id + 1 where a word starts, else 2·id. Made on first use, kept beside the pack by the tokenizer's hash."""
-        path = self.folder / f"tokens.{tokenizer.hash}.npy"
-        count = len(self.samples)
-        if not path.is_file():
-            lengths, parts, texts = [], [], []
-            for number, line in enumerate(tqdm(self.lines(), "tokens", count, disable=count < 50_000), 1):
-                texts.append(line["text"])
-                if len(texts) == 4096 or number == count:
-                    for ids, starts in tokenizer.encode(texts):
-                        lengths.append(len(ids))
-                        parts.append((2 * ids + starts).astype(np.uint32))
-                    texts = []
-            header = np.array([0] + lengths).cumsum().astype(np.uint32)
-            table = np.concatenate([header, *parts])
+        """-> (offsets (N+1,), tokens (n,)), uint32, mapped from disk: sample r has
+        tokens[offsets[r]:offsets[r+1]], each 2·id + 1 where a word starts, else 2·id. Made on first use and
+        kept in the pack under the tokenizer's hash."""
+        path, count = self.folder / f"tokens.{tokenizer.hash}.npy", len(self.samples)
+        if path.is_file():
             try:
-                beside = path.with_suffix(f".{os.getpid()}.tmp")
-                with open(beside, "wb") as file:
-                    np.save(file, table)
-                os.replace(beside, path)
-            except OSError:                        # a pack on a read-only disk: keep the tokens in memory
-                return table[:count + 1], table[count + 1:]
+                table = np.load(path, mmap_mode="r", allow_pickle=False)
+                if table.ndim == 1 and len(table) > count and len(table) == count + 1 + table[count]:
+                    return table[:count + 1], table[count + 1:]
+            except (ValueError, EOFError):
+                pass                               # left by a kill or a full disk: made again
 
-        table = np.load(path, mmap_mode="r", allow_pickle=False)
-        if table.ndim != 1 or len(table) <= count or len(table) != count + 1 + table[count]:
-            raise UserError(f"{path} is damaged: delete it, it is made again")
+        lengths, parts, lines = [0], [], self.lines()
+        while texts := [line["text"] for line in islice(lines, 4096)]:
+            for ids, starts in tokenizer.encode(texts):
+                lengths.append(len(ids))
+                parts.append((2 * ids + starts).astype(np.uint32))
+        table = np.concatenate([np.cumsum(lengths).astype(np.uint32), *parts])
+        beside = path.with_suffix(f".{os.getpid()}.tmp")
+        with contextlib.suppress(OSError):         # a pack on a read-only disk: the tokens stay in memory
+            with open(beside, "wb") as file:
+                np.save(file, table)
+            os.replace(beside, path)
         return table[:count + 1], table[count + 1:]
 
     def verify(self):
@@ -126,8 +126,8 @@ class Pack:
         for name, entry in self.meta["files"].items():
             with open(self.folder / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                    raise UserError(f"{self.folder / name} does not have the check sum it was written with: the pack is "
-                                    "damaged, prepare it again")
+                    raise UserError(f"{self.folder / name} does not have the check sum it was written with: "
+                                    "the pack is damaged, prepare it again")
 
     def fingerprint(self):
         """What tells this pack from another: the check sums of its files, as one short text."""
@@ -135,7 +135,7 @@ class Pack:
         return hashlib.sha256(sums.encode()).hexdigest()[:16]
 
 
-# ---------------------------------------------------------------------------------------------- the samples
+# ------------------------------------------------------------------------------------------- the samples
 
 class Samples:
     """One split of one or several packs, read as one list; and the batch that any choice of its rows makes.
@@ -149,17 +149,13 @@ class Samples:
         self.ends = np.cumsum([len(rows) for rows in self.rows])
         self.n = int(self.ends[-1])
         if not self.n:
-            raise UserError(f"{', '.join(str(pack.folder) for pack in packs)} holds no {split} samples: prepare a pack "
-                            "that has some")
-
-        side = packs[0].size
+            raise UserError(f"{', '.join(str(pack.folder) for pack in packs)} holds no {split} samples: "
+                            "prepare a pack that has some")
         for pack in packs:
-            if pack.size != side:
-                raise UserError(f"{pack.folder} holds pictures of {pack.size} pixels and {packs[0].folder} of {side}: "
-                                "prepare both with one --size")
-            if not (pack.size == cfg.image_size or pack.size > cfg.image_size and train_cfg.crop < 1):
-                raise UserError(f"{pack.folder} holds pictures of {pack.size} pixels, the model wants {cfg.image_size}: "
-                                f"prepare it with --size {cfg.image_size}, or set --image_size {pack.size}")
+            larger = pack.size > cfg.image_size and train_cfg.crop < 1  # crops are taken from larger ones
+            if pack.size != cfg.image_size and not larger:
+                raise UserError(f"{pack.folder} holds pictures of {pack.size} pixels, not {cfg.image_size}: prepare "
+                                f"it with --size {cfg.image_size}, or use --image_size {pack.size}")
 
         lengths = np.concatenate([np.diff(offsets[rows.start:rows.stop + 1].astype(np.int64))
                                   for (offsets, _), rows in zip(self.tokens, self.rows)])
@@ -176,8 +172,8 @@ class Samples:
         return self.packs[which].line(row)
 
     def batch(self, numbers, seed, step, chunk, images, crop=False):
-        """The chunk made of samples `numbers` (B,): a dict of arrays. images, uint8 (B, 3, S, S), is filled in place.
-        All that is random follows from (seed, step, chunk) and the place in the chunk."""
+        """The chunk made of samples `numbers` (B,): a dict of arrays. images, uint8 (B, 3, S, S), is filled
+        in place. All that is random follows from (seed, step, chunk) and the place in the chunk."""
         cfg, tok, size = self.cfg, self.tokenizer, len(numbers)
         where = [self.locate(n) for n in numbers]
 
@@ -212,33 +208,27 @@ class Samples:
         batch["mlm_ids"] = masking.hide_words(ids, chosen, draws[:, :length, 1:], tok.mask_id, tok.ordinary)
         batch["mlm_labels"] = np.where(chosen, ids, -100)
         places = np.flatnonzero(chosen)                                                # (M,)
-        filler = -len(places) % size        # place 0 is a special token, so it has the label -100 and counts for nothing
+        filler = -len(places) % size  # place 0 is a special token: its label is -100, it counts for nothing
         batch["mlm_positions"] = np.concatenate([places, np.zeros(filler, dtype=np.int64)])
 
         # Hidden patches and wrong pictures.
         patches = (cfg.image_size // cfg.patch_size) ** 2
         batch["mim_noise"] = uniform(masking.PATCHES, size, patches).astype(np.float32)
-        picture, text, group = self.identities(where)
-        draws = uniform(masking.WRONG, size, 3 * size + 1)
-        batch["itm_index"] = masking.mismatch(picture, text, draws[:, :size + 1])
-        batch["other_index"] = masking.wrong_rows(picture, text, draws[:, size + 1:2 * size + 1], 1)[:, 0]
-        batch["kin_index"] = masking.wrong_rows(picture, text, draws[:, 2 * size + 1:], 1, group)[:, 0]
+        rows = [self.packs[which].samples[row] for which, row in where]
+        picture = numbered((which, int(row["picture"])) for (which, _), row in zip(where, rows))
+        text = numbered(body.tobytes() for body in bodies)
+        group = numbered(self.packs[which].meta["groups"][row["group"]] if row["group"] >= 0 else place
+                         for place, ((which, _), row) in enumerate(zip(where, rows)))
+        draws = uniform(masking.WRONG, size, 3 * size + 2)
+        batch["itm_index"] = masking.mismatch(picture, text, draws[:, :size + 2], group, self.train_cfg.kin)
+        batch["other_index"] = masking.wrong_rows(picture, text, draws[:, size + 2:2 * size + 2], 1)[:, 0]
+        batch["kin_index"] = masking.wrong_rows(picture, text, draws[:, 2 * size + 2:], 1, group)[:, 0]
         return batch
 
-    def identities(self, where):
-        """(pack, row) pairs -> what picture, what text and what group each is, int64 (B,) each, equal only where they
-        are the same. Groups are compared by name across packs; a row without one is alone in its group."""
-        picture, text, group = [], [], []
-        for place, (which, row) in enumerate(where):
-            sample = self.packs[which].samples[row]
-            picture.append(which << 32 | int(sample["picture"]))
-            text.append(which << 32 | int(sample["text"]))
-            group.append(which << 32 | int(sample["group"]) if sample["group"] >= 0 else -1 - place)
-        return np.array(picture), np.array(text), np.array(group)
-
     def picture(self, which, row, out, numbers=None):
-        """Read the picture of a row into out, uint8 (3, s, s), through a random crop where uniform numbers (8, 4)
-        say which: PIL's own resize of a box that keeps `crop` to 1 of the area at an aspect of 3/4 to 4/3."""
+        """Read the picture of a row into out, uint8 (3, s, s), through a random crop where uniform numbers
+        (8, 4) say which: PIL's own resize of a box that keeps `crop` to 1 of the area at an aspect of 3/4 to
+        4/3."""
         pack, side = self.packs[which], out.shape[-1]
         number = self.packs[which].samples["picture"][row]
         if numbers is None and pack.size == side:
@@ -246,15 +236,22 @@ class Samples:
 
         stored = np.empty((3, pack.size, pack.size), dtype=np.uint8)
         pack.read_picture(number, stored)
-        box = (0, 0, pack.size, pack.size) if numbers is None else crop_box(pack.size, self.train_cfg.crop, numbers)
+        whole = (0, 0, pack.size, pack.size)
+        box = whole if numbers is None else crop_box(pack.size, self.train_cfg.crop, numbers)
         for channel in range(3):
             resized = Image.fromarray(stored[channel]).resize((side, side), Image.Resampling.BICUBIC, box=box)
             out[channel] = np.asarray(resized)
 
 
+def numbered(keys):
+    """Equal numbers for equal keys: int64 (n,)."""
+    seen = {}
+    return np.array([seen.setdefault(key, len(seen)) for key in keys])
+
+
 def crop_box(side, smallest, numbers):
-    """The first box of the eight that `numbers` (8, 4) propose which lies within the square, else the whole square:
-    (left, top, right, bottom) in pixels."""
+    """The first box of the eight that `numbers` (8, 4) propose which lies within the square, else the whole
+    square: (left, top, right, bottom) in pixels."""
     for scale, aspect, x, y in numbers:
         area = side * side * (smallest + (1 - smallest) * scale)
         ratio = np.exp(np.log(3 / 4) + aspect * np.log(16 / 9))
@@ -271,11 +268,12 @@ def normalise(image):
     return (image.float() - mean) / std
 
 
-# ---------------------------------------------------------------------------------------------- the loader
+# ------------------------------------------------------------------------------------------- the loader
 
 def training_chunks(samples, train_cfg, start, rank=0, world=1):
-    """The chunks of process `rank` from step `start` on: (step, chunk, sample numbers (micro_batch,)). Sample n of the
-    one global stream is step · batch + its place; epochs follow each other without a seam, nothing is dropped."""
+    """The chunks of process `rank` from step `start` on: (step, chunk, sample numbers (micro_batch,)). Sample
+    n of the one global stream is step · batch + its place; epochs follow without a seam, nothing is
+    dropped."""
     order, known = None, None
     for step in range(start, train_cfg.steps):
         for chunk in range(rank, train_cfg.batch_size // train_cfg.micro_batch, world):
@@ -290,8 +288,9 @@ def training_chunks(samples, train_cfg, start, rank=0, world=1):
 
 
 def validation_chunks(samples, limit, rank=0, world=1):
-    """Every sample once, at most `limit` of them, in fixed chunks of VAL_CHUNK: (step, chunk, sample numbers). Where
-    there are more they are taken at equal distances, so that every part of the split has its share."""
+    """Every sample once, at most `limit` of them, in fixed chunks of VAL_CHUNK: (step, chunk, sample
+    numbers). Where there are more they are taken at equal distances, so that every part of the split has its
+    share."""
     count = min(limit, samples.n)
     numbers = np.arange(count) * samples.n // count
     for chunk in range(rank, -(-count // VAL_CHUNK), world):
@@ -299,11 +298,11 @@ def validation_chunks(samples, limit, rank=0, world=1):
 
 
 def load(samples, chunks, seed, device, crop=False, ahead=3):
-    """Iterate over (step, chunk, numbers, batch): numbers (B,) says which samples the chunk holds, batch is a dict of
-    tensors on `device`, its image float32 (B, 3, S, S), normalised.
+    """Iterate over (step, chunk, numbers, batch): numbers (B,) says which samples the chunk holds, batch is a
+    dict of tensors on `device`, its image float32 (B, 3, S, S), normalised.
 
-    One thread works `ahead` of the caller. On a GPU it copies from pinned memory on a stream of its own, while the
-    last step still computes, and refills a buffer only after its copy's event."""
+    One thread works `ahead` of the caller. On a GPU it copies from pinned memory on a stream of its own,
+    while the last step still computes, and refills a buffer only after its copy's event."""
     device = torch.device(device)
     cuda, side = device.type == "cuda", samples.cfg.image_size
     stream = torch.cuda.Stream(device) if cuda else None
@@ -326,7 +325,8 @@ def load(samples, chunks, seed, device, crop=False, ahead=3):
                 batch = {name: torch.from_numpy(array) for name, array in batch.items()} | {"image": buffer}
                 if cuda:
                     with torch.cuda.stream(stream):
-                        batch = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+                        batch = {name: tensor.pin_memory().to(device, non_blocking=True)
+                                 for name, tensor in batch.items()}
                         copied = stream.record_event()
                 ready.put((step, chunk, numbers, batch, buffer, copied))
             ready.put(None)

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import zipfile
 from datetime import timedelta
@@ -16,7 +17,7 @@ from .config import UserError
 from .data import Pack
 
 
-# ---------------------------------------------------------------------------------------------- errors and processes
+# ------------------------------------------------------------------------------------------- processes
 
 def run(main):
     """Call main(). A mistake of the user's making ends in one sentence and status 2, without a traceback."""
@@ -24,28 +25,27 @@ def run(main):
     try:
         main()
     except UserError as error:
-        sys.exit(_say(f"{name}: {error}", 2))
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(_say(f"{name}: stopped", 130))
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, RuntimeError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
-            sys.exit(_say(f"{name}: out of memory: try a smaller --micro_batch (or --image_size, --max_text_len)", 2))
-        raise
+        print(f"{name}: stopped", file=sys.stderr)
+        sys.exit(130)
+    except (MemoryError, RuntimeError) as error:           # what torch raises is a RuntimeError
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate", str(error)):
+            raise
+        print(f"{name}: out of memory: use a smaller --micro_batch", file=sys.stderr)
+        sys.exit(2)
     finally:
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _say(sentence, status):
-    print(sentence, file=sys.stderr, flush=True)
-    return status
 
 
 def launch(processes):
     """Become torchrun: start this very command line in `processes` processes on this machine."""
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                              str(processes), *sys.argv])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                              "--nproc-per-node", str(processes), *sys.argv])
 
 
 def under_torchrun():
@@ -69,8 +69,7 @@ class Place:
             local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
             wanted = max(local + 1, run_cfg.gpus)
             if wanted > there:
-                raise UserError(f"{wanted} GPUs are wanted and {there} are there: use --gpus {there} or --device cpu"
-                                if there else "no GPU is there: use --device cpu")
+                raise UserError(f"{wanted} wanted, but {there or 'no'} GPU is there: use fewer, or --device cpu")
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         else:
@@ -80,7 +79,8 @@ class Place:
     def join(self, timeout):
         """Meet the other processes of a torchrun; timeout in seconds."""
         if under_torchrun() and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
 
     @property
     def main(self):
@@ -106,8 +106,8 @@ class Place:
         return box[0]
 
     def total(self, sums):
-        """{name: tensor} summed over all processes, as floats: one transfer and one host read for all of them. A
-        process may lack names that the main one has (it had no chunk to look at): it adds zeros."""
+        """{name: tensor} summed over all processes, as floats: one transfer and one host read for all of
+        them. A process may lack names that the main one has (it had no chunk to look at): it adds zeros."""
         names = self.from_main(lambda: sorted(sums))
         shape = self.from_main(lambda: sums[names[0]].shape)
         zero = torch.zeros(shape, device=self.device)
@@ -139,7 +139,7 @@ def _cpu_flags():
     return info.read_text().split() if info.is_file() else []
 
 
-# ---------------------------------------------------------------------------------------------- data and the run's folder
+# ------------------------------------------------------------------------------------------- the run's folder
 
 def open_packs(names, size, task="pretrain"):
     """--data -> the packs. The name `phantoms` stands for the embedded data set, drawn on first use."""
@@ -148,7 +148,7 @@ def open_packs(names, size, task="pretrain"):
         if name == "phantoms":
             name = f"packs/phantoms-{task}-{size}"
             if not Path(name).exists():
-                from data import phantoms, prepare     # the package itself does not depend on the data scripts
+                from data import phantoms, prepare         # nothing else in the package needs them
                 prepare.pack(phantoms.rows(None, task), out=name, name="phantoms", task=task, size=size)
         packs.append(Pack(name))
     return packs
@@ -160,39 +160,35 @@ def check_batches(train_cfg, model_cfg, world):
     if min(batch, micro, train_cfg.steps) < 1:
         raise UserError("--steps, --batch_size and --micro_batch must be at least 1")
     if batch % (micro * world):
-        raise UserError(f"--batch_size {batch} can't be divided among {world} processes with --micro_batch {micro}: "
-                        f"use a multiple of {micro * world}, or another --micro_batch")
+        raise UserError(f"--batch_size {batch} can't be divided among {world} processes with --micro_batch "
+                        f"{micro}: use a multiple of {micro * world}, or another --micro_batch")
     if micro == 1 and model_cfg.task == "pretrain" and model_cfg.itm:
-        raise UserError("--micro_batch 1 leaves no other row to take a wrong picture from: use 2 or more, or --itm 0")
-
-
-LEARNING = ("model", "train", "packs", "tokenizer")
+        raise UserError("--micro_batch 1 leaves no other row to take a wrong picture from: use 2, or --itm 0")
+    if not 0 <= train_cfg.seed < 2 ** 63:
+        raise UserError(f"--seed {train_cfg.seed} must lie in 0 … 2^63 - 1")
 
 
 def open_run(run_cfg, settings):
-    """Start or continue the run in --out. settings: the dict of config.json; of a run to be continued, what is
-    learned and from what must be the same (device and logging may differ). -> the path of its newest checkpoint, or None."""
-    out = Path(run_cfg.out)
-    config = out / "config.json"
-    resume = run_cfg.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    """Start or continue the run in --out. settings: the dict of config.json. A run that is continued must
+    keep them all but those under "run" (device and logging). -> the path of its newest checkpoint, or
+    None."""
+    out, config = Path(run_cfg.out), Path(run_cfg.out) / "config.json"
     settings = json.loads(json.dumps(settings))
-
-    if config.is_file():
-        if not resume:
-            raise UserError(f"{out} holds another run: go on with it by --resume, or choose another --out")
+    if not config.is_file():
+        if out.is_dir() and any(out.iterdir()):
+            raise UserError(f"{out} is not empty and holds no run: choose another --out")
+    elif not run_cfg.resume and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        raise UserError(f"{out} holds another run: go on with it by --resume, or choose another --out")
+    else:
         try:
             there = json.loads(config.read_text())
-        except ValueError:
+            changed = [f"{name} {there[part].get(name)} (now {value})" for part in settings if part != "run"
+                       for name, value in settings[part].items() if there[part].get(name) != value]
+        except (ValueError, KeyError, AttributeError):
             raise UserError(f"{config} is damaged: choose another --out") from None
-        for part in LEARNING:
-            mine, theirs = settings.get(part), there.get(part)
-            if mine != theirs:
-                pairs = [(k, (theirs or {}).get(k), mine.get(k)) for k in mine if (theirs or {}).get(k) != mine[k]] \
-                    if isinstance(mine, dict) and isinstance(theirs, dict) else [(part, theirs, mine)]
-                what = ", ".join(f"{k} {a} (now {b})" for k, a, b in pairs)
-                raise UserError(f"{out} was started with other settings: {what}; give the same, or choose another --out")
-    elif out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty and holds no run: choose another --out")
+        if changed:
+            raise UserError(f"{out} was started with other settings: {', '.join(changed)}; give the same, or "
+                            "choose another --out")
 
     checkpoint = newest_checkpoint(out) if config.is_file() else None
     out.mkdir(parents=True, exist_ok=True)
@@ -210,7 +206,7 @@ def write_whole(path, content):
     os.replace(beside, path)
 
 
-# ---------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(out, state):
     """last.pt, written beside, flushed to disk and renamed; the one before stays as prev.pt."""
@@ -266,11 +262,12 @@ def newest_checkpoint(out):
     return None
 
 
-# ---------------------------------------------------------------------------------------------- learning
+# ------------------------------------------------------------------------------------------- learning
 
 def unread_parameters(model_class, cfg):
-    """The names of the parameters that no loss reads (the last layer's image stream without ITM, say): found by one
-    step of a shadow model that has shapes and no numbers. DDP would wait for their gradients for ever."""
+    """The names of the parameters that no loss reads (the last layer's image stream without ITM, say): found
+    by one step of a shadow model that has shapes and no numbers. DDP would wait for their gradients for
+    ever."""
     with torch.device("meta"):
         model = model_class(cfg)
     model = model.to("meta").train()
@@ -288,7 +285,7 @@ def unread_parameters(model_class, cfg):
 
 
 def parameter_groups(model, train_cfg):
-    """AdamW's groups: three rates (encoders, fusion, heads), matrices with decay, one-dimensional parameters without."""
+    """AdamW's groups: three rates (encoders, fusion, heads), and decay for matrices alone."""
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -297,7 +294,8 @@ def parameter_groups(model, train_cfg):
         scale = {"vit": 1.0, "text": 1.0, "objectives": train_cfg.head_lr}.get(part, train_cfg.fusion_lr)
         decay = train_cfg.weight_decay if parameter.ndim > 1 else 0.0
         groups.setdefault((scale, decay), []).append(parameter)
-    return [{"params": parameters, "scale": scale, "weight_decay": decay} for (scale, decay), parameters in groups.items()]
+    return [{"params": parameters, "scale": scale, "weight_decay": decay}
+            for (scale, decay), parameters in groups.items()]
 
 
 def set_rate(optimizer, step, train_cfg):
@@ -312,11 +310,11 @@ def set_rate(optimizer, step, train_cfg):
 def give_up(skipped, step, out):
     """Called when a step was skipped because its gradient was not finite; the 20th in a row ends the run."""
     if skipped >= 20:
-        raise UserError(f"the gradient was not finite in {skipped} steps up to {step}: the last checkpoint in {out} is from "
-                        "before; go on from it in a new run with a lower --lr, a longer --warmup or --dtype float32")
+        raise UserError(f"the gradient was not finite in {skipped} steps up to {step}; what {out} holds is "
+                        "from before: try a lower --lr, a longer --warmup or --dtype float32")
 
 
-# ---------------------------------------------------------------------------------------------- the log
+# ------------------------------------------------------------------------------------------- the log
 
 class Log:
     """metrics.jsonl: one object a line. Opened at a checkpoint's step, it is cut back to that step."""
@@ -336,7 +334,6 @@ class Log:
         return found
 
     def write(self, step, split, **values):
-        line = {"step": step, "split": split, **{k: round(v, 6) if isinstance(v, float) and math.isfinite(v) else
-                                                 (None if isinstance(v, float) else v) for k, v in values.items()}}
+        plain = {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
         with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({"step": step, "split": split, **plain}) + "\n")

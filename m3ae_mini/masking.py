@@ -1,7 +1,7 @@
 """Which patches, which words, which wrong picture: pure functions of (seed, step, chunk, position).
 
-No generator is ever carried from one draw to the next. Each draw names the place it is for, so a run resumes by its
-step number alone, and how many processes share the work changes nothing.
+No generator is ever carried from one draw to the next. Each draw names the place it is for, so a run resumes
+by its step number alone, and how many processes share the work changes nothing.
 """
 import numpy as np
 import torch
@@ -12,8 +12,8 @@ VALIDATION = 1 << 62        # added to a step number: validation's draws never m
 
 
 def uniform(seed, purpose, step, chunk, shape):
-    """Uniform numbers in [0, 1) of `shape`, float64. Row i of the result depends on (seed, step, chunk, i) alone, as
-    long as a row's own shape stays the same: rows are filled one after the other."""
+    """Uniform numbers in [0, 1) of `shape`, float64. Row i depends on (seed, purpose, step, chunk, i) alone,
+    as long as a row's own shape stays the same: rows are filled one after the other."""
     key = np.array([seed, purpose], dtype=np.uint64)
     counter = np.array([0, 0, chunk, step], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter)).random(shape)
@@ -29,47 +29,47 @@ def epoch_order(seed, epoch, size):
     return np.argsort(uniform(seed, ORDER, epoch, 0, size), kind="stable")
 
 
-# ---------------------------------------------------------------------------------------------- patches
+# -------------------------------------------------------------------------------- patches
 
 def split_patches(noise, ratio):
-    """noise (B, L) -> keep (B, K), restore (B, L). The int(L·(1 - ratio)) patches of least noise stay visible, ordered
-    by their noise. restore[b, l] is the place of patch l in [kept patches ; hidden patches]."""
+    """noise (B, L) -> keep (B, K), restore (B, L). The int(L·(1 - ratio)) patches of least noise stay
+    visible, ordered by their noise. restore[b, l] is the place of patch l in [kept ; hidden]."""
     order = noise.argsort(dim=1, stable=True)                                          # (B, L)
     restore = order.argsort(dim=1)                                                     # (B, L)
     return order[:, :int(noise.shape[1] * (1 - ratio))], restore
 
 
-# ---------------------------------------------------------------------------------------------- words
+# -------------------------------------------------------------------------------- words
 
-def choose_words(starts, real, rows, ratio, whole_word=True):
-    """Which tokens are hidden. starts, real: bool (B, T), where a word starts and which tokens may be hidden; rows:
-    uniform numbers (B, T+1). -> bool (B, T).
+def choose_words(starts, real, numbers, ratio, whole_word=True):
+    """Which tokens are hidden. starts, real: bool (B, T), where a word starts and which tokens may be hidden;
+    numbers: uniform (B, T+1). -> bool (B, T).
 
-    Words are taken in random order until `ratio` of the row's real tokens are reached, at least one word a row
-    (the release drew single tokens, padding included, and left a quarter of short captions with nothing hidden)."""
+    Words are taken in random order until `ratio` of the row's real tokens are reached, at least one word a
+    row (the release drew single tokens, padding included, and hid nothing in a quarter of short captions)."""
     if not whole_word:
-        starts = np.ones_like(starts)                                                  # each token is a word of its own
-    word = starts.cumsum(axis=1)                                                       # (B, T) number of a token's word
-    draw = np.where(real, np.take_along_axis(rows, word, axis=1), 2.0)                 # (B, T) one number a word
+        starts = np.ones_like(starts)                                       # each token is a word of its own
+    word = starts.cumsum(axis=1)                                            # (B, T) number of a token's word
+    draw = np.where(real, np.take_along_axis(numbers, word, axis=1), 2.0)   # (B, T) one number a word
 
-    before = (draw[:, None, :] < draw[:, :, None]).sum(axis=2)                         # (B, T) tokens of words drawn earlier
-    wanted = np.round(ratio * real.sum(axis=1, keepdims=True))                         # (B, 1) tokens
+    before = (draw[:, None, :] < draw[:, :, None]).sum(axis=2)              # (B, T) tokens of earlier words
+    wanted = np.round(ratio * real.sum(axis=1, keepdims=True))              # (B, 1) tokens
     return real & (before < np.maximum(wanted, 1))
 
 
 def hide_words(ids, chosen, numbers, mask_id, ordinary):
-    """What stands in place of the hidden tokens: 80 % the mask token, 10 % a random token of `ordinary` (the ids that
-    are no special tokens), 10 % the token itself. ids, chosen (B, T), numbers (B, T, 2) uniform -> ids (B, T)."""
+    """What replaces the hidden tokens: 80 % the mask token, 10 % a random token of `ordinary` (the ids of no
+    special token), 10 % the token itself. ids, chosen (B, T), numbers (B, T, 2) uniform -> ids (B, T)."""
     random_ids = ordinary[(numbers[..., 1] * len(ordinary)).astype(np.int64)]          # (B, T)
     put = np.where(numbers[..., 0] < 0.8, mask_id, np.where(numbers[..., 0] < 0.9, random_ids, ids))
     return np.where(chosen, put, ids)
 
 
-# ---------------------------------------------------------------------------------------------- wrong pictures
+# -------------------------------------------------------------------------------- wrong pictures
 
 def wrong_rows(picture, text, numbers, amount, group=None):
-    """For every row of a chunk, `amount` other rows that differ from it in picture *and* in text, drawn without
-    repeats -> int64 (B, amount); where there are too few, the row's own number stands instead.
+    """For every row of a chunk, `amount` (at most B) other rows that differ from it in picture *and* in text,
+    drawn without repeats -> int64 (B, amount); where there are too few, the row's own number stands instead.
 
     picture, text: int (B,), equal where two rows share a picture or a text; numbers: uniform (B, B);
     group: int (B,), where given only rows of the same group count."""
@@ -81,11 +81,14 @@ def wrong_rows(picture, text, numbers, amount, group=None):
     return np.where(np.take_along_axis(fits, order, axis=1), order, np.arange(len(picture))[:, None])
 
 
-def mismatch(picture, text, numbers):
-    """Image-text matching: the picture each text goes with, int64 (B,). Half of the rows, rounded down, get another
-    row's picture; one without a partner stays a match. numbers: uniform (B, B+1)."""
-    wrong = wrong_rows(picture, text, numbers[:, 1:], 1)[:, 0]                         # (B,)
+def mismatch(picture, text, numbers, group, kin=0.0):
+    """Image-text matching: the picture each text goes with, int64 (B,). Half of the rows, rounded down, get
+    another row's picture; one without a partner stays a match. A share `kin` of the wrong pictures is of the
+    text's own group where there is one, so that the kind does not tell. numbers: uniform (B, B+2)."""
     order = np.argsort(numbers[:, 0], kind="stable")
-    index = np.arange(len(picture))
-    index[order[:len(picture) // 2]] = wrong[order[:len(picture) // 2]]
+    any_row, kin_row = (wrong_rows(picture, text, numbers[:, 2:], 1, only)[:, 0] for only in (None, group))
+    own = np.arange(len(picture))
+    wrong = np.where((numbers[:, 1] < kin) & (kin_row != own), kin_row, any_row)       # (B,)
+    index = own.copy()
+    index[order[:len(own) // 2]] = wrong[order[:len(own) // 2]]
     return index

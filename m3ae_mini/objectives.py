@@ -1,7 +1,7 @@
 """What M³AE learns from: each objective is one module with its head, its pass through the trunk and its loss.
 
-An objective is called with the model, the batch, and the whole text and the whole image encoded once for all that
-want them. It returns a dict with `NAME_loss` and what it predicted. Another loss is another class here.
+An objective is called with the model, the batch, and the whole text and the whole image encoded once for all
+that want them. It returns a dict with `NAME_loss` and what it predicted. Another loss is another class here.
 """
 import numpy as np
 import torch
@@ -12,8 +12,8 @@ from .model import PreNormBlock, Trunk, initialise, patchify
 
 
 class MLM(nn.Module):
-    """Masked language modelling: restore hidden words from the other words and the whole picture, by an MLP on the
-    text stream after the last fusion layer: words are high-level (paper, section 2.3)."""
+    """Masked language modelling: restore hidden words from the other words and the whole picture, by an MLP
+    on the text stream after the last fusion layer: words are high-level (paper, section 2.3)."""
     reads = ("image",)
 
     def __init__(self, cfg):
@@ -23,8 +23,8 @@ class MLM(nn.Module):
         self.decoder = nn.Linear(cfg.fusion_width, cfg.vocab_size)
 
     def forward(self, model, batch, text, image):
-        """image (B, 1+L, D) -> mlm_logits (M, V) and mlm_targets (M,) for the masked tokens in row-major order, and
-        their cross-entropy. M may count filler at the end, of target -100, where the loader rounded it up."""
+        """image (B, 1+L, D) -> mlm_logits (M, V) and mlm_targets (M,) for the masked tokens, row-major, and
+        their cross-entropy. M may count filler at the end, of target -100, where the loader rounded up."""
         labels = batch["mlm_labels"].flatten()                                         # (B·T,)
         where = batch.get("mlm_positions")
         if where is None:
@@ -37,18 +37,20 @@ class MLM(nn.Module):
         hidden = text.flatten(0, 1).index_select(0, where)                             # (M, D)
         logits = self.decoder(self.norm(F.gelu(self.dense(hidden)))).float()           # (M, V)
         targets = labels.index_select(0, where)                                        # (M,)
-        return {"mlm_loss": F.cross_entropy(logits, targets), "mlm_logits": logits, "mlm_targets": targets}
+        loss = F.cross_entropy(logits, targets, reduction="sum") / (targets != -100).sum().clamp(min=1)
+        return {"mlm_loss": loss, "mlm_logits": logits, "mlm_targets": targets}
 
 
 class MIM(nn.Module):
-    """Masked image modelling: restore hidden patches from the visible quarter and the whole text, by a small
-    Transformer on the image stream that enters fusion layer `mim_layer`: pixels are low-level (paper, section 2.3)."""
-    reads = ("text",)
+    """Masked image modelling: restore hidden patches from the visible quarter and the text, by a small
+    Transformer on the image stream that enters fusion layer `mim_layer`: pixels are low-level
+    (paper, section 2.3)."""
 
     def __init__(self, cfg):
         super().__init__()
         width, side = cfg.decoder_width, cfg.image_size // cfg.patch_size
         self.depth = cfg.fusion_layers if cfg.mim_layer == -1 else cfg.mim_layer
+        self.reads = ("text",) if self.depth else ()
         self.embed = nn.Linear(cfg.fusion_width, width)
         self.mask_token = nn.Parameter(torch.empty(width))
         self.register_buffer("pos", sine_cosine_positions(width, side), persistent=False)
@@ -57,8 +59,8 @@ class MIM(nn.Module):
         self.pred = nn.Linear(width, 3 * cfg.patch_size ** 2)
 
     def forward(self, model, batch, text, image):
-        """text (B, T, D) -> mim_pred (B, L, 3·P²), mim_hidden (B, L), 1 where a patch was hidden, and the squared
-        error: mean within a patch, then over the hidden patches."""
+        """text (B, T, D) -> mim_pred (B, L, 3·P²), mim_hidden (B, L), 1 where a patch was hidden, and the
+        squared error: mean within a patch, then over the hidden patches."""
         kept, restore = model.encode_image(batch["image"], batch["mim_noise"])         # (B, 1+K, D), (B, L)
         _, kept = model.fuse(text, kept, batch["text_mask"], depth=self.depth, want=("image",))
 
@@ -85,8 +87,8 @@ class MIM(nn.Module):
 
     @staticmethod
     def target(image, cfg):
-        """image (B, 3, S, S) -> the patches to restore (B, L, 3·P²), each normalised by its mean and its unbiased
-        variance where norm_pix_loss says so: contrast then counts as much in dark patches as in bright ones."""
+        """image (B, 3, S, S) -> the patches to restore (B, L, 3·P²), each normalised by its mean and unbiased
+        variance where norm_pix_loss says so: contrast then counts as much in dark patches as in bright."""
         patches = patchify(image, cfg.patch_size)
         if not cfg.norm_pix_loss:
             return patches
@@ -95,8 +97,8 @@ class MIM(nn.Module):
 
 
 def sine_cosine_positions(width, side):
-    """Fixed 2-D positions (1 + side², width), class token zeros. The first half of the channels tells the column, the
-    second the row; within a half all sines, then all cosines, of frequencies 10000^(-4i/width), i = 0 … width/4 - 1."""
+    """Fixed 2-D positions (1 + side², width), class token zeros. The first half of the channels tells the
+    column, the second the row; in a half all sines, then all cosines, of 10000^(-4i/width), i < width/4."""
     frequency = 10000.0 ** (-np.arange(width // 4) / (width / 4))                      # float64, as released
     angle = np.arange(side)[:, None] * frequency                                       # (side, width/4)
     code = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)                      # (side, width/2)
@@ -106,7 +108,7 @@ def sine_cosine_positions(width, side):
 
 
 class ITM(nn.Module):
-    """Image-text matching: does the picture belong to the text? Half of the rows get another row's picture."""
+    """Image-text matching: does the picture belong to the text? Half the rows get another row's picture."""
     reads = ("text", "image")
 
     def __init__(self, cfg):
@@ -114,8 +116,8 @@ class ITM(nn.Module):
         self.fc = nn.Linear(2 * cfg.fusion_width, 2)
 
     def forward(self, model, batch, text, image):
-        """text (B, T, D), image (B, 1+L, D); row i of the text goes with image itm_index[i] -> itm_logits (B, 2),
-        class 1: they match. A wrong picture is a row that is encoded already, so it costs nothing."""
+        """text (B, T, D), image (B, 1+L, D); row i of the text goes with image itm_index[i] -> itm_logits
+        (B, 2), class 1: they match. A wrong picture is a row that is encoded already, so it costs nothing."""
         index = batch["itm_index"]                                                     # (B,)
         feature = model.joint(text, image.index_select(0, index), batch["text_mask"])  # (B, 2D)
         logits = self.fc(feature).float()                                              # (B, 2)
@@ -126,11 +128,12 @@ class ITM(nn.Module):
 def task_head(cfg, outputs):
     """Linear, LayerNorm, GELU, linear on the joint feature: (B, 2D) -> (B, outputs)."""
     width = 2 * cfg.fusion_width
-    return nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width, eps=1e-5), nn.GELU(), nn.Linear(width, outputs))
+    return nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width, eps=1e-5), nn.GELU(),
+                         nn.Linear(width, outputs))
 
 
 class VQA(nn.Module):
-    """Question answering as a choice from the answer list. A label of -1 (an answer outside it) has no right choice."""
+    """Question answering as a choice from the answer list. A label of -1 (outside it) has no right choice."""
     reads = ("text", "image")
 
     def __init__(self, cfg):
@@ -189,9 +192,9 @@ class M3AE(Trunk):
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        self.weights = {name: getattr(cfg, name, 1.0) for name in OBJECTIVES[cfg.task]}
-        self.weights = {name: weight for name, weight in self.weights.items() if weight}
-        self.objectives = nn.ModuleDict({name: OBJECTIVES[cfg.task][name](cfg) for name in self.weights})
+        self.loss_weights = {name: weight for name in OBJECTIVES[cfg.task]
+                             if (weight := getattr(cfg, name, 1.0))}
+        self.objectives = nn.ModuleDict({name: OBJECTIVES[cfg.task][name](cfg) for name in self.loss_weights})
 
         initialise(self)
         if "mim" in self.objectives:
@@ -200,9 +203,9 @@ class M3AE(Trunk):
                 nn.init.xavier_uniform_(block.attn.qkv.weight)
 
     def forward(self, batch):
-        """A dict of tensors (the loader's, or golden/README.md's) -> every objective's outputs, and `loss`, their
-        weighted sum. The whole text and the whole image are encoded once, for all objectives that read them: with
-        dropout on, MIM and ITM share one draw for the text (the release draws twice, in a pass of its own each)."""
+        """A dict of tensors (the loader's, or golden/README.md's) -> every objective's outputs, and `loss`,
+        their weighted sum. The whole text and the whole image are encoded once, for all that read them: with
+        dropout on, MIM and ITM share one draw for the text (the release draws twice, in two passes)."""
         read = {what for objective in self.objectives.values() for what in objective.reads}
         text = self.encode_text(batch["text_ids"], batch["text_mask"]) if "text" in read else None
         image = self.encode_image(batch["image"]) if "image" in read else None
@@ -210,5 +213,5 @@ class M3AE(Trunk):
         out = {}
         for name, objective in self.objectives.items():
             out.update(objective(self, batch, text, image))
-        out["loss"] = sum(weight * out[f"{name}_loss"] for name, weight in self.weights.items())
+        out["loss"] = sum(weight * out[f"{name}_loss"] for name, weight in self.loss_weights.items())
         return out

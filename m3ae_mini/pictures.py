@@ -14,8 +14,8 @@ BACK, INK, GREEN, RED, GREY = (250, 250, 248), (30, 30, 30), (0, 125, 60), (190,
 def unpatchify(patches, size):
     """patches (B, L, 3·size²) -> image (B, 3, S, S): the inverse of model.patchify."""
     side = round(patches.shape[1] ** 0.5)
-    x = patches.unflatten(2, (size, size, 3)).unflatten(1, (side, side))               # (B, S/P, S/P, P, P, 3)
-    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)                        # (B, 3, S, S)
+    x = patches.unflatten(2, (size, size, 3)).unflatten(1, (side, side))        # (B, S/P, S/P, P, P, 3)
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)                 # (B, 3, S, S)
 
 
 def visible(image):
@@ -27,23 +27,24 @@ def visible(image):
 
 @torch.no_grad()
 def rebuild(model, batch):
-    """A chunk -> (masked, rebuilt), each (B, 3, S, S): hidden patches grey; hidden patches as the model sees them.
-    Where the model predicts normalised patches, each gets its true mean and deviation back, as is usual."""
+    """A chunk -> (masked, rebuilt), each (B, 3, S, S): hidden patches grey; hidden patches as the model sees
+    them. Where the model predicts normalised patches, each gets its true mean and deviation back."""
     size = model.cfg.patch_size
     text = model.encode_text(batch["text_ids"], batch["text_mask"])
     out = model.objectives["mim"](model, batch, text, None)
-    patches, hidden = patchify(batch["image"], size), out["mim_hidden"].bool()[..., None]    # (B, L, 3·P²), (B, L, 1)
-    pred = out["mim_pred"]
+    patches, pred = patchify(batch["image"], size), out["mim_pred"]             # (B, L, 3·P²) each
+    hidden = out["mim_hidden"].bool()[..., None]                                # (B, L, 1)
     if model.cfg.norm_pix_loss:
         var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
         pred = pred * (var + 1e-6).sqrt() + mean
-    return unpatchify(patches.masked_fill(hidden, 0.0), size), unpatchify(torch.where(hidden, pred, patches), size)
+    masked, rebuilt = patches.masked_fill(hidden, 0.0), torch.where(hidden, pred, patches)
+    return unpatchify(masked, size), unpatchify(rebuilt, size)
 
 
 @torch.no_grad()
 def reconstructions(model, samples, place, path, count=8):
-    """A sheet of `count` samples: original | masked | reconstructed, and the caption with its hidden words filled in,
-    green where the model found the word, red (with the true word behind) where it did not."""
+    """A sheet of `count` samples: original | masked | reconstructed, and the caption with its hidden words
+    filled in, green where the model found the word, red (with the true word behind) where it did not."""
     model.eval()
     spread = np.arange(count) * samples.n // count
     _, _, _, batch = next(load(samples, iter([(0, 0, spread)]), VAL_SEED, place.device))
@@ -57,12 +58,15 @@ def reconstructions(model, samples, place, path, count=8):
 
     cell, gap, columns = max(144, samples.cfg.image_size), 12, 2
     width, height = 3 * cell + 2 * gap, cell + 66
-    sheet = Image.new("RGB", (columns * (width + 2 * gap) + gap, -(-count // columns) * height + 2 * gap), BACK)
+    size = columns * (width + 2 * gap) + gap, -(-count // columns) * height + 2 * gap
+    sheet = Image.new("RGB", size, BACK)
     for i in range(count):
         left, top = gap + i % columns * (width + 2 * gap), gap + i // columns * height
         for j, image in enumerate((batch["image"][i], masked[i], rebuilt[i])):
-            sheet.paste(visible(image.float()).resize((cell, cell), Image.Resampling.NEAREST), (left + j * (cell + gap), top))
-        write_caption(sheet, (left, top + cell + 6), width, caption_pieces(samples.tokenizer, batch, i, guesses))
+            shown = visible(image.float()).resize((cell, cell), Image.Resampling.NEAREST)
+            sheet.paste(shown, (left + j * (cell + gap), top))
+        pieces = caption_pieces(samples.tokenizer, batch, i, guesses)
+        write_caption(sheet, (left, top + cell + 6), width, pieces)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 

@@ -17,23 +17,23 @@ PAD_ID = {"roberta": 1, "bert": 0}
 class Tokenizer:
     """A `tokenizers.Tokenizer` of RoBERTa's or BERT's kind, told apart by the names of the special tokens.
 
-    ids: cls_id, pad_id, sep_id, mask_id; ordinary: the ids that are no special tokens (n,); vocab_size; hash."""
+    ids: cls_id, pad_id, sep_id, mask_id; ordinary: the ids of no special token (n,); vocab_size; hash."""
 
     def __init__(self, backend, source="the tokenizer"):
         self.backend = backend
-        self.backend.no_padding()              # many tokenizer.json files cut and pad; here the loader does both
+        self.backend.no_padding()         # many tokenizer.json files cut and pad; here the loader does both
         self.backend.no_truncation()
 
         self.kind = next((kind for kind, names in SPECIAL.items()
                           if all(backend.token_to_id(name) is not None for name in names)), None)
         if self.kind is None:
-            raise UserError(f"{source} has neither RoBERTa's special tokens {' '.join(SPECIAL['roberta'])} nor BERT's "
-                            f"{' '.join(SPECIAL['bert'])}: give another with --tokenizer")
+            raise UserError(f"{source} has neither RoBERTa's special tokens {' '.join(SPECIAL['roberta'])} "
+                            f"nor BERT's {' '.join(SPECIAL['bert'])}: give another with --tokenizer")
         names = SPECIAL[self.kind]
         self.cls_id, self.pad_id, self.sep_id, _, self.mask_id = map(backend.token_to_id, names)
         if self.pad_id != PAD_ID[self.kind]:
-            raise UserError(f"{source} has its padding token at {self.pad_id}, a {self.kind} model needs it at "
-                            f"{PAD_ID[self.kind]}: give another with --tokenizer")
+            raise UserError(f"{source} has its padding token at {self.pad_id}, a {self.kind} model needs it "
+                            f"at {PAD_ID[self.kind]}: give another with --tokenizer")
 
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
@@ -57,15 +57,16 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """A byte-level BPE of at most `vocab_size` tokens on `texts`, lower case, with RoBERTa's special tokens where
-        RoBERTa has them: four first, the mask token last."""
+        """A byte-level BPE of at most `vocab_size` tokens on `texts`, lower case, with RoBERTa's special
+        tokens where RoBERTa has them: four first, the mask token last."""
         *first, mask = SPECIAL["roberta"]
         backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
         backend.normalizer = normalizers.Lowercase()
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, special_tokens=list(first), show_progress=False,
-                                      initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, special_tokens=list(first),
+                                      initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+                                      show_progress=False)
         backend.train_from_iterator(texts, trainer)
         backend.add_special_tokens([mask])
         return cls(backend)
@@ -75,8 +76,8 @@ class Tokenizer:
         return self.backend.to_str()
 
     def encode(self, texts):
-        """texts, a list -> a list of (ids (n,), starts (n,)), special tokens left out: starts is true where a word
-        begins, as the tokenizer itself split them."""
+        """texts, a list -> a list of (ids (n,), starts (n,)), special tokens left out: starts is true where a
+        word begins, as the tokenizer itself split them."""
         pairs = []
         for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False):
             words = np.array([-1 if word is None else word for word in encoding.word_ids], dtype=np.int64)

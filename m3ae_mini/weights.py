@@ -1,6 +1,6 @@
 """Weights in and out: CLIP, RoBERTa and BERT, released M³AE, and this project's own checkpoints.
 
-Such files come from strangers. Nothing in them is ever run: a pickle is read as data (`unpickle`), and memory is
+Such files come from strangers. Nothing in them is ever run: a pickle is read as data (`unpickle`). Memory is
 reserved for what a file holds, not for what it claims.
 """
 import json
@@ -22,11 +22,11 @@ from .config import ModelConfig, UserError
 from .objectives import M3AE
 
 
-# ---------------------------------------------------------------------------------------------- released names
+# --------------------------------------------------------------------------------------------- released names
 
 def name_table(cfg):
-    """Pairs (name here, [released names]) for every tensor the model may hold. Where there are several released names
-    their tensors stand one upon the other here: query, key and value are one matrix."""
+    """Pairs (name here, [released names]) for every tensor the model may hold. Of several released names the
+    tensors stand one upon the other here: query, key and value are one matrix."""
     table = []
 
     def add(mine, *released):
@@ -111,15 +111,15 @@ def from_official(state, cfg):
             raise UserError(f"tensors of one shape differ: {shapes}")
         tensor = state[released[0]] if len(released) == 1 else torch.cat([state[r] for r in released])
         if name == "vit.patch.weight" and tensor.ndim == 4:
-            tensor = tensor.permute(0, 2, 3, 1).flatten(1)         # a convolution's (W, 3, P, P) -> (W, P·P·3)
+            tensor = tensor.permute(0, 2, 3, 1).flatten(1)  # a convolution's (W, 3, P, P) -> (W, P·P·3)
         elif name == "objectives.mim.mask_token":
-            tensor = tensor.flatten()                              # (1, 1, W) -> (W,)
+            tensor = tensor.flatten()                       # (1, 1, W) -> (W,)
         mine[name] = tensor
     return mine
 
 
 def to_official(state, cfg):
-    """The inverse of from_official, bit for bit: tensors under this model's names -> under the released names."""
+    """The inverse of from_official, bit for bit: from this model's names to the released ones."""
     theirs = {}
     for name, released in name_table(cfg):
         if name not in state:
@@ -136,8 +136,8 @@ def to_official(state, cfg):
 # ---------------------------------------------------------------------------------------------- reading files
 
 class Inert(dict):
-    """Stands for whatever a pickle names or builds: class, function, object, container. It keeps what the pickle
-    says of it (name, arguments, items; its state is the item "") and can do nothing."""
+    """Stands for what a pickle names or builds: class, function, object, container. It keeps what is said of
+    it (name, arguments, items; its state is the item "") and can do nothing."""
 
     def __init__(self, name=None, args=()):
         super().__init__()
@@ -147,39 +147,32 @@ class Inert(dict):
 def unpickle(data):
     """A pickle's bytes (protocol 2, torch's) -> what it holds, as plain data. Nothing is imported or called.
 
-    Of containers only tuples and items under strings are kept: the rest is never asked for, and other keys need
+    Of containers only tuples and items under strings are kept: nothing else is asked for, and other keys need
     a hash, which for a tuple of tuples can take for ever."""
     stack, marks, memo = [], [], {}
-
-    def pop(start):
-        items = stack[start:]
-        del stack[start:]
-        return items
-
     for opcode, value, _ in pickletools.genops(data):
+        # What an opcode takes from the stack, pickletools knows: so many objects, or all down to a mark.
+        wanted, start = opcode.stack_before, len(stack) - len(opcode.stack_before)
+        if pickletools.markobject in wanted:
+            start = marks.pop() - wanted.index(pickletools.markobject)
+        taken = stack[start:]
+        del stack[start:]
+
         match opcode.name:
-            case "STOP": return stack.pop()
-            case "PROTO" | "BINPERSID": pass                # a storage stays the tuple that describes it
+            case "STOP": return taken[0]
             case "MARK": marks.append(len(stack))
-            case "POP" | "APPEND": stack.pop()
-            case "POP_MARK" | "APPENDS": pop(marks.pop())
             case "BINPUT" | "LONG_BINPUT": memo[value] = stack[-1]
             case "BINGET" | "LONG_BINGET": stack.append(memo[value])
-            case "NONE": stack.append(None)
-            case "NEWTRUE" | "NEWFALSE" as name: stack.append(name == "NEWTRUE")
-            case "EMPTY_DICT" | "EMPTY_LIST": stack.append(Inert())
-            case "EMPTY_TUPLE": stack.append(())
-            case "TUPLE1" | "TUPLE2" | "TUPLE3" as name: stack.append(tuple(pop(-int(name[-1]))))
-            case "TUPLE": stack.append(tuple(pop(marks.pop())))
             case "GLOBAL": stack.append(Inert(value))
-            case "REDUCE" | "NEWOBJ":
-                called, args = pop(-2)
-                stack.append(Inert(called.name, args))
+            case "REDUCE" | "NEWOBJ": stack.append(Inert(taken[0].name, taken[1]))
+            case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" | "TUPLE": stack.append(tuple(taken))
+            case "NEWTRUE" | "NEWFALSE" as name: stack.append(name == "NEWTRUE")
+            case "BINPERSID" | "APPEND" | "APPENDS": stack.append(taken[0])     # a storage stays a tuple
             case "SETITEM" | "SETITEMS" | "BUILD" as name:
-                items = ["", *pop(-1)] if name == "BUILD" else pop(-2 if name == "SETITEM" else marks.pop())
-                stack[-1].update((k, item) for k, item in zip(items[::2], items[1::2]) if isinstance(k, str))
-            case name if opcode.arg: stack.append(value)    # a number, a string, bytes
-            case name: raise ValueError(f"its pickle has a {name}, which torch does not write")
+                items = ["", taken[1]] if name == "BUILD" else taken[1:]
+                taken[0].update((k, v) for k, v in zip(items[::2], items[1::2]) if isinstance(k, str))
+                stack.append(taken[0])
+            case _ if opcode.stack_after: stack.append(value if opcode.arg else Inert())
 
 
 # Other kinds of numbers are no weights, and not read. As safetensors call them, and as pickles do.
@@ -193,13 +186,15 @@ def readable(path):
     """Whatever goes wrong while a file is read is the file's fault, and said so."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{path} can't be read: is the path right, the file whole and of the right kind? "
                         f"({type(error).__name__}: {str(error)[:200]})") from error
 
 
 def read_safetensors(path):
-    """-> {name: float32 tensor}. The format: the header's length, the header in JSON, tensors without gaps."""
+    """-> {name: float32 tensor}. The format: the header's length, the header in JSON, tensors without gap."""
     tensors, place = {}, 0
     with readable(path), open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -221,10 +216,10 @@ def read_safetensors(path):
 
 
 def read_torch(path):
-    """A file of torch.save or torch.jit.save -> (all it holds, as plain data; {dotted name: float32 tensor})."""
+    """A file of torch.save or torch.jit.save -> (all it holds, as data; {dotted name: float32 tensor})."""
     with readable(path), open(path, "rb") as file:
-        if not zipfile.is_zipfile(file):
-            raise ValueError("no whole zip archive; from before PyTorch 1.6? Then load and save it again there")
+        if not os.path.isfile(path) or not zipfile.is_zipfile(file):
+            raise ValueError("no whole zip archive; if PyTorch < 1.6 wrote it, load and save it again there")
         archive, size = zipfile.ZipFile(file), os.path.getsize(path)
         (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         content = unpickle(archive.open(pickled).read(size))
@@ -257,24 +252,24 @@ def read_torch(path):
     return content, tensors
 
 
-# ---------------------------------------------------------------------------------------------- what is in a file
+# ------------------------------------------------------------------------------------------ what is in a file
 
 class State(dict):
-    """Tensors under this model's names. `rest` names those of the file that no such model has a place for, `notes`
-    are sentences on what was assumed."""
+    """Tensors under this model's names. `rest` are names of the file that have no place in any such model,
+    `notes` are sentences on what was assumed."""
     rest, notes = (), ()
 
 
 def translate(tensors, path, ending="", released=""):
-    """Tensors under a file's names -> State. Names get their released form: of the tensor that ends in `ending`,
-    what stands before it is a prefix, of which `released` takes the place."""
+    """Tensors under a file's names -> State. What stands before `ending` in the one name that ends so is the
+    prefix of all others too, and `released` takes its place."""
     prefixes = [name.removesuffix(ending) for name in tensors if name.endswith(ending)] if ending else [""]
     if len(prefixes) != 1:
-        raise UserError(f"{path} has {len(prefixes)} tensors named {ending}, where one is needed")
-    names = {released + name.removeprefix(prefixes[0]): name for name in tensors if name.startswith(prefixes[0])}
+        raise UserError(f"{path} has {len(prefixes)} tensors named {ending}, and must have one")
+    names = {released + name[len(prefixes[0]):]: name for name in tensors if name.startswith(prefixes[0])}
 
     # There are no more layers than numbers in the names, and a table too long does no harm.
-    most = min(1000, len({piece for name in names for piece in name.split(".") if piece.isdigit()}))
+    most = min(200, len({piece for name in names for piece in name.split(".") if piece.isdigit()}))
     cfg = ModelConfig(vit_blocks=most, text_layers=most, fusion_layers=most, decoder_layers=most)
     state = State(from_official({name: tensors[names[name]] for name in names}, cfg))
     used = {names[name] for mine, theirs in name_table(cfg) if mine in state for name in theirs}
@@ -283,50 +278,43 @@ def translate(tensors, path, ending="", released=""):
 
 
 def part(name):
-    """The part of the model a tensor belongs to: vit, text, a head (mlm, …), or fusion, which is all between."""
+    """The part of the model a tensor belongs to: vit, text, a head (mlm, …), or fusion: all between."""
     first, second = f"{name}.".split(".")[:2]
     return second if first == "objectives" else first if first in ("vit", "text") else "fusion"
 
 
-def infer(state, path, known, parts):
-    """What the shapes of those parts of a State tell: fields of ModelConfig. The number of heads is in no shape: it
-    is `known`, or heads are 64 wide."""
+def infer(state, path, known):
+    """What the shapes of a State tell: fields of ModelConfig. The number of heads is in no shape: it is
+    `known`, or heads are 64 wide. A tensor that is missing tells nothing; `fit` reports it."""
     def size(name, axis=0):
-        if name not in state or state[name].ndim <= axis or not state[name].numel():
-            released = dict(name_table(ModelConfig()))[name]
-            raise UserError(f"{path} has no tensor {name} (as released: {', '.join(released)}), or an empty one")
-        return state[name].shape[axis]
+        shape = state[name].shape if name in state else ()
+        return shape[axis] if axis < len(shape) else 0
 
     def depth(prefix):
-        return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
+        return min(200, len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)}))
 
-    found = {}
-    if "vit" in parts:
-        patch = max(1, math.isqrt(size("vit.patch.weight", 1) // 3))
-        found.update(patch_size=patch, image_size=patch * math.isqrt(size("vit.pos") - 1),
-                     vit_width=size("vit.cls"), vit_blocks=depth("vit.blocks."))
-    if "text" in parts:
-        found.update(text_kind="roberta" if size("text.token_type.weight") == 1 else "bert",
-                     vocab_size=size("text.word.weight"), text_max_positions=size("text.position.weight"),
-                     text_width=size("text.word.weight", 1), text_layers=depth("text.layers."))
-    if "fusion" in parts:
-        found.update(fusion_width=size("modality", 1), fusion_layers=depth("fusion.text_layers."))
-    if "mim" in parts:
-        found.update(decoder_width=size("objectives.mim.mask_token"),
-                     decoder_layers=depth("objectives.mim.blocks."))
+    patch = math.isqrt(size("vit.patch.weight", 1) // 3)
+    found = dict(
+        patch_size=patch, image_size=patch * math.isqrt(max(1, size("vit.pos")) - 1),
+        vit_width=size("vit.cls"), vit_blocks=depth("vit.blocks."),
+        vocab_size=size("text.word.weight"), text_max_positions=size("text.position.weight"),
+        text_width=size("text.word.weight", 1), text_layers=depth("text.layers."),
+        text_kind={0: None, 1: "roberta"}.get(size("text.token_type.weight"), "bert"),
+        fusion_width=size("modality", 1), fusion_layers=depth("fusion.text_layers."),
+        decoder_width=size("objectives.mim.mask_token"), decoder_layers=depth("objectives.mim.blocks."),
+        num_answers=size("objectives.vqa.head.3.bias"), num_classes=size("objectives.cls.head.3.bias"))
+    found = {field: value for field, value in found.items() if value}
+
     for width in [field for field in found if field.endswith("_width")]:
         heads = width.replace("width", "heads")
         if heads not in known and found[width] % 64:
-            raise UserError(f"{path} does not tell how many heads share a width of {found[width]}: give --{heads}")
+            raise UserError(f"{path} does not tell the heads of a width of {found[width]}: give --{heads}")
         found[heads] = known.get(heads, found[width] // 64)
 
+    parts = {part(name) for name in state}
+    found.update({"task": task for task in ("vqa", "cls", "irtr") if task in parts})
     if parts & {"mlm", "mim", "itm"}:
         found.update({name: known.get(name, 1.0) if name in parts else 0.0 for name in ("mlm", "mim", "itm")})
-    if "irtr" in parts:
-        found["task"] = "irtr"
-    for task, answers in ("vqa", "num_answers"), ("cls", "num_classes"):
-        if task in parts:
-            found.update({"task": task, answers: size(f"objectives.{task}.head.3.bias")})
     return found
 
 
@@ -335,14 +323,14 @@ def load_clip(path):
 
     As released, vit_blocks leaves out the last block. Fewer blocks and another image_size do as well."""
     state = translate(read_torch(path)[1], path, "class_embedding", "vision_encoder.visual.")
-    found = infer(state, path, {}, {"vit"})
-    found["vit_blocks"] -= 1
-    del found["image_size"]
+    found = infer(state, path, {})
+    found["vit_blocks"] = found.get("vit_blocks", 1) - 1
+    found.pop("image_size", None)
     return found, state
 
 
 def load_text(path, text_heads=None):
-    """A Hugging Face folder of RoBERTa or BERT -> (fields of ModelConfig, State). `text_heads` is for a folder
+    """A Hugging Face folder of RoBERTa or BERT -> (fields of ModelConfig, State). `text_heads` is for folders
     without config.json."""
     folder, config = Path(path), {}
     if (folder / "config.json").exists():
@@ -354,64 +342,69 @@ def load_text(path, text_heads=None):
 
     safe = folder / "model.safetensors"
     tensors = read_safetensors(safe) if safe.exists() else read_torch(folder / "pytorch_model.bin")[1]
-    for name in [name for name in tensors if name.endswith(("LayerNorm.gamma", "LayerNorm.beta"))]:    # old files
-        tensors[name.replace("gamma", "weight").replace("beta", "bias")] = tensors.pop(name)
+    for old, new in ("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"):
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
     state = translate(tensors, path, "embeddings.word_embeddings.weight", "language_encoder.")
-    found = infer(state, path, {"text_heads": text_heads}, {"text"})
+    found = infer(state, path, {"text_heads": text_heads})
 
-    roberta = found["text_kind"] == "roberta"
-    for key, here in {"model_type": found["text_kind"], "hidden_act": "gelu", "position_embedding_type": "absolute",
-                      "layer_norm_eps": 1e-5 if roberta else 1e-12, "pad_token_id": int(roberta)}.items():
-        if config.get(key, here) != here:
-            raise UserError(f"{folder / 'config.json'}: {key} is {config[key]}, where this encoder has {here}")
+    roberta = found.get("text_kind") == "roberta"
+    needed = {"model_type": "roberta" if roberta else "bert", "pad_token_id": int(roberta),
+              "layer_norm_eps": 1e-5 if roberta else 1e-12, "hidden_act": "gelu",
+              "position_embedding_type": "absolute"}
+    for key, value in needed.items():
+        if config.get(key, value) != value:
+            raise UserError(f"{folder / 'config.json'}: {key} is {config[key]}, needed is {value}")
     return found, state
 
 
 def load_m3ae(path, **given):
     """A checkpoint of M³AE, released or of this project, or a run's folder -> (ModelConfig, State).
 
-    What shapes do not tell comes from `given`, else from the configuration in the file, else it is the paper's."""
+    What shapes do not tell is taken from `given`, else from the file's configuration, else from the paper."""
     if Path(path).is_dir():
         path = Path(path, "best.pt" if Path(path, "best.pt").exists() else "last.pt")
     content, tensors = read_torch(path)
-    state = State(tensors) if "vit.cls" in tensors else translate(tensors, path)
+    own = any(part(name) == "vit" for name in tensors)
+    state = State(tensors) if own else translate(tensors, path)
 
     with readable(path):
         config = content.get("model_config", content.get("hyper_parameters", {}))
         config = config.get("config", config)
         config = {"fusion_heads": config.get("num_heads")} | config         # its released name
-        known = {f.name: config[f.name] for f in fields(ModelConfig)
-                 if isinstance(config.get(f.name), (float, int) if type(f.default) is float else type(f.default))}
-    known |= given
-    found = infer(state, path, known, {"vit", "text", "fusion"} | {part(name) for name in state})
-    papers = {"mim_layer": 3 if found["fusion_layers"] > 3 else -1,
-              "max_text_len": min(64, found["text_max_positions"] - 2)}
-    cfg = ModelConfig(**papers | known | found)
+        kinds = {f.name: (int, float) if f.type is float else f.type for f in fields(ModelConfig)}
+        known = {name: config[name] for name in kinds if isinstance(config.get(name), kinds[name])} | given
+        found = infer(state, path, known)
+        paper = {"mim_layer": 3 if found.get("fusion_layers", 6) > 3 else -1,
+                 "max_text_len": min(64, found.get("text_max_positions", 514) - 2)}
+        cfg = ModelConfig(**paper | known | found)
+
+        if cfg.decoder_width * (cfg.image_size // cfg.patch_size) ** 2 > 2 ** 26:
+            raise ValueError(f"too wide a decoder, {cfg.decoder_width}, for so many patches")
+        with torch.device("meta"):                          # takes no memory, but for the decoder's positions
+            fit(M3AE(cfg), state, path, needed=("vit", "text", "fusion"))
 
     assumed = [f"{field} {getattr(cfg, field)}" for field in ("mim_layer", *found)
                if field.endswith(("_layer", "_heads")) and field not in known]
-    state.notes = [f"{path} does not tell and is taken to have: {', '.join(assumed)}"] if assumed else []
-    with torch.device("meta"):
-        fit(M3AE(cfg), state, path)
+    state.notes = [f"not told by the file, so assumed: {', '.join(assumed)}"] if assumed else []
     return cfg, state
 
 
-# ---------------------------------------------------------------------------------------------- into a model, and out
+# -------------------------------------------------------------------------------------- into a model, and out
 
 def resize_positions(pos, patches):
-    """Learned positions of a square grid (1+L, W) -> (1+patches, W), bicubic; the class position stays as it is."""
-    old, new = math.isqrt(len(pos) - 1), math.isqrt(patches)
+    """Learned positions of a square grid (1+L, W) -> (1+patches, W), bicubic; the class position is kept."""
+    old, new = math.isqrt(max(1, len(pos)) - 1), math.isqrt(patches)
     if not len(pos) - 1 == old ** 2 > 0:
-        raise UserError(f"{len(pos)} positions are not a class position and a square grid")
+        raise UserError(f"vit.pos has {len(pos)} positions: not one for the class and a square grid")
     grid = pos[1:].T.reshape(1, -1, old, old)                                          # (1, W, √L, √L)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False, antialias=False)
     return torch.cat([pos[:1], grid.flatten(2)[0].T])                                  # (1+patches, W)
 
 
-def fit(model, state, source):
-    """The tensors of `state` that `model` takes, positions resized. A part of the model comes whole or not at all:
-    a missing tensor is a UserError, and so is a wrong shape."""
-    released, parts, taken = dict(name_table(model.cfg)), {part(name) for name in state}, {}
+def fit(model, state, source, needed=()):
+    """The tensors of `state` that `model` takes, positions resized. A part of the model comes whole or, if it
+    is not `needed`, not at all: a missing tensor is a UserError, so is a wrong shape."""
+    released, parts, taken = dict(name_table(model.cfg)), {*needed, *map(part, state)}, {}
     for name, here in model.state_dict().items():
         if part(name) not in parts:
             continue
@@ -422,26 +415,29 @@ def fit(model, state, source):
             tensor = resize_positions(tensor, len(here) - 1)
         if tensor.shape != here.shape:
             words = name in ("text.word.weight", "objectives.mlm.decoder.weight")
-            raise UserError(f"{source}: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(here.shape)}"
-                            + ("; --tokenizer must be the one these weights were trained with" if words else ""))
+            raise UserError(f"{source}: {name} has shape {tuple(tensor.shape)}, needed is {tuple(here.shape)}"
+                            + ("; --tokenizer must be the one of these weights" if words else ""))
         taken[name] = tensor
     return taken
 
 
 def start(model, sources):
-    """Put weights from files into a model. sources: {"--init_image ViT-B-16.pt": State, …}; the later ones win.
-    -> a table for the user: what came from where, what is left random, what of the files is not used."""
-    origin, lines, tensors, weights = {}, [], Counter(), Counter()
+    """Put weights into a model. sources: {"--init_image ViT-B-16.pt": State, …}, of which later ones win
+    -> a table to print: what came from where, what is left random, what of the files is not used."""
+    origin, tensors, weights, lines = {}, Counter(), Counter(), []
     for source, state in sources.items():
         taken = fit(model, state, source)
         model.load_state_dict(taken, strict=False)
         origin.update(dict.fromkeys(taken, source))
 
-        if len(state.get("vit.pos", ())) != len(taken.get("vit.pos", ())):
-            lines.append(f"{source}: image positions resized from {len(state['vit.pos'])} to {len(taken['vit.pos'])}")
+        lines += [f"{source}: {note}" for note in state.notes]
+        if "vit.pos" in taken and len(taken["vit.pos"]) != len(state["vit.pos"]):
+            lines += [f"{source}: {len(state['vit.pos'])} image positions resized to {len(taken['vit.pos'])}"]
         rest = [*state.rest, *(name for name in state if name not in taken)]
         groups = Counter(re.split(r"\.\d+\.|\.(?:weight|bias)$", name)[0] for name in rest)
-        lines += [*state.notes, *(f"{source}: not used, this model has no {group} ({n})" for group, n in groups.items())]
+        if rest:
+            lines += [f"{source}: not used, as this model has no place for them: "
+                      + ", ".join(f"{group} ({n})" for group, n in groups.items())]
 
     for name, tensor in model.state_dict().items():
         row = part(name), origin.get(name, "random")
@@ -452,13 +448,11 @@ def start(model, sources):
 
 
 def export(run, out):
-    """Write a run's weights under the released names; beside `out` first, so that it is never half a file."""
+    """Write a run's weights under the released names, beside `out` first, so that it is never half a file."""
     cfg, state = load_m3ae(run)
     beside = f"{out}.tmp-{os.getpid()}"
     with open(beside, "wb") as file:
         torch.save({"state_dict": to_official(state, cfg), "model_config": asdict(cfg)}, file)
-        file.flush()
-        os.fsync(file.fileno())
     os.replace(beside, out)
 
 

@@ -1,4 +1,4 @@
-"""What the tests share: the project on the path, two threads, and small models with batches to match."""
+"""What the tests share: the project on the path, one thread, and small models with batches to match."""
 import sys
 from pathlib import Path
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-torch.set_num_threads(1)                    # these tensors are small: a second thread only waits for a busy core
+torch.set_num_threads(1)         # on tensors this small a second thread only waits for a busy core
 
 
 @pytest.fixture
 def small_config():
-    """A function: changes -> the ModelConfig of a model that trains in milliseconds. No two widths are equal."""
+    """A function: changes -> the ModelConfig of a model that runs in milliseconds, its widths all unequal."""
     from m3ae_mini import ModelConfig
 
     def make(**changes):
@@ -30,7 +30,8 @@ def random_batch():
     def make(cfg, rows=4, seed=0):
         draw = torch.Generator().manual_seed(seed)
         start, pad, end, ordinary = (0, 1, 2, 5) if cfg.text_kind == "roberta" else (2, 0, 3, 5)
-        length = cfg.max_text_len - torch.arange(rows)[:, None] % 7                    # (B, 1)
+        row = torch.arange(rows)                                                       # (B,)
+        length = cfg.max_text_len - row[:, None] % 7                                   # (B, 1)
         column = torch.arange(cfg.max_text_len)                                        # (T,)
 
         ids = torch.randint(ordinary, cfg.vocab_size, (rows, cfg.max_text_len), generator=draw)
@@ -42,9 +43,8 @@ def random_batch():
             "image": torch.randn(rows, 3, cfg.image_size, cfg.image_size, generator=draw),
             "text_ids": ids, "text_mask": (column < length).long(),
             "mlm_ids": torch.where(hidden, 4, ids), "mlm_labels": torch.where(hidden, ids, -100),
-            "mim_noise": noise,
-            "itm_index": torch.arange(rows).roll(1).where(torch.arange(rows) < rows // 2, torch.arange(rows)),
-            "vqa_labels": torch.arange(rows) * 2 - 1,                                  # the first has no answer
-            "cls_labels": torch.arange(rows) % cfg.num_classes,
-            "false_text_index": (torch.arange(rows)[:, None] + torch.tensor([1, 2])) % rows}
+            "mim_noise": noise, "itm_index": torch.where(row < rows // 2, row.roll(1), row),
+            "vqa_labels": row * 2 - 1,                                                 # -1: none of the list
+            "cls_labels": row % cfg.num_classes,
+            "false_text_index": (row[:, None] + torch.tensor([1, 2])) % rows}
     return make

@@ -1,4 +1,4 @@
-"""Masks and wrong pictures: pure functions of (seed, step, chunk, position), with the shares that the paper gives."""
+"""Masks and wrong pictures: pure functions of (seed, step, chunk, position), in the shares of the paper."""
 import itertools
 
 import numpy as np
@@ -7,11 +7,11 @@ import torch
 
 from m3ae_mini import masking
 from m3ae_mini.masking import (
-    PATCHES, VALIDATION, WORDS, choose_words, epoch_order, hide_words, mismatch, split_patches, torch_seed, uniform,
-    wrong_rows)
+    PATCHES, VALIDATION, WORDS, WRONG, choose_words, epoch_order, hide_words, mismatch, split_patches,
+    torch_seed, uniform, wrong_rows)
 
 
-# ---------------------------------------------------------------------------------------------- draws
+# -------------------------------------------------------------------------------- draws
 
 def test_a_draw_is_pure():
     first = uniform(7, WORDS, 3, 1, (4, 5))
@@ -29,7 +29,7 @@ def test_every_place_has_numbers_of_its_own():
     steps = [0, 1, 2, VALIDATION, VALIDATION + 1]
     places = list(itertools.product([0, 1, 2 ** 32], purposes, steps, [0, 1, 2]))
     numbers = np.concatenate([uniform(*place, (50,)) for place in places])
-    assert len(np.unique(numbers)) == len(numbers)                             # no place repeats a part of another one's
+    assert len(np.unique(numbers)) == len(numbers)                             # nor a part of another place's
     assert abs(numbers.mean() - 0.5) < 0.01
 
 
@@ -48,9 +48,9 @@ def test_epoch_order():
     assert abs(first - 200).max() < 70                                         # five standard deviations
 
 
-# ---------------------------------------------------------------------------------------------- patches
+# -------------------------------------------------------------------------------- patches
 
-@pytest.mark.parametrize("patches, ratio, visible", [(16, 0.75, 4), (324, 0.75, 81), (36, 0.75, 9), (10, 0.33, 6)])
+@pytest.mark.parametrize("patches, ratio, visible", [(16, 0.75, 4), (324, 0.75, 81), (10, 0.33, 6)])
 def test_split_patches(patches, ratio, visible):
     noise = torch.from_numpy(uniform(0, PATCHES, 0, 0, (3, patches))).float()
     keep, restore = split_patches(noise, ratio)
@@ -66,18 +66,17 @@ def test_split_patches_of_equal_noise():
     assert keep[0].tolist() == [0, 1, 2, 3] and restore[0].tolist() == list(range(16))
 
 
-# ---------------------------------------------------------------------------------------------- words
+# -------------------------------------------------------------------------------- words
 
 def texts(rows, words, lengths, columns, first_is_special=True, specials_start=True):
-    """Texts of `words` words, of lengths drawn from `lengths`: special token, words, special token, padding ->
+    """Texts of special token, `words` words of a length drawn from `lengths`, special token, padding ->
     starts, real, word: the number of each token's word or -1, (B, T) each"""
     rng = np.random.default_rng(0)
     word = np.full((rows, columns), -1)
-    starts, end = np.zeros((rows, columns), bool), np.zeros(rows, int)
+    starts = np.zeros((rows, columns), bool)
     for b in range(rows):
         numbers = np.repeat(np.arange(words), rng.choice(lengths, words))[:columns - 2]
         word[b, first_is_special:first_is_special + len(numbers)] = numbers
-        end[b] = first_is_special + len(numbers)
     starts[:, 1:] = word[:, 1:] != word[:, :-1]
     starts[:, 0] = True
     if not specials_start:
@@ -86,10 +85,11 @@ def texts(rows, words, lengths, columns, first_is_special=True, specials_start=T
 
 
 # Tokenizers differ in whether special tokens and padding count as starts of words; nothing may depend on it.
-LAYOUTS = [dict(specials_start=True), dict(specials_start=False), dict(specials_start=False, first_is_special=False)]
+LAYOUTS = {"specials start": dict(), "specials do not": dict(specials_start=False),
+           "no special in front": dict(specials_start=False, first_is_special=False)}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["specials start", "specials do not", "no special in front"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_whole_words_are_hidden(layout):
     starts, real, word = texts(200, 9, [1, 2, 3], 40, **layout)
     chosen = choose_words(starts, real, uniform(0, WORDS, 0, 0, (200, 41)), 0.15)
@@ -108,7 +108,7 @@ def test_whole_words_are_hidden(layout):
 def test_share_of_hidden_tokens(ratio):
     starts, real, _ = texts(2000, 40, [1, 1, 1, 2], 64)
     chosen = choose_words(starts, real, uniform(0, WORDS, 0, 0, (2000, 65)), ratio)
-    assert ratio <= chosen.sum() / real.sum() < ratio + 0.01                   # the last word may reach beyond
+    assert ratio <= chosen.sum() / real.sum() < ratio + 0.01                   # the last word may go beyond
 
 
 def test_single_tokens():
@@ -131,9 +131,9 @@ def test_every_word_is_as_likely(tokens_per_word, whole_word):
 
 def test_short_texts_have_a_hidden_word():
     starts, real, word = texts(50, 1, [1, 2, 3], 8)
-    chosen = choose_words(starts, real, uniform(0, WORDS, 0, 0, (50, 9)), 0.15)
-    assert np.array_equal(chosen, real)                                        # the only word
-    assert choose_words(starts, real, uniform(0, WORDS, 0, 0, (50, 9)), 0.15, whole_word=False).sum(axis=1).tolist() == [1] * 50
+    numbers = uniform(0, WORDS, 0, 0, (50, 9))
+    assert np.array_equal(choose_words(starts, real, numbers, 0.15), real)     # the only word
+    assert (choose_words(starts, real, numbers, 0.15, whole_word=False).sum(axis=1) == 1).all()
 
 
 def test_text_without_words_hides_nothing():
@@ -159,8 +159,8 @@ def test_what_stands_for_hidden_tokens():
 
     put = put[chosen]
     random = put[(put != 4) & (put != 5)]
-    for share, expected in (((put == 4).mean(), 0.8), (len(random) / len(put), 0.1), ((put == 5).mean(), 0.1)):
-        assert abs(share - expected) < 5 * (expected * (1 - expected) / len(put)) ** 0.5
+    for count, share in (((put == 4).sum(), 0.8), (len(random), 0.1), ((put == 5).sum(), 0.1)):
+        assert abs(count / len(put) - share) < 5 * (share * (1 - share) / len(put)) ** 0.5
     assert np.isin(random, ordinary).all() and random.min() < 40 and random.max() > 970
     assert abs(random.mean() - ordinary.mean()) < 5 * ordinary.std() / len(random) ** 0.5
 
@@ -172,7 +172,7 @@ def test_limits_of_the_numbers():
     assert put.tolist() == [[4, 20, 7, 30]]
 
 
-# ---------------------------------------------------------------------------------------------- wrong pictures
+# -------------------------------------------------------------------------------- wrong pictures
 
 def chunk(rows=16):
     """Rows of which some share a picture, some a text -> picture, text, group (B,)"""
@@ -184,7 +184,8 @@ def test_wrong_rows_differ_in_both(grouped):
     picture, text, group = chunk()
     seen = np.zeros((16, 16), int)
     for step in range(300):
-        wrong = wrong_rows(picture, text, uniform(0, masking.WRONG, step, 0, (16, 16)), 3, group if grouped else None)
+        numbers = uniform(0, WRONG, step, 0, (16, 16))
+        wrong = wrong_rows(picture, text, numbers, 3, group if grouped else None)
         assert wrong.shape == (16, 3) and wrong.dtype == np.int64
         for i, row in enumerate(wrong.tolist()):
             others = [j for j in row if j != i]
@@ -194,51 +195,64 @@ def test_wrong_rows_differ_in_both(grouped):
     fits = (picture[:, None] != picture) & (text[:, None] != text)
     if grouped:
         fits &= group[:, None] == group
-    assert np.array_equal(seen > 0, fits)                                      # every row that fits, and no other
-    for i in range(16):                                                        # ... each as often
+    assert np.array_equal(seen > 0, fits)                                      # each that fits, no other,
+    for i in range(16):                                                        # and all as often
         expected = 300 * min(3, fits[i].sum()) / fits[i].sum()
         assert abs(seen[i, fits[i]] - expected).max() < 5 * expected ** 0.5 + 1e-9
 
 
 def test_wrong_rows_where_there_are_too_few():
     picture, text = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 1])
-    wrong = wrong_rows(picture, text, uniform(0, masking.WRONG, 0, 0, (4, 4)), 3)
+    wrong = wrong_rows(picture, text, uniform(0, WRONG, 0, 0, (4, 4)), 3)
     # Row 1 shares its picture with row 0 and its text with all others; rows 2 and 3 differ from row 0 alone.
     assert sorted(wrong[0].tolist()) == [0, 2, 3]
-    assert wrong[1].tolist() == [1, 1, 1] and wrong[2].tolist() == [0, 2, 2] and wrong[3].tolist() == [0, 3, 3]
+    assert wrong[1:].tolist() == [[1, 1, 1], [0, 2, 2], [0, 3, 3]]
 
 
+@pytest.mark.parametrize("kin", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 33])
-def test_half_of_the_rows_are_mismatched(rows):
-    numbers = uniform(0, masking.WRONG, 0, 0, (rows, rows + 1))
-    index = mismatch(np.arange(rows), np.arange(rows), numbers)
+def test_half_of_the_rows_are_mismatched(rows, kin):
+    numbers = uniform(0, WRONG, 0, 0, (rows, rows + 2))
+    index = mismatch(np.arange(rows), np.arange(rows), numbers, np.arange(rows) % 3, kin)
     assert index.shape == (rows,) and index.dtype == np.int64
     assert (index != np.arange(rows)).sum() == rows // 2
 
 
-def test_mismatched_rows_differ_in_picture_and_text():
-    picture, text, _ = chunk()
-    wrong, partners = np.zeros(16), np.zeros(16)
+@pytest.mark.parametrize("kin", [0.0, 0.5, 1.0])
+def test_mismatched_rows_differ_in_picture_and_text(kin):
+    picture, text, group = chunk()
+    seen = np.zeros((16, 16))
     for step in range(400):
-        index = mismatch(picture, text, uniform(0, masking.WRONG, step, 0, (16, 17)))
+        index = mismatch(picture, text, uniform(0, WRONG, step, 0, (16, 18)), group, kin)
         moved = index != np.arange(16)
         assert moved.sum() == 8
         assert (picture[index] != picture)[moved].all() and (text[index] != text)[moved].all()
-        wrong += moved
-        partners += np.bincount(index[moved], minlength=16)
-    assert abs(wrong - 200).max() < 50                                         # every row as often: five deviations
+        seen[moved, index[moved]] += 1
+    assert abs(seen.sum(axis=1) - 200).max() < 50                              # every row as often (5 sd)
+
+    # A wrong picture is any that fits, or in a share `kin` of the cases any of the same group that fits.
     fits = (picture[:, None] != picture) & (text[:, None] != text)
-    expected = 200 * (fits / fits.sum(axis=1, keepdims=True)).sum(axis=0)
-    assert (abs(partners - expected) < 5 * expected ** 0.5).all()              # and every picture that fits
+    akin = fits & (group[:, None] == group)
+    assert akin.any(axis=1).all()
+    share = (1 - kin) * fits / fits.sum(axis=1, keepdims=True) + kin * akin / akin.sum(axis=1, keepdims=True)
+    expected = 200 * share.sum(axis=0)
+    assert (abs(seen.sum(axis=0) - expected) < 5 * expected ** 0.5).all()
+    expected = 200 * (share * akin).sum()
+    assert abs((seen * akin).sum() - expected) <= 5 * (expected * (1 - expected / 3200)) ** 0.5
 
 
 def test_rows_without_a_partner_stay_a_match():
-    numbers = uniform(0, masking.WRONG, 0, 0, (8, 9))
+    numbers = uniform(0, WRONG, 0, 0, (8, 10))
     same, different = np.zeros(8, int), np.arange(8)
-    assert np.array_equal(mismatch(same, different, numbers), different)
-    assert np.array_equal(mismatch(different, same, numbers), different)
+    assert np.array_equal(mismatch(same, different, numbers, same), different)
+    assert np.array_equal(mismatch(different, same, numbers, same), different)
 
-    alone = np.array([0, 0, 0, 0, 0, 0, 0, 1])                                 # all pairs fit only with the last row
-    moved = [mismatch(alone, alone, uniform(0, masking.WRONG, step, 0, (8, 9))) for step in range(200)]
-    for index in moved:
+    alone = np.array([0, 0, 0, 0, 0, 0, 0, 1])                                 # a partner: the last row alone
+    for step in range(200):
+        index = mismatch(alone, alone, uniform(0, WRONG, step, 0, (8, 10)), same)
         assert (alone[index] != alone).sum() == (index != different).sum() <= 4
+
+
+def test_rows_without_kin_get_any_other_picture():
+    index = mismatch(np.arange(8), np.arange(8), uniform(0, WRONG, 0, 0, (8, 10)), np.arange(8), kin=1.0)
+    assert (index != np.arange(8)).sum() == 4
