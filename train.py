@@ -48,7 +48,7 @@ def main():
                 "data": {"packs": [pack.fingerprint() for pack in packs], "tokenizer": tokenizer.hash}}
     checkpoint = place.from_main(lambda: loop.open_run(run_cfg, settings))     # the path of one, or None
     if place.main:
-        loop.write_whole(out / "tokenizer.json", tokenizer.json().encode())
+        loop.write_whole(out / "tokenizer.json", lambda file: file.write(tokenizer.json().encode()))
         print(f"{train.n:,} training and {val.n:,} validation samples; {train.cut:,} captions of more than "
               f"{cfg.max_text_len} tokens are cut; vocabulary {cfg.vocab_size:,}")
 
@@ -142,8 +142,8 @@ def main():
                 pictures.reconstructions(model, val, place, out / "pictures" / f"step{step:06d}.png")
                 pictures.curves(log.lines(), out / "pictures" / "curves.png")
                 if score > best:
-                    loop.write_whole(out / "best.pt", loop.packed({"model": model.state_dict(), "step": step,
-                                                                   "model_config": asdict(cfg)}))
+                    state = {"model": model.state_dict(), "step": step, "model_config": asdict(cfg)}
+                    loop.write_whole(out / "best.pt", lambda file: torch.save(state, file))
             best = max(best, score)
             clock = time.perf_counter()
 

@@ -154,8 +154,8 @@ class Samples:
         for pack in packs:
             larger = pack.size > cfg.image_size and train_cfg.crop < 1  # crops are taken from larger ones
             if pack.size != cfg.image_size and not larger:
-                raise UserError(f"{pack.folder} holds pictures of {pack.size} pixels, not {cfg.image_size}: prepare "
-                                f"it with --size {cfg.image_size}, or use --image_size {pack.size}")
+                raise UserError(f"{pack.folder} holds pictures of {pack.size} pixels, not {cfg.image_size}: "
+                                f"prepare it with --size {cfg.image_size}, or use --image_size {pack.size}")
 
         lengths = np.concatenate([np.diff(offsets[rows.start:rows.stop + 1].astype(np.int64))
                                   for (offsets, _), rows in zip(self.tokens, self.rows)])

@@ -1,6 +1,5 @@
 """What both scripts call: processes and devices, parameter groups and rates, checkpoints, the log."""
 import contextlib
-import io
 import json
 import math
 import os
@@ -53,10 +52,11 @@ def under_torchrun():
 
 
 class Place:
-    """Where this process computes: rank, world, device, dtype (of matrix products)."""
+    """Where this process computes: rank, world, main (is it rank 0?), device, dtype (of matrix products)."""
 
     def __init__(self, run_cfg):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
         kind = run_cfg.device
         if kind == "auto":
             kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,7 +69,7 @@ class Place:
             local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
             wanted = max(local + 1, run_cfg.gpus)
             if wanted > there:
-                raise UserError(f"{wanted} wanted, but {there or 'no'} GPU is there: use fewer, or --device cpu")
+                raise UserError(f"{wanted} wanted, {there or 'no'} GPU is there: use fewer, or --device cpu")
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         else:
@@ -81,10 +81,6 @@ class Place:
         if under_torchrun() and not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-
-    @property
-    def main(self):
-        return self.rank == 0
 
     def autocast(self):
         """Matrix products in self.dtype; a context that does nothing for float32."""
@@ -192,15 +188,16 @@ def open_run(run_cfg, settings):
 
     checkpoint = newest_checkpoint(out) if config.is_file() else None
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(config, json.dumps(settings, indent=1).encode())
+    write_whole(config, lambda file: file.write(json.dumps(settings, indent=1).encode()))
     return checkpoint
 
 
-def write_whole(path, content):
-    """Write bytes beside `path` and rename: a reader finds the old file or the new one, never half of one."""
+def write_whole(path, write):
+    """Call write(file) on a file beside `path`, flush it to disk and rename it: a reader finds the old file or the
+    new one, never half of one."""
     beside = Path(f"{path}.tmp")
     with open(beside, "wb") as file:
-        file.write(content)
+        write(file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
@@ -209,23 +206,11 @@ def write_whole(path, content):
 # ------------------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(out, state):
-    """last.pt, written beside, flushed to disk and renamed; the one before stays as prev.pt."""
-    out = Path(out)
-    beside = out / "last.pt.tmp"
-    with open(beside, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    """last.pt, whole or not at all; the one before stays as prev.pt."""
+    write_whole(out / "next.pt", lambda file: torch.save(state, file))
     if (out / "last.pt").exists():
         os.replace(out / "last.pt", out / "prev.pt")
-    os.replace(beside, out / "last.pt")
-
-
-def packed(state):
-    """The bytes of a checkpoint file."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
+    os.replace(out / "next.pt", out / "last.pt")
 
 
 def check_sums(path):
@@ -322,7 +307,8 @@ class Log:
     def __init__(self, out, step):
         self.path = Path(out) / "metrics.jsonl"
         kept = [line for line in self.lines() if line["step"] <= step]
-        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_whole(self.path, lambda file: file.write(text.encode()))
 
     def lines(self):
         """All whole lines, as dicts."""

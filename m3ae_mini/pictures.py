@@ -129,6 +129,8 @@ def curves(lines, path):
             return left + (right - left) * step / end, bottom - (bottom - top) * (value - low) / (up - low)
 
         draw.text((left, top - 20), name, INK, font)
+        draw.text((right - 78, top - 20), "training", GREY, font)
+        draw.text((right - 22, top - 20), "val", GREEN, font)
         draw.rectangle((left, top, right, bottom), outline=GREY)
         for value in (low, up):
             draw.text((left - 40, place(0, value)[1] - 7), f"{value:.3g}", INK, font)
