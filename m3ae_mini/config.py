@@ -137,12 +137,12 @@ class RunConfig:
 PRESETS = {
     "base": {},
     "small": dict(
-        image_size=128, patch_size=16, max_text_len=64, text_max_positions=130,
-        vit_width=256, vit_blocks=6, vit_heads=4, text_width=256, text_layers=4, text_heads=4,
-        fusion_width=256, fusion_layers=4, fusion_heads=4, mim_layer=2,
+        image_size=128, patch_size=16, max_text_len=48, text_max_positions=130,
+        vit_width=192, vit_blocks=4, vit_heads=6, text_width=192, text_layers=3, text_heads=6,
+        fusion_width=192, fusion_layers=3, fusion_heads=6, mim_layer=1,
         decoder_width=128, decoder_layers=2, decoder_heads=4, attn_dropout=0.0,
-        steps=3000, batch_size=64, micro_batch=32, lr=3e-4, head_lr=1.0, fusion_lr=1.0, weight_decay=0.05,
-        clip=1.0, eval_every=250, save_every=250),
+        steps=3000, batch_size=64, micro_batch=32, lr=5e-4, head_lr=1.0, fusion_lr=1.0, weight_decay=0.05,
+        clip=1.0, kin=0.5, eval_every=250, save_every=250),
     "tiny": dict(
         image_size=48, patch_size=12, max_text_len=32, text_max_positions=66,
         vit_width=128, vit_blocks=3, vit_heads=4, text_width=128, text_layers=2, text_heads=4,

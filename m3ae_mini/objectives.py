@@ -180,6 +180,10 @@ class Retrieval(nn.Module):
         feature = model.joint(text.index_select(0, pairs), image.repeat_interleave(texts.shape[1], dim=0),
                               batch["text_mask"].index_select(0, pairs))               # (B·(1+F), 2D)
         logits = self.fc(feature).float().view(texts.shape)                            # (B, 1+F)
+
+        # Where a row had too few partners its own text fills up the false ones: no choice at all.
+        filler = torch.cat([torch.zeros_like(own, dtype=torch.bool), false == own], dim=1)
+        logits = logits.masked_fill(filler, -torch.inf)
         return {"irtr_loss": F.cross_entropy(logits, torch.zeros_like(own[:, 0])), "irtr_logits": logits}
 
 

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .data import MEAN, STD, VAL_SEED, load, validation_chunks
 from .model import patchify
 
+FONT = ImageFont.load_default(14)
 BACK, INK, GREEN, RED, GREY = (250, 250, 248), (30, 30, 30), (0, 125, 60), (190, 30, 30), (150, 150, 150)
 
 
@@ -57,16 +58,19 @@ def reconstructions(model, samples, place, path, count=8):
     model.train()
 
     cell, gap, columns = max(144, samples.cfg.image_size), 12, 2
-    width, height = 3 * cell + 2 * gap, cell + 66
-    size = columns * (width + 2 * gap) + gap, -(-count // columns) * height + 2 * gap
+    width = 3 * cell + 2 * gap
+    captions = [wrapped(caption_pieces(samples.tokenizer, batch, i, guesses), width) for i in range(count)]
+    height = cell + 42 + max(y for caption in captions for _, y, _, _ in caption)      # room for the longest
+    size = columns * (width + 2 * gap) + gap, -(-count // columns) * height + gap
     sheet = Image.new("RGB", size, BACK)
-    for i in range(count):
+    draw = ImageDraw.Draw(sheet)
+    for i, caption in enumerate(captions):
         left, top = gap + i % columns * (width + 2 * gap), gap + i // columns * height
         for j, image in enumerate((batch["image"][i], masked[i], rebuilt[i])):
             shown = visible(image.float()).resize((cell, cell), Image.Resampling.NEAREST)
             sheet.paste(shown, (left + j * (cell + gap), top))
-        pieces = caption_pieces(samples.tokenizer, batch, i, guesses)
-        write_caption(sheet, (left, top + cell + 6), width, pieces)
+        for x, y, text, colour in caption:
+            draw.text((left + x, top + cell + 6 + y), text, colour, FONT)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
@@ -84,22 +88,22 @@ def caption_pieces(tokenizer, batch, row, guesses):
             guess = guesses[row * len(ids) + place]
             right = guess == label
             text = tokenizer.words([guess])[0]
-            pieces.append((text if right else f"{text} (not{words[place]})", GREEN if right else RED))
+            truth = "" if right else f" (not {words[place].strip()})"
+            pieces.append((text + truth, GREEN if right else RED))
     return pieces
 
 
-def write_caption(sheet, corner, width, pieces):
-    """Write (text, colour) pieces from `corner` on, wrapped at `width` pixels."""
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    x, y = corner
+def wrapped(pieces, width):
+    """(text, colour) pieces -> (x, y, text, colour) in pixels, in lines of at most `width` and 18 high."""
+    placed, x, y = [], 0, 0
     for text, colour in pieces:
         text = text.replace("\n", " ")            # a model that has learned nothing yet writes anything
-        length = draw.textlength(text, font)
-        if x + length > corner[0] + width and x > corner[0]:
-            x, y, text = corner[0], y + 18, text.lstrip()
-            length = draw.textlength(text, font)
-        draw.text((x, y), text, colour, font)
-        x += length
+        length = FONT.getlength(text)
+        if x and x + length > width:
+            x, y, text = 0, y + 18, text.lstrip()
+        placed.append((x, y, text, colour))
+        x += FONT.getlength(text)
+    return placed
 
 
 def curves(lines, path):

@@ -526,3 +526,14 @@ def test_dropout_spares_image_encoder_and_decoder(small_config, random_batch):
     assert torch.equal(decode(kept, restore), decode(kept, restore))
     encode = model.encode_text
     assert not torch.equal(*(encode(batch["text_ids"], batch["text_mask"]) for _ in range(2)))
+
+
+def test_a_rows_own_text_is_never_a_false_one(small_config, random_batch):
+    """Where partners run out the loader puts the row's own number: the loss is that of the fewer false texts."""
+    cfg = small_config(task="irtr")
+    model, batch = M3AE(cfg).eval(), random_batch(cfg)
+    own = torch.arange(4)[:, None]
+    few = model(batch | {"false_text_index": (own + 1) % 4})
+    filled = model(batch | {"false_text_index": torch.cat([(own + 1) % 4, own, own], dim=1)})
+    assert torch.allclose(few["irtr_loss"], filled["irtr_loss"], atol=1e-5)
+    assert filled["irtr_logits"][:, 2:].isneginf().all()
