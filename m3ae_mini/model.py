@@ -37,7 +37,7 @@ def attention_weights(q, k, mask=None):
 
 
 def fused_is_faster(q):
-    """The rule of one line. Where it lies on a CPU is not settled: bf16 favoured plain softmax at width 32."""
+    """The rule of one line. On a CPU it is not settled: in bf16 plain softmax won at width 32."""
     return q.is_cuda or q.shape[-1] >= 64
 
 
