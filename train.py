@@ -10,39 +10,35 @@ import re
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import m3ae_mini                       # before torch: it says how threads wait for each other
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import phantoms
-from m3ae_mini import M3AE, loop, masking, metrics, pictures
+from data.pack import open_packs
+from m3ae_mini import M3AE, loop, masking, metrics, pictures, weights
 from m3ae_mini.config import parse
 from m3ae_mini.data import VAL_SEED, Samples, load, normalise, training_chunks, validation_chunks
+from m3ae_mini.model import patchify
+from m3ae_mini.objectives import MIM
 from m3ae_mini.text import Tokenizer
 
 
 def main():
-    cfg, train_cfg, run_cfg, _ = parse(__doc__)
-    place = loop.Place(run_cfg)
+    cfg, train_cfg, run_cfg, args = parse(__doc__)
     out = Path(run_cfg.out)
 
     # ------------------------------------------------------------------------------------ what to learn from
-    cfg.check()
-    if run_cfg.gpus and not loop.under_torchrun():
-        # Whatever can be wrong is found, and the phantoms are drawn, before any process starts.
-        loop.check_batches(train_cfg, cfg, run_cfg.gpus)
-        prepare(cfg, train_cfg, run_cfg)
-        loop.launch(run_cfg.gpus)
-
-    loop.check_batches(train_cfg, cfg, place.world)
-    place.join(run_cfg.timeout)
-    place.from_main(lambda: prepare(cfg, train_cfg, run_cfg) and None)
-    packs, tokenizer, cfg = prepare(cfg, train_cfg, run_cfg)
-    train, val = (Samples(packs, split, tokenizer, cfg, train_cfg) for split in ("train", "val"))
+    cfg, sources = weights.sources(cfg, train_cfg, vars(args))
+    make = partial(prepare, cfg, train_cfg, run_cfg, sources)
+    place, (packs, tokenizer, cfg) = loop.begin(train_cfg, cfg, run_cfg, make)
+    train = Samples(packs, "train", tokenizer, cfg, train_cfg, train_cfg.train_samples)
+    val = Samples(packs, "val", tokenizer, cfg, train_cfg)
+    train_cfg, run_cfg = loop.in_steps(train_cfg, run_cfg, train.n)
 
     settings = {"model": asdict(cfg), "train": asdict(train_cfg), "run": asdict(run_cfg),
                 "data": {"packs": [pack.fingerprint() for pack in packs], "tokenizer": tokenizer.hash}}
@@ -55,34 +51,13 @@ def main():
     # ------------------------------------------------------------------------------------ the model
     torch.manual_seed(train_cfg.seed)
     model = M3AE(cfg)
-    unread = loop.unread_parameters(M3AE, cfg)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in unread)
-    model.to(place.device)
+    if sources and not checkpoint:
+        table = weights.start(model, sources)
+        print(table) if place.main else None
+    net, optimizer, scaler, step, best = loop.learner(model, train, train_cfg, run_cfg, place, checkpoint)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(loop.parameter_groups(model, train_cfg), lr=train_cfg.lr, eps=1e-8,
-                                  betas=(0.9, train_cfg.beta2), fused=place.device.type != "mps")
-    scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
-
-    step, best = 0, -math.inf
-    if checkpoint:
-        state = loop.load_checkpoint(checkpoint)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        step, best = state["step"], state["best"]
-        del state
-
-    net = torch.compile(model) if run_cfg.compile else model
-    if place.world > 1:
-        net = DistributedDataParallel(net, device_ids=[place.device] if place.device.type == "cuda" else None,
-                                      gradient_as_bucket_view=True)
-
-    if place.main:
-        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters on {place.world} × "
-              f"{place.device.type} in {str(place.dtype)[6:]}; "
-              + (f"going on from step {step:,}" if step else f"{train_cfg.steps:,} steps"))
     log = loop.Log(out, step) if place.main else None
+    del sources
 
     # ------------------------------------------------------------------------------------ the loop
     chunks = train_cfg.batch_size // train_cfg.micro_batch // place.world      # of a step, on this process
@@ -90,9 +65,10 @@ def main():
                    place.device, crop=train_cfg.crop < 1)
     bar = tqdm(total=train_cfg.steps, initial=step, unit="step", disable=not place.main, dynamic_ncols=True)
     sums, since, skipped, clock = {}, 0, 0, time.perf_counter()
+    stop, stopping = loop.StopSignal(), False
     model.train()
 
-    while step < train_cfg.steps:
+    while step < train_cfg.steps and not stopping:
         rate = loop.set_rate(optimizer, step, train_cfg)
 
         # Forward and backward, a chunk at a time; the processes add up their gradients at the last one.
@@ -108,7 +84,8 @@ def main():
 
         # Step. A gradient that is not finite is the same on all processes by now, so all of them skip it.
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, train_cfg.clip or math.inf).item()  # one host read
+        norm = torch.nn.utils.clip_grad_norm_(parameters, train_cfg.clip or math.inf)
+        norm, stopping = stop.agree(norm, place)                                       # one host read
         if math.isfinite(norm) or scaler.is_enabled():
             scaler.step(optimizer)
             scaler.update()
@@ -119,7 +96,7 @@ def main():
         optimizer.zero_grad()
         step, since = step + 1, since + 1
 
-        # Log, validate, save.
+        # Log; then, while the clock stands still, validate and save.
         last = step == train_cfg.steps
         if step % run_cfg.log_every == 0 or last:
             means = {name: value / (since * chunks * place.world)
@@ -132,6 +109,7 @@ def main():
                 bar.update(step - bar.n)
             sums, since, clock = {}, 0, time.perf_counter()
 
+        pause = time.perf_counter()
         if step % run_cfg.eval_every == 0 or last:
             found = evaluate(model, val, place, run_cfg.eval_samples)
             score = found.get("itm_acc", 0) + found.get("mlm_acc", 0) - found.get("mim_loss", 0)
@@ -142,38 +120,31 @@ def main():
                 pictures.reconstructions(model, val, place, out / "pictures" / f"step{step:06d}.png")
                 pictures.curves(log.lines(), out / "pictures" / "curves.png")
                 if score > best:
-                    state = {"model": model.state_dict(), "step": step, "model_config": asdict(cfg)}
-                    loop.write_whole(out / "best.pt", lambda file: torch.save(state, file))
+                    loop.save_best(out, model, step)
             best = max(best, score)
-            clock = time.perf_counter()
 
-        if (step % run_cfg.save_every == 0 or last) and place.main:
-            loop.save_checkpoint(out, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                       "scaler": scaler.state_dict(), "step": step, "best": best,
-                                       "model_config": asdict(cfg)})
-            clock = time.perf_counter()
+        if (step % run_cfg.save_every == 0 or last or stopping) and place.main:
+            loop.save_checkpoint(out, model, optimizer, scaler, step, best)
+        clock += time.perf_counter() - pause
     bar.close()
 
-    if run_cfg.test_samples and any(len(pack.split["test"]) for pack in packs):
+    if stopping and step < train_cfg.steps:
+        print(f"stopped after step {step:,}; go on with --resume") if place.main else None
+    elif run_cfg.test_samples and any(len(pack.split["test"]) for pack in packs):
         report(model, packs, tokenizer, cfg, train_cfg, run_cfg.test_samples, place, out)
 
 
-def prepare(cfg, train_cfg, run_cfg):
-    """Open the packs and the tokenizer (the one asked for, else that of the run, else one trained on the
-    captions) and fit the configuration to it. -> packs, tokenizer, configuration"""
-    packs = loop.open_packs(run_cfg.data, cfg.image_size)
-    of_run = Path(run_cfg.out) / "tokenizer.json"
-    if run_cfg.tokenizer:
-        tokenizer = Tokenizer.load(run_cfg.tokenizer)
-    elif of_run.is_file():
-        tokenizer = Tokenizer.load(of_run)
-    else:
-        captions = (line["text"] for pack in packs for line in pack.lines("train"))
-        tokenizer = Tokenizer.train(captions, train_cfg.vocab)
+def prepare(cfg, train_cfg, run_cfg, sources):
+    """Open the packs and the tokenizer, fit the configuration to it -> packs, tokenizer, configuration.
+    UserError where they, or the weights to start from, don't fit each other."""
+    packs = open_packs(run_cfg.data, cfg.image_size)
+    captions = (line["text"] for pack in packs for line in pack.lines("train"))
+    tokenizer = Tokenizer.choose(train_cfg, run_cfg, captions)
     cfg = replace(cfg, vocab_size=tokenizer.vocab_size, text_kind=tokenizer.kind)
     cfg.check()
     for split in ("train", "val"):
         Samples(packs, split, tokenizer, cfg, train_cfg)
+    weights.check(cfg, sources)
     return packs, tokenizer, cfg
 
 
@@ -207,8 +178,8 @@ def report(model, packs, tokenizer, cfg, train_cfg, limit, place, out):
 
     embedded = all(pack.meta["name"] == "phantoms" for pack in packs)
     train = Samples(packs, "train", tokenizer, cfg, train_cfg)
-    found |= metrics.ignorance(train, test, limit, place.device, drawn_clean if embedded else None)
-    loop.Log(out, train_cfg.steps).write(best["step"], "test", **found)
+    found |= ignorance(train, test, limit, place.device, drawn_clean if embedded else None)
+    loop.Log(out, math.inf).write(best["step"], "test", **found)
     print(f"\nOn {min(limit, test.n):,} held-out samples (step {best['step']:,}):")
     if cfg.mlm:
         print(f"  masked tokens restored    {found['mlm_acc']:6.1%}   always the commonest token: "
@@ -227,6 +198,46 @@ def report(model, packs, tokenizer, cfg, train_cfg, limit, place, out):
         if "noise_floor" in found:
             print(f"    the floor               {found['noise_floor']:6.3f}   the same picture without noise")
     print(f"Pictures: {out / 'pictures'}")
+
+
+@torch.no_grad()
+def ignorance(train, test, limit, device, drawn_clean=None, pictures=8192):
+    """What can be had on at most `limit` test samples without understanding them: {name: float}.
+
+    commonest: the share of the commonest token among the masked ones. kind_alone: matching accuracy over any
+    wrong picture of one who sees only its kind. constant_patch: error of the mean normalised patch at each
+    place, the best guess that knows only the place, from at most `pictures` training pictures. noise_floor:
+    error of the pictures drawn_clean(sample number) -> (B, 3, S, S), which know all but the noise."""
+    cfg, mean, seen = test.cfg, 0, 0
+    for _, _, _, batch in load(train, validation_chunks(train, pictures), VAL_SEED, device):
+        mean = mean + MIM.target(batch["image"], cfg).sum(0)                  # (L, 3·P²)
+        seen += len(batch["image"])
+    mean = mean / seen
+
+    tokens, sums = [], {}
+    for _, _, numbers, batch in load(test, validation_chunks(test, limit), VAL_SEED, device):
+        image, target = batch["image"], MIM.target(batch["image"], cfg)       # (B, L, 3·P²)
+        keep, restore = masking.split_patches(batch["mim_noise"], cfg.mask_ratio)
+        hidden = restore >= keep.shape[1]                                     # (B, L)
+        pairs = {"constant_patch": metrics.tally((mean - target).square().mean(-1), hidden)}
+        if drawn_clean:
+            clean = patchify(drawn_clean(numbers).to(image), cfg.patch_size)  # (B, L, 3·P²)
+            if cfg.norm_pix_loss:          # measured in the same units: the noisy patch's own mean and spread
+                var, middle = torch.var_mean(patchify(image, cfg.patch_size), dim=-1, keepdim=True)
+                clean = (clean - middle) / (var + 1e-6).sqrt()
+            pairs["noise_floor"] = metrics.tally((clean - target).square().mean(-1), hidden)
+
+        group = np.array([test.packs[pack].samples["group"][row] for pack, row in test.where[numbers]])
+        other = batch["other_index"].cpu().numpy()
+        partner = torch.from_numpy(other != np.arange(len(other)))
+        told = torch.from_numpy(group != group[other])     # who knows the kind says "no" to these, else "yes"
+        pairs["kind_alone"] = metrics.tally((1 + told.float()) / 2, partner).to(device)
+        tokens.append(batch["mlm_labels"][batch["mlm_labels"] != -100].cpu())
+        sums = {name: sums.get(name, 0) + pair for name, pair in pairs.items()}
+
+    tokens = torch.cat(tokens)
+    return {"commonest": (tokens.bincount().max() / len(tokens)).item(),
+            **{name: (total / count).item() for name, (total, count) in sums.items()}}
 
 
 if __name__ == "__main__":

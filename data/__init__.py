@@ -3,6 +3,7 @@
 A reader is a module with one function, `rows(root, task)`, that yields a Row for every (picture, text) pair.
 `root` is what the user gave as --root; `task` is "pretrain", "vqa", "cls" or "irtr".
 What the readers share stands here."""
+import csv
 import hashlib
 import json
 from pathlib import Path
@@ -44,11 +45,41 @@ def records(path: Path, *keys: str) -> Iterator[tuple[int, dict]]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number}: not a JSON object")
-        if missing := [key for key in keys if key not in record]:
-            raise UserError(f"{path}, line {number}: has no {' and no '.join(missing)}")
-        yield number, record
+        yield number, _with_keys(record, keys, f"{path}, line {number}")
+
+
+def elements(path: Path, *keys: str) -> Iterator[tuple[int, dict]]:
+    """(number, counted from 1, and object) for every element of a JSON file that is one list; each object
+    must have `keys`."""
+    try:
+        entries = json.loads("".join(lines(path)))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: not a JSON list")
+    for number, record in enumerate(entries, start=1):
+        yield number, _with_keys(record, keys, f"{path}, element {number}")
+
+
+def csv_records(path: Path, *columns: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """(number of its last line, {column: field}) for every row of a CSV file whose header has `columns`."""
+    table = csv.reader(lines(path), strict=True)
+    try:
+        header = _with_keys(dict.fromkeys(next(table, [])), columns, f"{path}, line 1")
+        for values in filter(None, table):   # empty lines are left out
+            if len(values) != len(header):
+                raise UserError(f"{path}, line {table.line_num}: {len(values)} fields, not {len(header)}")
+            yield table.line_num, dict(zip(header, values))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {table.line_num}: not valid CSV ({error})") from None
+
+
+def _with_keys(record: Any, keys: tuple[str, ...], where: str) -> dict:
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: not a JSON object")
+    if missing := [key for key in keys if key not in record]:
+        raise UserError(f"{where}: has no {' and no '.join(missing)}")
+    return record
 
 
 def draw(name: str) -> float:

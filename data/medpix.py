@@ -13,7 +13,8 @@ PLACEHOLDER = "Replace this - DESCRIPTION OF THE IMAGE"   # left as it was by wh
 
 
 def rows(root: Path, task: str) -> Iterator[Row]:
-    """`root` is the folder MedPix-2-0 or the clone that holds it. The class is the part of the body."""
+    """`root` is the folder MedPix-2-0 or the clone that holds it. For "cls" the class is the part of the body
+    (Location Category, five of them); for "irtr" the pairs are all those of its own splits."""
     if task == "vqa":
         raise UserError("medpix has nothing for the task vqa: choose --task pretrain, cls or irtr")
     if not (root / "splitted_dataset").is_dir():

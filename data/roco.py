@@ -21,7 +21,8 @@ RETRIEVAL_PAIRS = 2000   # of validation, and of test
 
 
 def rows(root: Path, task: str) -> Iterator[Row]:
-    """For "pretrain" all captions and references; for "irtr" captions, 2,000 of validation and of test."""
+    """For "pretrain" all captions and references; for "irtr" captions: all of train, and of validation and
+    test 2,000 each, the first usable ones in an order drawn by the pictures' names."""
     if task not in ("pretrain", "irtr"):
         raise UserError(f"roco has nothing for the task {task}: choose --task pretrain or irtr")
 

@@ -51,9 +51,7 @@ class ModelConfig:
     @classmethod
     def preset(cls, name, **changes):
         """The architecture called "tiny", "small" or "base", with `changes` on top."""
-        if unknown := changes.keys() - {f.name for f in fields(cls)}:
-            raise TypeError(f"no such settings: {', '.join(sorted(unknown))}")
-        return _build(cls, name, changes)
+        return cls(**{**of_preset(cls, name), **changes})
 
     def check(self):
         """Raise UserError where a setting is out of range or two contradict each other."""
@@ -65,9 +63,6 @@ class ModelConfig:
         ask(self.text_kind in ("roberta", "bert"), f"--text_kind {self.text_kind}: use roberta or bert")
         for name in ("patch_size", "vit_blocks", "text_layers", "fusion_layers", "decoder_layers"):
             ask(getattr(self, name) >= 1, f"--{name} {getattr(self, name)} must be at least 1")
-        ask(self.max_text_len >= 3, f"--max_text_len {self.max_text_len} leaves no room for a word: use more")
-        ask(self.image_size >= self.patch_size and self.image_size % self.patch_size == 0,
-            f"--image_size {self.image_size} is not a multiple of --patch_size {self.patch_size}")
         for part in ("vit", "text", "fusion", "decoder"):
             width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
             ask(heads >= 1 and width >= 1 and width % heads == 0,
@@ -78,25 +73,29 @@ class ModelConfig:
             f"--mim_layer {self.mim_layer} is out of range: with --fusion_layers {self.fusion_layers} use 0 "
             f"to {self.fusion_layers - 1}, or -1 for the last layer's output")
 
+        ask(self.image_size >= self.patch_size and self.image_size % self.patch_size == 0,
+            f"--image_size {self.image_size} is not a multiple of --patch_size {self.patch_size}")
         patches = (self.image_size // self.patch_size) ** 2
         ask(0 <= self.mask_ratio < 1 and 0 < int(patches * (1 - self.mask_ratio)) < patches,
             f"--mask_ratio {self.mask_ratio} must hide at least one of the {patches} patches and keep one")
-        ask(self.max_text_len + 2 * (self.text_kind == "roberta") <= self.text_max_positions,
-            f"--max_text_len {self.max_text_len} needs more rows than --text_max_positions "
-            f"{self.text_max_positions} has")
+        room = self.text_max_positions - 2 * (self.text_kind == "roberta")
+        ask(3 <= self.max_text_len <= room,
+            f"--max_text_len {self.max_text_len} must lie in 3 … {room}, as --text_max_positions allows")
         ask(0 <= self.dropout < 1 and 0 <= self.attn_dropout < 1,
             "--dropout and --attn_dropout must be at least 0 and below 1")
         weights = (self.mlm, self.mim, self.itm)
         ask(all(0 <= weight < math.inf for weight in weights) and (self.task != "pretrain" or any(weights)),
             "--mlm, --mim and --itm are weights: none below 0, and one of them above it")
-        choices = {"vqa": self.num_answers, "cls": self.num_classes}.get(self.task, 1)
-        ask(choices >= 1, f"a {self.task} model needs at least one answer or class to choose")
+        ask({"vqa": self.num_answers, "cls": self.num_classes}.get(self.task, 1) >= 1,
+            f"a {self.task} model needs at least one answer or class to choose")
 
 
 @dataclass
 class TrainConfig:
     """What is learned from, in what order and at which rates: a run that resumes must keep all of these."""
     steps: int = opt(100_000, "optimizer steps")
+    epochs: float = opt(0.0, "length in passes over the training samples, in place of --steps")
+    train_samples: int = opt(0, "use only so many of the training samples; 0: all")
     batch_size: int = opt(256, "samples a step, over all processes")
     micro_batch: int = opt(32, "samples of one forward pass: the chunk, the unit of all randomness")
     lr: float = opt(1e-5, "peak learning rate of the two encoders")
@@ -111,6 +110,9 @@ class TrainConfig:
     kin: float = opt(0.0, "share of matching's wrong pictures that are of the text's kind; paper: 0")
     crop: float = opt(1.0, "least share of a training picture's area that a random crop keeps; 1: none")
     vocab: int = opt(8192, "largest vocabulary of a tokenizer trained on the data")
+    init: str = opt("", "start from this run or M³AE checkpoint; none or empty: from random values")
+    init_image: str = opt("", "start the image encoder from this file of CLIP")
+    init_text: str = opt("", "start the text encoder from this Hugging Face folder of RoBERTa or BERT")
     seed: int = opt(0, "all randomness follows from it")
 
 
@@ -119,15 +121,16 @@ class RunConfig:
     """Where a run lives and what it runs on; a run that resumes may change these."""
     data: str = opt("phantoms", "one pack or several, separated by commas; phantoms are drawn on first use")
     out: str = opt("runs/pretrain", "the run's folder")
-    tokenizer: str = opt("", "a tokenizer.json, or a folder with one; empty: train one on the captions")
+    tokenizer: str = opt("", "a tokenizer.json, or a folder with one; empty: that of --init_text or --init, "
+                             "else one trained on the captions")
     resume: bool = opt(False, "go on from the run's last checkpoint, or start if there is none")
     gpus: int = opt(0, "start this many processes by torchrun, each with a GPU (or a part of the CPU)")
     device: str = opt("auto", "auto, cuda, cpu or mps (mps is untested)")
     dtype: str = opt("auto", "auto, float32, bfloat16 or float16: arithmetic of the matrix products")
     compile: bool = opt(False, "compile the model with torch.compile")
     log_every: int = opt(20, "steps between two lines of metrics.jsonl")
-    eval_every: int = opt(1000, "steps between two validations")
-    save_every: int = opt(1000, "steps between two checkpoints")
+    eval_every: int = opt(1000, "steps between two validations; 0: an epoch")
+    save_every: int = opt(1000, "steps between two checkpoints; 0: an epoch")
     eval_samples: int = opt(1024, "at most this many validation samples are used")
     test_samples: int = opt(1_000_000, "at most this many test samples are in the last report; 0: no report")
     timeout: int = opt(600, "seconds after which a process that waits in vain for the others gives up")
@@ -153,20 +156,40 @@ PRESETS = {
 }
 
 
-def _build(cls, preset, changes):
-    if preset not in PRESETS:
-        raise UserError(f"--preset {preset} is not known: use {', '.join(PRESETS)}")
-    values = {**PRESETS[preset], **changes}
-    return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
-
+# Fine-tuning: what differs from the preset in each task; for base as in the paper.
+EACH_EPOCH = dict(eval_every=0, save_every=0)
+TASKS = {
+    "base": {
+        "vqa": dict(image_size=384, max_text_len=32, batch_size=64, epochs=50.0, lr=5e-6, head_lr=50.0),
+        "cls": dict(image_size=384, max_text_len=128, batch_size=16, micro_batch=16, epochs=20.0, lr=5e-6,
+                    head_lr=10.0, crop=0.9),
+        "irtr": dict(image_size=384, max_text_len=40, epochs=10.0, lr=5e-6, crop=0.9)},
+    "small": {
+        "vqa": dict(epochs=30.0, lr=3e-4),
+        "cls": dict(epochs=30.0, lr=3e-4),
+        "irtr": dict(epochs=10.0, lr=2e-4)},
+    "tiny": {
+        "vqa": dict(epochs=30.0, lr=5e-4),
+        "cls": dict(epochs=30.0, lr=5e-4),
+        "irtr": dict(epochs=10.0, lr=5e-4, eval_samples=256)},
+}
 
 # These follow from the data, or from the script that runs: no flag sets them.
 DERIVED = ("task", "vocab_size", "text_kind", "num_answers", "num_classes")
 
 
-def parse(description, argv=None, configs=(ModelConfig, TrainConfig, RunConfig), add=lambda parser: None):
-    """The command line -> one object for each of `configs`, made from --preset and the flags given, and the
-    namespace of what `add` put on the parser besides. Every field is a flag of the same name."""
+def of_preset(cls, preset, task="pretrain"):
+    """What a preset, and the task in it, say of the settings in the dataclass `cls`: {name: value}."""
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset} is not known: use {', '.join(PRESETS)}")
+    values = PRESETS[preset] | (EACH_EPOCH | TASKS[preset][task] if task in TASKS[preset] else {})
+    return {f.name: values[f.name] for f in fields(cls) if f.name in values}
+
+
+def parse(description, configs=(ModelConfig, TrainConfig, RunConfig), add=lambda parser: None, argv=None):
+    """The command line -> one object for each of `configs`, made from --preset and the flags given; and the
+    namespace of all flags, None where one was not given. Every field is a flag of the same name; `add` may
+    put more on the parser, a "task" among them."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny", choices=list(PRESETS),
@@ -177,13 +200,17 @@ def parse(description, argv=None, configs=(ModelConfig, TrainConfig, RunConfig),
         for f in fields(cls):
             if f.name in DERIVED:
                 continue
+            values = [f"{name} {preset[f.name]}" for name, preset in PRESETS.items() if f.name in preset]
+            shown = f"{f.metadata['help']} [{', '.join([f'{f.default}', *values])}]"
             on_off = f.type is bool
             kind = dict(action=argparse.BooleanOptionalAction) if on_off else dict(type=f.type, metavar="X")
-            values = [f"{f.default}"] + [f"{name} {values[f.name]}" for name, values in PRESETS.items()
-                                         if f.name in values]
-            shown = f"{f.metadata['help']} [{', '.join(values)}]".replace("%", "%%")
             group.add_argument(f"--{f.name}", default=None, help=shown, **kind)
 
     args = parser.parse_args(argv)
     given = {name: value for name, value in vars(args).items() if value is not None}
-    return *(_build(cls, args.preset, given) for cls in configs), args
+    if "steps" in given:                                   # it wins over a preset's epochs
+        given.setdefault("epochs", 0.0)
+    task = given.get("task", "pretrain")
+    made = [cls(**of_preset(cls, args.preset, task)
+                | {f.name: given[f.name] for f in fields(cls) if f.name in given}) for cls in configs]
+    return *made, args

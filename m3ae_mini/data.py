@@ -1,18 +1,12 @@
-"""The pack on disk, and a loader that has nothing left to do.
+"""A loader that has nothing left to do.
 
 Pictures were resized when they were packed (data/prepare.py) and lie as raw bytes in one file. A background
 thread reads each straight into its place of a batch, hides words and patches, and starts the copy to the
 device on a stream of its own; the batch is normalised there. Which sample stands where and what is hidden of
 it follows from the step number alone (masking.py), so there is no state to save.
 """
-import contextlib
-import hashlib
-import json
-import os
 import queue
 import threading
-from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,118 +15,11 @@ from PIL import Image
 from . import masking
 from .config import UserError
 
-PACK_VERSION = 1
-SAMPLE_DTYPE = np.dtype([("picture", "<i4"), ("text", "<i4"), ("label", "<i4"), ("group", "<i4"),
-                         ("closed", "<i1"), ("line", "<i8")])
-SPLITS = ("train", "val", "test")
 MEAN = (0.48145466, 0.4578275, 0.40821073)         # CLIP's, of R, G, B in 0 … 1
 STD = (0.26862954, 0.26130258, 0.27577711)
 VAL_CHUNK = 32                                     # samples of a validation chunk, in every run
 VAL_SEED = 0                                       # validation masks are the same in every run
-
-
-# ------------------------------------------------------------------------------------------- the pack
-
-class Pack:
-    """A folder made by data/prepare.py, opened by its version and the sizes of its files.
-
-    meta: the dict of meta.json; samples: SAMPLE_DTYPE (N,), mapped from disk: train, then val, then test."""
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        if not (self.folder / "meta.json").is_file():
-            raise UserError(f"there is no pack at {folder}: make one with python -m data.prepare NAME --root "
-                            f"DIR --out {folder}")
-        try:
-            self.meta = json.loads((self.folder / "meta.json").read_text())
-            version, self.size = self.meta["version"], int(self.meta["size"])
-            ends = np.cumsum([0] + [int(self.meta["samples"].get(split, 0)) for split in SPLITS])
-            sizes = {name: entry["bytes"] for name, entry in self.meta["files"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder}/meta.json is damaged ({error!r}): prepare the pack again") from None
-        if version != PACK_VERSION:
-            raise UserError(f"{folder} is a pack of version {version}, this code reads {PACK_VERSION}: "
-                            "prepare it again")
-        for name, size in sizes.items():
-            there = (self.folder / name).stat().st_size if (self.folder / name).is_file() else 0
-            if there != size:
-                raise UserError(f"{self.folder / name} has {there} bytes instead of {size}: the pack is "
-                                "damaged, prepare it again")
-
-        self.samples = np.load(self.folder / "samples.npy", mmap_mode="r", allow_pickle=False)
-        self.offsets = np.load(self.folder / "offsets.npy", mmap_mode="r", allow_pickle=False)
-        self.split = {split: range(ends[i], ends[i + 1]) for i, split in enumerate(SPLITS)}
-        self.images = open(self.folder / "images.bin", "rb", buffering=0)
-        self.lock = threading.Lock()               # one file position, several readers (training, validation)
-
-    def read_picture(self, number, out):
-        """Read picture `number` into out, uint8 (3, S, S); a grey one is broadcast to three channels."""
-        start, end = int(self.offsets[number]), int(self.offsets[number + 1])
-        area = self.size * self.size
-        grey = end - start == area
-        flat = out.reshape(-1)[:area] if grey else out.reshape(-1)
-        with self.lock:
-            self.images.seek(start)
-            got = self.images.readinto(memoryview(flat))
-        if got != flat.nbytes or end - start not in (area, 3 * area):
-            raise UserError(f"{self.folder}/images.bin ends within picture {number}: the pack is damaged, "
-                            "prepare it again")
-        if grey:
-            out[1:] = out[0]
-
-    def line(self, row):
-        """Everything that samples.jsonl says of sample `row`: a dict with "text" and more."""
-        with open(self.folder / "samples.jsonl", "rb") as file:
-            file.seek(int(self.samples["line"][row]))
-            return json.loads(file.readline())
-
-    def lines(self, split=None):
-        """The dicts of one split's samples (default: of all), in order."""
-        rows = range(len(self.samples)) if split is None else self.split[split]
-        if len(rows):
-            with open(self.folder / "samples.jsonl", "rb") as file:
-                file.seek(int(self.samples["line"][rows[0]]))
-                for _ in rows:
-                    yield json.loads(file.readline())
-
-    def tokens(self, tokenizer):
-        """-> (offsets (N+1,), tokens (n,)), uint32, mapped from disk: sample r has
-        tokens[offsets[r]:offsets[r+1]], each 2·id + 1 where a word starts, else 2·id. Made on first use and
-        kept in the pack under the tokenizer's hash."""
-        path, count = self.folder / f"tokens.{tokenizer.hash}.npy", len(self.samples)
-        if path.is_file():
-            try:
-                table = np.load(path, mmap_mode="r", allow_pickle=False)
-                if table.ndim == 1 and len(table) > count and len(table) == count + 1 + table[count]:
-                    return table[:count + 1], table[count + 1:]
-            except (ValueError, EOFError):
-                pass                               # left by a kill or a full disk: made again
-
-        lengths, parts, lines = [0], [], self.lines()
-        while texts := [line["text"] for line in islice(lines, 4096)]:
-            for ids, starts in tokenizer.encode(texts):
-                lengths.append(len(ids))
-                parts.append((2 * ids + starts).astype(np.uint32))
-        table = np.concatenate([np.cumsum(lengths).astype(np.uint32), *parts])
-        beside = path.with_suffix(f".{os.getpid()}.tmp")
-        with contextlib.suppress(OSError):         # a pack on a read-only disk: the tokens stay in memory
-            with open(beside, "wb") as file:
-                np.save(file, table)
-            os.replace(beside, path)
-        return table[:count + 1], table[count + 1:]
-
-    def verify(self):
-        """Read every byte and compare the check sums of meta.json; UserError names the first damaged file."""
-        for name, entry in self.meta["files"].items():
-            with open(self.folder / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                    raise UserError(f"{self.folder / name} does not have the check sum it was written with: "
-                                    "the pack is damaged, prepare it again")
-
-    def fingerprint(self):
-        """What tells this pack from another: the check sums of its files, as one short text."""
-        sums = json.dumps({name: entry["sha256"] for name, entry in sorted(self.meta["files"].items())})
-        return hashlib.sha256(sums.encode()).hexdigest()[:16]
+FALSE_TEXTS = 15                                   # beside each right one, where retrieval is learned
 
 
 # ------------------------------------------------------------------------------------------- the samples
@@ -140,57 +27,57 @@ class Pack:
 class Samples:
     """One split of one or several packs, read as one list; and the batch that any choice of its rows makes.
 
-    n: number of samples; cut: how many texts are longer than max_text_len."""
+    n: number of samples, `limit` at most, taken at equal distances; cut: how many texts are longer than
+    max_text_len. labels: int64 (n,), the right answer or class of each sample, set by who knows them."""
 
-    def __init__(self, packs, split, tokenizer, cfg, train_cfg):
+    def __init__(self, packs, split, tokenizer, cfg, train_cfg, limit=0):
         self.packs, self.tokenizer, self.cfg, self.train_cfg = packs, tokenizer, cfg, train_cfg
         self.tokens = [pack.tokens(tokenizer) for pack in packs]
-        self.rows = [pack.split[split] for pack in packs]
-        self.ends = np.cumsum([len(rows) for rows in self.rows])
-        self.n = int(self.ends[-1])
-        if not self.n:
+        rows = [np.array(pack.split[split], dtype=np.int64) for pack in packs]
+        which = np.repeat(np.arange(len(packs)), [len(part) for part in rows])
+        self.where = np.stack([which, np.concatenate(rows)], axis=1)                   # (n, 2) pack, its row
+        if not len(self.where):
             raise UserError(f"{', '.join(str(pack.folder) for pack in packs)} holds no {split} samples: "
                             "prepare a pack that has some")
+        if 0 < limit < len(self.where):
+            self.where = self.where[np.arange(limit) * len(self.where) // limit]
+        self.n, self.labels = len(self.where), None
         for pack in packs:
             larger = pack.size > cfg.image_size and train_cfg.crop < 1  # crops are taken from larger ones
             if pack.size != cfg.image_size and not larger:
                 raise UserError(f"{pack.folder} holds pictures of {pack.size} pixels, not {cfg.image_size}: "
                                 f"prepare it with --size {cfg.image_size}, or use --image_size {pack.size}")
+        lengths = [np.diff(offsets.astype(np.int64)) for offsets, _ in self.tokens]
+        self.cut = sum(int((lengths[i][self.where[self.where[:, 0] == i, 1]] > cfg.max_text_len - 2).sum())
+                       for i in range(len(packs)))
 
-        lengths = np.concatenate([np.diff(offsets[rows.start:rows.stop + 1].astype(np.int64))
-                                  for (offsets, _), rows in zip(self.tokens, self.rows)])
-        self.cut = int((lengths > cfg.max_text_len - 2).sum())
-
-    def locate(self, n):
-        """Sample number n -> (number of its pack, row in that pack)."""
-        which = int(np.searchsorted(self.ends, n, side="right"))
-        return which, self.rows[which][int(n - (self.ends[which - 1] if which else 0))]
+    def text(self, n):
+        """The tokens of sample number n, as Pack.tokens has them, uncut."""
+        which, row = self.where[n]
+        offsets, tokens = self.tokens[which]
+        return tokens[offsets[row]:offsets[row + 1]]
 
     def line(self, n):
         """Everything that is known of sample number n: a dict with "text", "source" and more."""
-        which, row = self.locate(n)
+        which, row = self.where[n]
         return self.packs[which].line(row)
 
     def batch(self, numbers, seed, step, chunk, images, crop=False):
         """The chunk made of samples `numbers` (B,): a dict of arrays. images, uint8 (B, 3, S, S), is filled
         in place. All that is random follows from (seed, step, chunk) and the place in the chunk."""
         cfg, tok, size = self.cfg, self.tokenizer, len(numbers)
-        where = [self.locate(n) for n in numbers]
 
         def uniform(purpose, *shape):
             return masking.uniform(seed, purpose, step, chunk, shape)
 
         # Pictures: straight into their places, or through a crop.
         box = uniform(masking.CROP, size, 8, 4) if crop else None
-        for i, (which, row) in enumerate(where):
-            self.picture(which, row, images[i], box[i] if crop else None)
+        for i, n in enumerate(numbers):
+            self.picture(n, images[i], box[i] if crop else None)
 
         # Texts: cut, framed by their special tokens, padded to one of four lengths, so that shapes repeat.
         longest, unit = cfg.max_text_len, -(-cfg.max_text_len // 4)
-        bodies = []
-        for which, row in where:
-            offsets, tokens = self.tokens[which]
-            bodies.append(np.asarray(tokens[offsets[row]:offsets[row + 1]][:longest - 2], dtype=np.int64))
+        bodies = [self.text(n)[:longest - 2].astype(np.int64) for n in numbers]
         length = min(longest, -(-(max(map(len, bodies)) + 2) // unit) * unit)
         ids = np.full((size, length), tok.pad_id)                                      # (B, T)
         starts = np.zeros((size, length), dtype=bool)
@@ -201,7 +88,27 @@ class Samples:
             starts[i, 1:end], real[i, 1:end] = body & 1, True
         batch = {"text_ids": ids, "text_mask": (ids != tok.pad_id).astype(np.int64)}
 
-        # Hidden words. Numbers are drawn for max_text_len places, so they don't depend on the batch's length.
+        # Who may be whose wrong partner: rows of another picture *and* another text.
+        rows = [self.packs[which].samples[row] for which, row in self.where[numbers]]
+        picture = numbered((which, int(row["picture"])) for (which, _), row in zip(self.where[numbers], rows))
+        text = numbered(body.tobytes() for body in bodies)
+        if cfg.task == "irtr":
+            draws = uniform(masking.WRONG, size, size)
+            batch["false_text_index"] = masking.wrong_rows(picture, text, draws, min(FALSE_TEXTS, size))
+        if cfg.task != "pretrain":
+            return batch if self.labels is None else batch | {f"{cfg.task}_labels": self.labels[numbers]}
+
+        group = numbered(self.packs[which].meta["groups"][row["group"]] if row["group"] >= 0 else place
+                         for place, ((which, _), row) in enumerate(zip(self.where[numbers], rows)))
+        draws = uniform(masking.WRONG, size, 3 * size + 2)
+        batch["itm_index"] = masking.mismatch(picture, text, draws[:, :size + 2], group, self.train_cfg.kin)
+        batch["other_index"] = masking.wrong_rows(picture, text, draws[:, size + 2:2 * size + 2], 1)[:, 0]
+        batch["kin_index"] = masking.wrong_rows(picture, text, draws[:, 2 * size + 2:], 1, group)[:, 0]
+
+        # Hidden patches, and hidden words. Numbers are drawn for max_text_len places, so they don't depend on
+        # the batch's length.
+        patches = (cfg.image_size // cfg.patch_size) ** 2
+        batch["mim_noise"] = uniform(masking.PATCHES, size, patches).astype(np.float32)
         draws = uniform(masking.WORDS, size, longest + 1, 3)[:, :length + 1]
         chosen = masking.choose_words(starts, real, draws[..., 0], self.train_cfg.word_ratio,
                                       self.train_cfg.whole_word)                       # (B, T)
@@ -210,34 +117,20 @@ class Samples:
         places = np.flatnonzero(chosen)                                                # (M,)
         filler = -len(places) % size  # place 0 is a special token: its label is -100, it counts for nothing
         batch["mlm_positions"] = np.concatenate([places, np.zeros(filler, dtype=np.int64)])
-
-        # Hidden patches and wrong pictures.
-        patches = (cfg.image_size // cfg.patch_size) ** 2
-        batch["mim_noise"] = uniform(masking.PATCHES, size, patches).astype(np.float32)
-        rows = [self.packs[which].samples[row] for which, row in where]
-        picture = numbered((which, int(row["picture"])) for (which, _), row in zip(where, rows))
-        text = numbered(body.tobytes() for body in bodies)
-        group = numbered(self.packs[which].meta["groups"][row["group"]] if row["group"] >= 0 else place
-                         for place, ((which, _), row) in enumerate(zip(where, rows)))
-        draws = uniform(masking.WRONG, size, 3 * size + 2)
-        batch["itm_index"] = masking.mismatch(picture, text, draws[:, :size + 2], group, self.train_cfg.kin)
-        batch["other_index"] = masking.wrong_rows(picture, text, draws[:, size + 2:2 * size + 2], 1)[:, 0]
-        batch["kin_index"] = masking.wrong_rows(picture, text, draws[:, 2 * size + 2:], 1, group)[:, 0]
         return batch
 
-    def picture(self, which, row, out, numbers=None):
-        """Read the picture of a row into out, uint8 (3, s, s), through a random crop where uniform numbers
+    def picture(self, n, out, numbers=None):
+        """Read the picture of sample n into out, uint8 (3, s, s), through a random crop where uniform numbers
         (8, 4) say which: PIL's own resize of a box that keeps `crop` to 1 of the area at an aspect of 3/4 to
         4/3."""
-        pack, side = self.packs[which], out.shape[-1]
-        number = self.packs[which].samples["picture"][row]
+        which, row = self.where[n]
+        pack, side, number = self.packs[which], out.shape[-1], self.packs[which].samples["picture"][row]
         if numbers is None and pack.size == side:
             return pack.read_picture(number, out)
 
         stored = np.empty((3, pack.size, pack.size), dtype=np.uint8)
         pack.read_picture(number, stored)
-        whole = (0, 0, pack.size, pack.size)
-        box = whole if numbers is None else crop_box(pack.size, self.train_cfg.crop, numbers)
+        box = crop_box(pack.size, self.train_cfg.crop, numbers if numbers is not None else ())
         for channel in range(3):
             resized = Image.fromarray(stored[channel]).resize((side, side), Image.Resampling.BICUBIC, box=box)
             out[channel] = np.asarray(resized)

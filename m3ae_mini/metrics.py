@@ -1,11 +1,10 @@
 """How good is it? Sums and counts over a chunk, which add up over chunks and processes to means."""
-import numpy as np
 import torch
 
-from .data import VAL_SEED, load, validation_chunks
-from .masking import split_patches
-from .model import patchify
 from .objectives import MIM
+
+NAMES = {"acc": "accuracy", "acc_open": "on open questions", "acc_closed": "on closed questions",
+         "unknown": "right answer not in the list"}
 
 
 def tally(hits, rows=None):
@@ -48,7 +47,7 @@ def pretraining(model, batch):
         def error(index):
             swapped = batch | {"text_mask": batch["text_mask"].index_select(0, index)}
             out = model.objectives["mim"](model, swapped, text.index_select(0, index), None)
-            target = model.objectives["mim"].target(batch["image"], model.cfg)
+            target = MIM.target(batch["image"], model.cfg)
             return (out["mim_pred"] - target).square().mean(-1), out["mim_hidden"].bool()   # (B, L) each
 
         right, hidden = error(own)
@@ -71,41 +70,27 @@ def pretraining(model, batch):
     return sums
 
 
-@torch.no_grad()
-def ignorance(train, test, limit, device, drawn_clean=None, pictures=8192):
-    """What can be had on at most `limit` test samples without understanding them: {name: float}.
+def choice(told, truths, choices, task, closed):
+    """What a model told of each row of a chunk, and the names of which any is right -> {name: tensor (2,) of
+    sum and count}. vqa: accuracy over all, open and closed questions (closed: True, False, or None where the
+    data set does not say), and the share of questions whose answer is not in the list `choices`, which count
+    as wrong. cls: accuracy, and the recall of each class."""
+    right = torch.tensor([name in truth for name, truth in zip(told, truths)])            # (B,)
+    if task == "cls":
+        recalls = {f"recall of {name}": tally(right, torch.tensor([name in truth for truth in truths]))
+                   for name in choices}
+        return {"acc": tally(right), **recalls}
+    known = set(choices)
+    return {"acc": tally(right),
+            "acc_open": tally(right, torch.tensor([flag is False for flag in closed])),
+            "acc_closed": tally(right, torch.tensor([flag is True for flag in closed])),
+            "unknown": tally(torch.tensor([known.isdisjoint(truth) for truth in truths]))}
 
-    commonest: the share of the commonest token among the masked ones. kind_alone: matching accuracy over any
-    wrong picture of one who sees only its kind. constant_patch: error of the mean normalised patch at each
-    place, the best guess that knows only the place, from at most `pictures` training pictures. noise_floor:
-    error of the pictures drawn_clean(sample number) -> (B, 3, S, S), which know all but the noise."""
-    cfg, mean, seen = test.cfg, 0, 0
-    for _, _, _, batch in load(train, validation_chunks(train, pictures), VAL_SEED, device):
-        mean = mean + MIM.target(batch["image"], cfg).sum(0)                  # (L, 3·P²)
-        seen += len(batch["image"])
-    mean = mean / seen
 
-    tokens, sums = [], {}
-    for _, _, numbers, batch in load(test, validation_chunks(test, limit), VAL_SEED, device):
-        image, target = batch["image"], MIM.target(batch["image"], cfg)       # (B, L, 3·P²)
-        keep, restore = split_patches(batch["mim_noise"], cfg.mask_ratio)
-        hidden = restore >= keep.shape[1]                                     # (B, L)
-        pairs = {"constant_patch": tally((mean - target).square().mean(-1), hidden)}
-        if drawn_clean:
-            clean = patchify(drawn_clean(numbers).to(image), cfg.patch_size)  # (B, L, 3·P²)
-            if cfg.norm_pix_loss:          # measured in the same units: the noisy patch's own mean and spread
-                var, middle = torch.var_mean(patchify(image, cfg.patch_size), dim=-1, keepdim=True)
-                clean = (clean - middle) / (var + 1e-6).sqrt()
-            pairs["noise_floor"] = tally((clean - target).square().mean(-1), hidden)
-
-        group = np.array([test.packs[pack].samples["group"][row] for pack, row in map(test.locate, numbers)])
-        other = batch["other_index"].cpu().numpy()
-        partner = torch.from_numpy(other != np.arange(len(other)))
-        told = torch.from_numpy(group != group[other])     # who knows the kind says "no" to these, else "yes"
-        pairs["kind_alone"] = tally((1 + told.float()) / 2, partner).to(device)
-        tokens.append(batch["mlm_labels"][batch["mlm_labels"] != -100].cpu())
-        sums = {name: sums.get(name, 0) + pair for name, pair in pairs.items()}
-
-    tokens = torch.cat(tokens)
-    return {"commonest": (tokens.bincount().max() / len(tokens)).item(),
-            **{name: (total / count).item() for name, (total, count) in sums.items()}}
+def recall(scores, right, direction):
+    """scores (Q, C) of every candidate for every query, right bool (Q, C) -> {name: share of the queries with
+    a right candidate among the first 1, 5, 10}. Among equal scores the wrong ones come first, so that a model
+    that scores all alike finds nothing."""
+    best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)                   # (Q, 1)
+    before = ((scores >= best) & ~right).sum(1)                                           # (Q,)
+    return {f"{direction}, recall@{k}": (before < k).float().mean().item() for k in (1, 5, 10)}

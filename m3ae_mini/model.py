@@ -22,17 +22,14 @@ def attend(q, k, v, heads, mask=None, dropout=0.0):
         x = F.scaled_dot_product_attention(q, k, v, mask, dropout)
     else:
         x = F.dropout(attention_weights(q, k, mask), dropout) @ v
-
     return x.transpose(1, 2).flatten(2)                                              # (B, Q, W)
 
 
 def attention_weights(q, k, mask=None):
     """Who looks where: q (B, H, Q, W/H), k (B, H, N, W/H) -> (B, H, Q, N), each row sums to 1."""
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5                           # (B, H, Q, N)
-
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-
     return scores.softmax(-1)
 
 
@@ -95,7 +92,6 @@ class PreNormBlock(nn.Module):
     def forward(self, x):
         """x (B, N, W) -> (B, N, W)"""
         x = x + self.attn(self.norm1(x))
-
         h = self.up(self.norm2(x))                                                   # (B, N, 4W)
         return x + self.down(h * torch.sigmoid(1.702 * h))
 
@@ -118,10 +114,8 @@ class PostNormLayer(nn.Module):
     def forward(self, x, mask=None, other=None, other_mask=None, queries=None):
         """x (B, N, W), other (B, M, W) or None -> (B, N, W), or (B, queries, W) for the first tokens alone"""
         x = self.attn_norm(x[:, :queries] + self.drop(self.attn(x, mask, queries)))
-
         if other is not None:
             x = self.cross_norm(x + self.drop(self.cross(x, other, other_mask)))
-
         return self.down_norm(x + self.drop(self.down(F.gelu(self.up(x)))))
 
 
@@ -149,7 +143,6 @@ class ViT(nn.Module):
     def forward(self, patches, keep=None):
         """patches (B, L, 3·P²), keep: numbers of the visible (B, K) or None for all -> (B, 1+K | 1+L, W)"""
         pos = self.pos[1:]                                                           # (L, W)
-
         if keep is not None:
             patches = patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[-1]))   # (B, K, 3·P²)
             pos = pos.index_select(0, keep.flatten()).view(*keep.shape, -1)          # (B, K, W)
@@ -160,7 +153,6 @@ class ViT(nn.Module):
 
         for block in self.blocks:
             x = block(x)
-
         return self.norm_post(x)
 
 
@@ -198,7 +190,6 @@ class TextEncoder(nn.Module):
         mask = mask.bool()[:, None, None]                                            # (B, 1, 1, T)
         for layer in self.layers:
             x = layer(x, mask)
-
         return x
 
 
@@ -223,7 +214,6 @@ class Fusion(nn.Module):
         as None), and of those only the first `queries` tokens. Depth 0 returns both streams as they came."""
         mask = text_mask.bool()[:, None, None]                                       # (B, 1, 1, T)
         depth = len(self.text_layers) if depth is None else depth
-
         for i in range(depth - 1):
             text, image = (self.text_layers[i](text, mask, image, None),
                            self.image_layers[i](image, None, text, mask))
@@ -259,7 +249,6 @@ class Trunk(nn.Module):
         With noise (B, L), the patches of high noise are hidden: -> kept tokens (B, 1+K, D), and restore
         (B, L), the place of every patch among the kept, then the hidden (masking.split_patches)."""
         patches = patchify(image, self.cfg.patch_size)                               # (B, L, 3·P²)
-
         if noise is None:
             return self.image_proj(self.vit(patches)) + self.modality[1]             # (B, 1+L, D)
 

@@ -82,7 +82,6 @@ class MIM(nn.Module):
 
         for block in self.blocks:
             x = block(x)
-
         return self.pred(self.norm(x[:, 1:]))                                          # class token dropped
 
     @staticmethod

@@ -106,44 +106,61 @@ def wrapped(pieces, width):
     return placed
 
 
+@torch.no_grad()
+def attention(model, batch, words, path):
+    """A sheet of where the text looks, for the first row of a batch: the picture, then it under the attention
+    of each of the first tokens `words` (the first one's feature goes to the heads) in the last fusion layer,
+    mean of its heads, as red over it."""
+    seen, model = [], model.eval()
+    cross = model.fusion.text_layers[-1].cross
+    hook = cross.register_forward_pre_hook(lambda cross, args: seen.append(cross.weights(*args)))
+    image = batch["image"][:1].float()                                          # (1, 3, S, S)
+    model.fuse(model.encode_text(batch["text_ids"][:1], batch["text_mask"][:1]), model.encode_image(image),
+               batch["text_mask"][:1])
+    hook.remove()
+
+    looks = seen[0][0].mean(0)[:len(words), 1:]                                 # (T, L) no class token
+    looks = looks / looks.amax(1, keepdim=True)
+    side, cell, columns = round(looks.shape[1] ** 0.5), 192, 6
+    picture = visible(image[0]).resize((cell, cell), Image.Resampling.BICUBIC)
+    sheet = Image.new("RGB", (columns * cell, -(-(1 + len(words)) // columns) * (cell + 20)), BACK)
+    for place, word in enumerate(["", *words]):
+        panel = picture.copy()
+        if place:
+            heat = Image.fromarray((looks[place - 1].view(side, side) * 180).byte().cpu().numpy())
+            panel.paste((255, 40, 0), mask=heat.resize((cell, cell), Image.Resampling.BICUBIC))
+        left, top = place % columns * cell, place // columns * (cell + 20)
+        sheet.paste(panel, (left, top))
+        ImageDraw.Draw(sheet).text((left + 4, top + cell + 1), word.strip(), INK, FONT)
+    sheet.save(path)
+
+
 def curves(lines, path):
-    """lines: the dicts of metrics.jsonl -> a PNG with a panel for every figure of training and validation."""
-    names = ["mlm_loss", "mim_loss", "itm_loss", "mlm_acc", "mlm_gain_kin", "itm_acc_kin"]
+    """lines: the dicts of metrics.jsonl -> a PNG with a panel for each figure that was followed: training's
+    grey, validation's green."""
+    names = ("mlm_loss", "mim_loss", "itm_loss", "mlm_acc", "mlm_gain_kin", "itm_acc_kin", "loss", "score")
     splits = {"train": GREY, "val": GREEN}
     series = {name: {split: [(line["step"], line[name]) for line in lines
                              if line["split"] == split and line.get(name) is not None] for split in splits}
               for name in names}
     series = {name: found for name, found in series.items() if any(found.values())}
-    if not series:
-        return
 
-    wide, high, margin = 340, 220, 44
-    columns = min(3, len(series))
-    sheet = Image.new("RGB", (columns * wide, -(-len(series) // columns) * high), BACK)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    wide, high, columns = 280, 160, min(4, len(series))
+    sheet = Image.new("RGB", (columns * (wide + 60), -(-len(series) // columns) * (high + 60)), BACK)
+    draw = ImageDraw.Draw(sheet)
     for number, (name, found) in enumerate(series.items()):
-        left, top = number % columns * wide + margin, number // columns * high + 26
-        right, bottom = left + wide - margin - 16, top + high - 60
-        points = [point for part in found.values() for point in part]
-        steps, values = [p[0] for p in points], [p[1] for p in points]
-        low, up, end = min(values + [0.0]), max(values), max(steps)
-        up = up if up > low else low + 1
-
-        def place(step, value):
-            return left + (right - left) * step / end, bottom - (bottom - top) * (value - low) / (up - low)
-
-        draw.text((left, top - 20), name, INK, font)
-        draw.text((right - 78, top - 20), "training", GREY, font)
-        draw.text((right - 22, top - 20), "val", GREEN, font)
-        draw.rectangle((left, top, right, bottom), outline=GREY)
-        for value in (low, up):
-            draw.text((left - 40, place(0, value)[1] - 7), f"{value:.3g}", INK, font)
-        draw.text((right - 60, bottom + 4), f"step {end:,}", INK, font)
+        left, top = number % columns * (wide + 60) + 50, number // columns * (high + 60) + 30
+        steps, values = zip(*(point for part in found.values() for point in part))
+        low, up, end = min(0.0, *values), max(*values, 1e-9), max(steps)
+        draw.rectangle((left, top, left + wide, top + high), outline=GREY)
+        for x, y, text in ((0, -22, name), (-46, -8, f"{up:.3g}"), (-46, high - 8, f"{low:.3g}"),
+                           (wide - 80, high + 4, f"step {end:,}")):
+            draw.text((left + x, top + y), text, INK, FONT)
         for split, colour in splits.items():
-            line = [place(*point) for point in found[split]]
-            draw.line(line, fill=colour, width=2) if len(line) > 1 else None
-            if split == "val":
-                for x, y in line:
-                    draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
+            points = [(left + wide * step / end, top + high * (up - value) / (up - low))
+                      for step, value in found[split]]
+            draw.line(points, fill=colour, width=2)
+            for x, y in points if split == "val" else ():
+                draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

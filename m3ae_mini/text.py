@@ -1,5 +1,6 @@
 """Text to tokens: train a tokenizer on captions or load one, and learn from it where words start."""
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,15 @@ class Tokenizer:
             raise
         except Exception as error:             # the library raises bare Exception for whatever is wrong
             raise UserError(f"{path} is no tokenizer file that can be read ({error})") from None
+
+    @classmethod
+    def choose(cls, train_cfg, run_cfg, texts):
+        """The tokenizer asked for, else the one of this run, of --init_text, of --init, or one trained on
+        `texts`."""
+        folders = run_cfg.out, train_cfg.init_text, train_cfg.init, os.path.dirname(train_cfg.init)
+        there = [folder for folder in folders if folder and os.path.isfile(f"{folder}/tokenizer.json")]
+        asked = run_cfg.tokenizer or next(iter(there), None)
+        return cls.load(asked) if asked else cls.train(texts, train_cfg.vocab)
 
     @classmethod
     def train(cls, texts, vocab_size):

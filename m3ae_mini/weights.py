@@ -1,102 +1,69 @@
 """Weights in and out: CLIP, RoBERTa and BERT, released M³AE, and this project's own checkpoints.
 
-Such files come from strangers. Nothing in them is ever run: a pickle is read as data (`unpickle`). Memory is
-reserved for what a file holds, not for what it claims.
-"""
+Files come from strangers: nothing in them is ever run."""
+import io
 import json
 import math
-import os
-import pickletools
+import pickle
 import re
 import sys
 import zipfile
-from collections import Counter
+from collections import Counter, namedtuple
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from .config import ModelConfig, UserError
+from .loop import run, write_whole
 from .objectives import M3AE
 
 
-# --------------------------------------------------------------------------------------------- released names
+# -------------------------------------------------------------------------------- released names
+
+# {name here: released name}. A name that ends in a dot stands for two, its weight and its bias. Of several
+# released names the tensors stand one upon the other here: query, key and value are one matrix.
+CLIP_BLOCK = {
+    "attn.qkv.": "attn.in_proj_", "attn.out.": "attn.out_proj.", "norm1.": "ln_1.", "norm2.": "ln_2.",
+    "up.": "mlp.c_fc.", "down.": "mlp.c_proj."}
+BERT_LAYER = {
+    "attn.qkv.": "attention.self.query. attention.self.key. attention.self.value.",
+    "attn.out.": "attention.output.dense.", "attn_norm.": "attention.output.LayerNorm.",
+    "up.": "intermediate.dense.", "down.": "output.dense.", "down_norm.": "output.LayerNorm."}
+FUSION_LAYER = BERT_LAYER | {
+    "cross.q.": "crossattention.self.query.",
+    "cross.kv.": "crossattention.self.key. crossattention.self.value.",
+    "cross.out.": "crossattention.output.dense.", "cross_norm.": "crossattention.output.LayerNorm."}
+VIT = {"cls": "class_embedding", "pos": "positional_embedding", "patch.weight": "conv1.weight",
+       "norm_pre.": "ln_pre.", "norm_post.": "ln_post."}
+TEXT = {"word.weight": "word_embeddings.weight", "position.weight": "position_embeddings.weight",
+        "token_type.weight": "token_type_embeddings.weight", "norm.": "LayerNorm."}
+FUSION = {"modality": "modality_type_embeddings.weight",
+          "text_proj.": "multi_modal_language_proj.", "text_pooler.": "multi_modal_language_pooler.dense.",
+          "image_proj.": "multi_modal_vision_proj.", "image_pooler.": "multi_modal_vision_pooler.dense."}
+HEADS = {"mlm.dense.": "mlm_head.transform.dense.", "mlm.norm.": "mlm_head.transform.LayerNorm.",
+         "mlm.decoder.weight": "mlm_head.decoder.weight", "mlm.decoder.bias": "mlm_head.bias",
+         "mim.mask_token": "mim_head.mask_token", "mim.embed.": "mim_head.decoder_embed.",
+         "mim.norm.": "mim_head.decoder_norm.", "mim.pred.": "mim_head.decoder_pred.",
+         "itm.fc.": "itm_head.fc.", "irtr.fc.": "irtr_head."}
+HEADS |= {f"{task}.head.{i}.": f"{task}_head.{i}." for task in ("vqa", "cls") for i in (0, 1, 3)}
+
 
 def name_table(cfg):
-    """Pairs (name here, [released names]) for every tensor the model may hold. Of several released names the
-    tensors stand one upon the other here: query, key and value are one matrix."""
-    table = []
-
-    def add(mine, *released):
-        for end in (".weight", ".bias"):
-            table.append((mine + end, [name + end for name in released]))
-
-    def clip_block(mine, released):
-        table.append((f"{mine}.attn.qkv.weight", [f"{released}.attn.in_proj_weight"]))
-        table.append((f"{mine}.attn.qkv.bias", [f"{released}.attn.in_proj_bias"]))
-        add(f"{mine}.attn.out", f"{released}.attn.out_proj")
-        add(f"{mine}.norm1", f"{released}.ln_1")
-        add(f"{mine}.norm2", f"{released}.ln_2")
-        add(f"{mine}.up", f"{released}.mlp.c_fc")
-        add(f"{mine}.down", f"{released}.mlp.c_proj")
-
-    def bert_layer(mine, released, cross=False):
-        def query_key_value(part):
-            return [f"{released}.{part}.self.{what}" for what in ("query", "key", "value")]
-        add(f"{mine}.attn.qkv", *query_key_value("attention"))
-        add(f"{mine}.attn.out", f"{released}.attention.output.dense")
-        add(f"{mine}.attn_norm", f"{released}.attention.output.LayerNorm")
-        if cross:
-            add(f"{mine}.cross.q", query_key_value("crossattention")[0])
-            add(f"{mine}.cross.kv", *query_key_value("crossattention")[1:])
-            add(f"{mine}.cross.out", f"{released}.crossattention.output.dense")
-            add(f"{mine}.cross_norm", f"{released}.crossattention.output.LayerNorm")
-        add(f"{mine}.up", f"{released}.intermediate.dense")
-        add(f"{mine}.down", f"{released}.output.dense")
-        add(f"{mine}.down_norm", f"{released}.output.LayerNorm")
-
-    clip = "vision_encoder.visual"
-    table.append(("vit.cls", [f"{clip}.class_embedding"]))
-    table.append(("vit.pos", [f"{clip}.positional_embedding"]))
-    table.append(("vit.patch.weight", [f"{clip}.conv1.weight"]))
-    add("vit.norm_pre", f"{clip}.ln_pre")
-    add("vit.norm_post", f"{clip}.ln_post")
-    for i in range(cfg.vit_blocks):
-        clip_block(f"vit.blocks.{i}", f"{clip}.transformer.resblocks.{i}")
-
-    bert = "language_encoder"
-    for kind in ("word", "position", "token_type"):
-        table.append((f"text.{kind}.weight", [f"{bert}.embeddings.{kind}_embeddings.weight"]))
-    add("text.norm", f"{bert}.embeddings.LayerNorm")
-    for i in range(cfg.text_layers):
-        bert_layer(f"text.layers.{i}", f"{bert}.encoder.layer.{i}")
-
-    table.append(("modality", ["modality_type_embeddings.weight"]))
-    for mine, released in (("text", "language"), ("image", "vision")):
-        add(f"{mine}_proj", f"multi_modal_{released}_proj")
-        add(f"{mine}_pooler", f"multi_modal_{released}_pooler.dense")
-        for i in range(cfg.fusion_layers):
-            bert_layer(f"fusion.{mine}_layers.{i}", f"multi_modal_{released}_layers.{i}", cross=True)
-
-    add("objectives.mlm.dense", "mlm_head.transform.dense")
-    add("objectives.mlm.norm", "mlm_head.transform.LayerNorm")
-    table.append(("objectives.mlm.decoder.weight", ["mlm_head.decoder.weight"]))
-    table.append(("objectives.mlm.decoder.bias", ["mlm_head.bias"]))
-
-    table.append(("objectives.mim.mask_token", ["mim_head.mask_token"]))
-    for layer in ("embed", "norm", "pred"):
-        add(f"objectives.mim.{layer}", f"mim_head.decoder_{layer}")
-    for i in range(cfg.decoder_layers):
-        clip_block(f"objectives.mim.blocks.{i}", f"mim_head.decoder.resblocks.{i}")
-
-    add("objectives.itm.fc", "itm_head.fc")
-    for task in ("vqa", "cls"):
-        for i in (0, 1, 3):
-            add(f"objectives.{task}.head.{i}", f"{task}_head.{i}")
-    add("objectives.irtr.fc", "irtr_head")
-    return table
+    """Pairs (name here, [released names]) for every tensor that a model of any task may hold."""
+    vit, mim, fusion = cfg.vit_blocks, cfg.decoder_layers, cfg.fusion_layers
+    groups = (("vit.", "vision_encoder.visual.", 1, VIT), ("text.", "language_encoder.embeddings.", 1, TEXT),
+              ("", "", 1, FUSION), ("objectives.", "", 1, HEADS),
+              ("vit.blocks.{}.", "vision_encoder.visual.transformer.resblocks.{}.", vit, CLIP_BLOCK),
+              ("text.layers.{}.", "language_encoder.encoder.layer.{}.", cfg.text_layers, BERT_LAYER),
+              ("fusion.text_layers.{}.", "multi_modal_language_layers.{}.", fusion, FUSION_LAYER),
+              ("fusion.image_layers.{}.", "multi_modal_vision_layers.{}.", fusion, FUSION_LAYER),
+              ("objectives.mim.blocks.{}.", "mim_head.decoder.resblocks.{}.", mim, CLIP_BLOCK))
+    return [(mine.format(i) + name + end, [theirs.format(i) + other + end for other in others.split()])
+            for mine, theirs, count, names in groups for i in range(count) for name, others in names.items()
+            for end in (("weight", "bias") if name.endswith(".") else ("",))]
 
 
 def from_official(state, cfg):
@@ -104,17 +71,11 @@ def from_official(state, cfg):
     What the model does not use (CLIP's text side, RoBERTa's pooler, buffers) is left out."""
     mine = {}
     for name, released in name_table(cfg):
-        if any(r not in state for r in released):
-            continue
-        shapes = {r: tuple(state[r].shape) for r in released}
-        if len(set(shapes.values())) > 1:
-            raise UserError(f"tensors of one shape differ: {shapes}")
-        tensor = state[released[0]] if len(released) == 1 else torch.cat([state[r] for r in released])
-        if name == "vit.patch.weight" and tensor.ndim == 4:
-            tensor = tensor.permute(0, 2, 3, 1).flatten(1)  # a convolution's (W, 3, P, P) -> (W, P·P·3)
-        elif name == "objectives.mim.mask_token":
-            tensor = tensor.flatten()                       # (1, 1, W) -> (W,)
-        mine[name] = tensor
+        if all(r in state for r in released):
+            tensor = torch.cat([state[r] for r in released])
+            if name == "vit.patch.weight":
+                tensor = tensor.permute(0, 2, 3, 1).flatten(1)                         # (W, P·P·3)
+            mine[name] = tensor.flatten() if name == "objectives.mim.mask_token" else tensor
     return mine
 
 
@@ -122,63 +83,20 @@ def to_official(state, cfg):
     """The inverse of from_official, bit for bit: from this model's names to the released ones."""
     theirs = {}
     for name, released in name_table(cfg):
-        if name not in state:
-            continue
-        tensor = state[name]
-        if name == "vit.patch.weight":
-            tensor = tensor.unflatten(1, (cfg.patch_size, cfg.patch_size, 3)).permute(0, 3, 1, 2).contiguous()
-        elif name == "objectives.mim.mask_token":
-            tensor = tensor[None, None]
-        theirs.update(zip(released, tensor.chunk(len(released))))
+        if name in state:
+            tensor = state[name][None, None] if name == "objectives.mim.mask_token" else state[name]
+            if name == "vit.patch.weight":                                             # (W, 3, P, P)
+                tensor = tensor.unflatten(1, (cfg.patch_size, cfg.patch_size, 3)).permute(0, 3, 1, 2)
+            theirs.update(zip(released, tensor.chunk(len(released))))
     return theirs
 
 
-# ---------------------------------------------------------------------------------------------- reading files
+# -------------------------------------------------------------------------------- reading files
 
-class Inert(dict):
-    """Stands for what a pickle names or builds: class, function, object, container. It keeps what is said of
-    it (name, arguments, items; its state is the item "") and can do nothing."""
-
-    def __init__(self, name=None, args=()):
-        super().__init__()
-        self.name, self.args = name, args
-
-
-def unpickle(data):
-    """A pickle's bytes (protocol 2, torch's) -> what it holds, as plain data. Nothing is imported or called.
-
-    Of containers only tuples and items under strings are kept: nothing else is asked for, and other keys need
-    a hash, which for a tuple of tuples can take for ever."""
-    stack, marks, memo = [], [], {}
-    for opcode, value, _ in pickletools.genops(data):
-        # What an opcode takes from the stack, pickletools knows: so many objects, or all down to a mark.
-        wanted, start = opcode.stack_before, len(stack) - len(opcode.stack_before)
-        if pickletools.markobject in wanted:
-            start = marks.pop() - wanted.index(pickletools.markobject)
-        taken = stack[start:]
-        del stack[start:]
-
-        match opcode.name:
-            case "STOP": return taken[0]
-            case "MARK": marks.append(len(stack))
-            case "BINPUT" | "LONG_BINPUT": memo[value] = stack[-1]
-            case "BINGET" | "LONG_BINGET": stack.append(memo[value])
-            case "GLOBAL": stack.append(Inert(value))
-            case "REDUCE" | "NEWOBJ": stack.append(Inert(taken[0].name, taken[1]))
-            case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" | "TUPLE": stack.append(tuple(taken))
-            case "NEWTRUE" | "NEWFALSE" as name: stack.append(name == "NEWTRUE")
-            case "BINPERSID" | "APPEND" | "APPENDS": stack.append(taken[0])     # a storage stays a tuple
-            case "SETITEM" | "SETITEMS" | "BUILD" as name:
-                items = ["", taken[1]] if name == "BUILD" else taken[1:]
-                taken[0].update((k, v) for k, v in zip(items[::2], items[1::2]) if isinstance(k, str))
-                stack.append(taken[0])
-            case _ if opcode.stack_after: stack.append(value if opcode.arg else Inert())
-
-
-# Other kinds of numbers are no weights, and not read. As safetensors call them, and as pickles do.
+# As safetensors call them, and as pickles do. Other kinds of numbers are no weights, and not read.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "torch DoubleStorage": torch.float64, "torch FloatStorage": torch.float32,
-          "torch HalfStorage": torch.float16, "torch BFloat16Storage": torch.bfloat16}
+          "torch.DoubleStorage": torch.float64, "torch.FloatStorage": torch.float32,
+          "torch.HalfStorage": torch.float16, "torch.BFloat16Storage": torch.bfloat16}
 
 
 @contextmanager
@@ -195,85 +113,97 @@ def readable(path):
 
 def read_safetensors(path):
     """-> {name: float32 tensor}. The format: the header's length, the header in JSON, tensors without gap."""
-    tensors, place = {}, 0
+    tensors = {}
     with readable(path), open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        space = os.path.getsize(path) - 8 - length          # bytes of tensors
-        if space < 0:
-            raise ValueError(f"it claims a header of {length} bytes")
-        header = json.loads(file.read(length))
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         header.pop("__metadata__", None)
-
+        first = file.tell()
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            start, end = entry["data_offsets"]
-            if not place == start <= end <= space:
-                raise ValueError(f"tensor {name} claims bytes {start} to {end} of {place} to {space}")
-            data, place = bytearray(file.read(end - start)), end
+            (start, end), here = entry["data_offsets"], file.tell() - first
+            data = bytearray(file.read(end - start))
+            if start != here or len(data) != end - start:
+                raise ValueError(f"tensor {name} claims bytes {start} to {end}, which are not its own")
             if entry["dtype"] in DTYPES:
-                shape = torch.empty(entry["shape"], device="meta").shape    # refuses what is no shape
-                tensors[name] = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]]).float().view(shape)
+                numbers = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]]).float()
+                tensors[name] = numbers.view(entry["shape"])
     return tensors
+
+
+Stored = namedtuple("Stored", "dtype entry offset shape stride")               # a tensor that is not read yet
+
+
+class Inert(dict):
+    """Where other names in a pickle lead: it takes anything, keeps items and attributes, does nothing."""
+    def ignore(self, *args):
+        pass
+
+    __init__ = __call__ = append = add = ignore
+    __hash__ = object.__hash__
+
+    def __setstate__(self, attributes):
+        self.update(attributes if isinstance(attributes, dict) else {})
+
+
+class Unpickler(pickle._Unpickler):
+    """Reads a pickle as data and imports nothing. (The C unpickler reserves what a pickle claims to need.)"""
+    def find_class(self, module, name):
+        known = {"torch._utils._rebuild_tensor_v2": lambda storage, *view: Stored(*storage[1:3], *view[:3]),
+                 "torch._utils._rebuild_parameter": lambda tensor, *_: tensor}
+        return (known | DTYPES).get(f"{module}.{name}", Inert)
+
+    def persistent_load(self, storage):
+        return storage                                      # ("storage", dtype, entry in the archive, …)
+
+
+def stored_tensors(node, name=""):
+    """All tensors in nested dicts: pairs (dotted name, Stored)."""
+    if isinstance(node, Stored) and node.dtype in DTYPES.values():
+        yield name, node
+    elif isinstance(node, dict):
+        for key, item in node.items():
+            yield from stored_tensors(item, f"{name}.{key}" if name else f"{key}")
 
 
 def read_torch(path):
     """A file of torch.save or torch.jit.save -> (all it holds, as data; {dotted name: float32 tensor})."""
-    with readable(path), open(path, "rb") as file:
-        if not os.path.isfile(path) or not zipfile.is_zipfile(file):
+    tensors, storages = {}, {}
+    with readable(path):
+        if not zipfile.is_zipfile(path):
             raise ValueError("no whole zip archive; if PyTorch < 1.6 wrote it, load and save it again there")
-        archive, size = zipfile.ZipFile(file), os.path.getsize(path)
+        archive = zipfile.ZipFile(path)
         (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        content = unpickle(archive.open(pickled).read(size))
+        content = Unpickler(io.BytesIO(archive.read(pickled))).load()
         weights = next((content[key] for key in ("state_dict", "model") if key in content), content)
 
-        # Entries of a zip may overlap, and tensors be endless views of a few numbers: hence the budget.
-        tensors, storages, seen, todo, budget = {}, {}, set(), [("", weights)], 3 * size
-        while todo:
-            name, node = todo.pop()
-            if not isinstance(node, Inert) or id(node) in seen or len(name) > 255:
-                continue
-            if node.name != "torch._utils _rebuild_tensor_v2":
-                seen.add(id(node))
-                todo += [(f"{name}.{key}".strip("."), item) for key, item in node.items()]
-                todo += [(name, item) for item in node.args[:1]]    # what a Parameter is made of
-                continue
-
-            storage, offset, shape, stride = node.args[:4]
-            kind, entry = storage[1].name, pickled.removesuffix(".pkl") + "/" + storage[2]
-            if kind not in DTYPES:
-                continue
-            if entry not in storages:
-                data = bytearray(archive.open(entry).read(size))
-                storages[entry] = torch.frombuffer(data, dtype=DTYPES[kind]).float()
-                budget -= len(data)
-            tensors[name] = storages[entry].as_strided(shape, stride, offset)
-            budget -= tensors[name].numel() * DTYPES[kind].itemsize + len(shape)
-            if budget < 0:
+        for name, (dtype, entry, offset, shape, stride) in stored_tensors(weights):
+            if (entry, dtype) not in storages:
+                data = bytearray(archive.read(f"{pickled.removesuffix('.pkl')}/{entry}"))
+                storages[entry, dtype] = torch.frombuffer(data, dtype=dtype).float()
+            numbers = storages[entry, dtype]
+            if math.prod(shape) > len(numbers):             # an endless view of a few numbers
                 raise ValueError(f"tensor {name} claims more numbers than the file has")
+            tensors[name] = numbers.as_strided(shape, stride, offset)
     return content, tensors
 
 
-# ------------------------------------------------------------------------------------------ what is in a file
-
 class State(dict):
-    """Tensors under this model's names. `rest` are names of the file that have no place in any such model,
-    `notes` are sentences on what was assumed."""
-    rest, notes = (), ()
+    """Tensors under this model's names. `rest`: names in the file that have no place in any such model."""
+    rest = ()
 
 
-def translate(tensors, path, ending="", released=""):
-    """Tensors under a file's names -> State. What stands before `ending` in the one name that ends so is the
-    prefix of all others too, and `released` takes its place."""
-    prefixes = [name.removesuffix(ending) for name in tensors if name.endswith(ending)] if ending else [""]
+def translate(tensors, path, released, anchor):
+    """Tensors under a file's names -> State. The one name that ends in `anchor` shows the prefix of the
+    file's names; `released` takes its place."""
+    prefixes = [name.removesuffix(anchor) for name in tensors if name.endswith(anchor)]
     if len(prefixes) != 1:
-        raise UserError(f"{path} has {len(prefixes)} tensors named {ending}, and must have one")
-    names = {released + name[len(prefixes[0]):]: name for name in tensors if name.startswith(prefixes[0])}
-
-    # There are no more layers than numbers in the names, and a table too long does no harm.
-    most = min(200, len({piece for name in names for piece in name.split(".") if piece.isdigit()}))
-    cfg = ModelConfig(vit_blocks=most, text_layers=most, fusion_layers=most, decoder_layers=most)
-    state = State(from_official({name: tensors[names[name]] for name in names}, cfg))
-    used = {names[name] for mine, theirs in name_table(cfg) if mine in state for name in theirs}
-    state.rest = [name for name in tensors if name not in used]
+        raise UserError(f"{path} has no tensor {anchor}, or several: is it the right kind of file?")
+    names = {re.sub(f"^{re.escape(prefixes[0])}", released, name): name for name in tensors}
+    # More layers than any file has: a table too long does no harm.
+    deep = ModelConfig(vit_blocks=99, text_layers=99, fusion_layers=99, decoder_layers=99)
+    with readable(path):
+        state = State(from_official({new: tensors[old] for new, old in names.items()}, deep))
+    used = {name for mine, theirs in name_table(deep) if mine in state for name in theirs}
+    state.rest = [old for new, old in names.items() if new not in used]
     return state
 
 
@@ -284,15 +214,13 @@ def part(name):
 
 
 def infer(state, path, known):
-    """What the shapes of a State tell: fields of ModelConfig. The number of heads is in no shape: it is
-    `known`, or heads are 64 wide. A tensor that is missing tells nothing; `fit` reports it."""
+    """What shapes tell: {field of ModelConfig: value}. The number of heads is in no shape: it is `known`, or
+    heads are 64 wide. A tensor that is missing tells nothing; `fit` reports it."""
     def size(name, axis=0):
-        shape = state[name].shape if name in state else ()
-        return shape[axis] if axis < len(shape) else 0
+        return state[name].shape[axis] if name in state and state[name].ndim > axis else 0
 
     def depth(prefix):
-        return min(200, len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)}))
-
+        return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
     patch = math.isqrt(size("vit.patch.weight", 1) // 3)
     found = dict(
         patch_size=patch, image_size=patch * math.isqrt(max(1, size("vit.pos")) - 1),
@@ -304,7 +232,6 @@ def infer(state, path, known):
         decoder_width=size("objectives.mim.mask_token"), decoder_layers=depth("objectives.mim.blocks."),
         num_answers=size("objectives.vqa.head.3.bias"), num_classes=size("objectives.cls.head.3.bias"))
     found = {field: value for field, value in found.items() if value}
-
     for width in [field for field in found if field.endswith("_width")]:
         heads = width.replace("width", "heads")
         if heads not in known and found[width] % 64:
@@ -319,77 +246,55 @@ def infer(state, path, known):
 
 
 def load_clip(path):
-    """CLIP's image encoder, from OpenAI's archive or a plain state dict -> (fields of ModelConfig, State).
-
-    As released, vit_blocks leaves out the last block. Fewer blocks and another image_size do as well."""
-    state = translate(read_torch(path)[1], path, "class_embedding", "vision_encoder.visual.")
-    found = infer(state, path, {})
+    """CLIP's image encoder, from OpenAI's archive or a plain state dict -> (fields of ModelConfig, State). As
+    released, vit_blocks leaves out the last block. Fewer blocks and another image_size do as well."""
+    state = translate(read_torch(path)[1], path, "vision_encoder.visual.", "class_embedding")
+    found = infer(state, path, known={})
     found["vit_blocks"] = found.get("vit_blocks", 1) - 1
-    found.pop("image_size", None)
-    return found, state
+    return {field: value for field, value in found.items() if field != "image_size"}, state
 
 
 def load_text(path, text_heads=None):
-    """A Hugging Face folder of RoBERTa or BERT -> (fields of ModelConfig, State). `text_heads` is for folders
-    without config.json."""
-    folder, config = Path(path), {}
-    if (folder / "config.json").exists():
-        with readable(folder / "config.json"):
-            config = json.loads((folder / "config.json").read_bytes())
-            text_heads = int(config["num_attention_heads"])
+    """A Hugging Face folder of RoBERTa or BERT -> (fields of ModelConfig, State)"""
+    file, safe = Path(path, "config.json"), Path(path, "model.safetensors")
+    with readable(file):
+        config = json.loads(file.read_bytes()) if file.exists() else {}
+        text_heads = int(config["num_attention_heads"]) if config else text_heads
     if not text_heads:
         raise UserError(f"{path} has no config.json, which tells the number of heads: give --text_heads")
+    tensors = read_safetensors(safe) if safe.exists() else read_torch(Path(path, "pytorch_model.bin"))[1]
+    tensors = {name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias"): tensor
+               for name, tensor in tensors.items()}         # gamma and beta: in old files
+    state = translate(tensors, path, "language_encoder.", "embeddings.word_embeddings.weight")
+    found = infer(state, path, known={"text_heads": text_heads})
 
-    safe = folder / "model.safetensors"
-    tensors = read_safetensors(safe) if safe.exists() else read_torch(folder / "pytorch_model.bin")[1]
-    for old, new in ("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"):
-        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
-    state = translate(tensors, path, "embeddings.word_embeddings.weight", "language_encoder.")
-    found = infer(state, path, {"text_heads": text_heads})
-
-    roberta = found.get("text_kind") == "roberta"
-    needed = {"model_type": "roberta" if roberta else "bert", "pad_token_id": int(roberta),
-              "layer_norm_eps": 1e-5 if roberta else 1e-12, "hidden_act": "gelu",
-              "position_embedding_type": "absolute"}
+    pad, eps = (1, 1e-5) if found.get("text_kind") == "roberta" else (0, 1e-12)
+    needed = dict(hidden_act="gelu", position_embedding_type="absolute", pad_token_id=pad, layer_norm_eps=eps)
     for key, value in needed.items():
         if config.get(key, value) != value:
-            raise UserError(f"{folder / 'config.json'}: {key} is {config[key]}, needed is {value}")
+            raise UserError(f"{file}: {key} is {config[key]}, needed is {value}: use another text encoder")
     return found, state
 
 
 def load_m3ae(path, **given):
-    """A checkpoint of M³AE, released or of this project, or a run's folder -> (ModelConfig, State).
-
-    What shapes do not tell is taken from `given`, else from the file's configuration, else from the paper."""
+    """A checkpoint of M³AE, released or of this project, or a run's folder -> (ModelConfig, State). What
+    shapes do not tell is taken from `given`, else from the file's configuration, else from the paper."""
     if Path(path).is_dir():
         path = Path(path, "best.pt" if Path(path, "best.pt").exists() else "last.pt")
     content, tensors = read_torch(path)
     own = any(part(name) == "vit" for name in tensors)
-    state = State(tensors) if own else translate(tensors, path)
-
+    state = State(tensors) if own else translate(tensors, path, "", "vision_encoder.visual.class_embedding")
     with readable(path):
         config = content.get("model_config", content.get("hyper_parameters", {}))
         config = config.get("config", config)
-        config = {"fusion_heads": config.get("num_heads")} | config         # its released name
-        kinds = {f.name: (int, float) if f.type is float else f.type for f in fields(ModelConfig)}
-        known = {name: config[name] for name in kinds if isinstance(config.get(name), kinds[name])} | given
-        found = infer(state, path, known)
-        paper = {"mim_layer": 3 if found.get("fusion_layers", 6) > 3 else -1,
-                 "max_text_len": min(64, found.get("text_max_positions", 514) - 2)}
-        cfg = ModelConfig(**paper | known | found)
-
-        if cfg.decoder_width * (cfg.image_size // cfg.patch_size) ** 2 > 2 ** 26:
-            raise ValueError(f"too wide a decoder, {cfg.decoder_width}, for so many patches")
-        with torch.device("meta"):                          # takes no memory, but for the decoder's positions
+        if "num_heads" in config:                           # the released name of fusion_heads
+            config["fusion_heads"] = config["num_heads"]
+        known = {f.name: f.type(config[f.name]) for f in fields(ModelConfig) if f.name in config} | given
+        cfg = ModelConfig(**known | infer(state, path, known))
+        with torch.device("meta"):                          # shapes without numbers
             fit(M3AE(cfg), state, path, needed=("vit", "text", "fusion"))
-
-    assumed = [f"{field} {getattr(cfg, field)}" for field in ("mim_layer", *found)
-               if field.endswith(("_layer", "_heads")) and field not in known]
-    state.notes = [f"not told by the file, so assumed: {', '.join(assumed)}"] if assumed else []
     return cfg, state
 
-
-# -------------------------------------------------------------------------------------- into a model, and out
 
 def resize_positions(pos, patches):
     """Learned positions of a square grid (1+L, W) -> (1+patches, W), bicubic; the class position is kept."""
@@ -406,61 +311,90 @@ def fit(model, state, source, needed=()):
     is not `needed`, not at all: a missing tensor is a UserError, so is a wrong shape."""
     released, parts, taken = dict(name_table(model.cfg)), {*needed, *map(part, state)}, {}
     for name, here in model.state_dict().items():
-        if part(name) not in parts:
-            continue
-        if name not in state:
-            raise UserError(f"{source} has no tensor {name} (as released: {', '.join(released[name])})")
-        tensor = state[name]
-        if name == "vit.pos" and tensor.ndim == 2 and len(tensor) != len(here):
-            tensor = resize_positions(tensor, len(here) - 1)
-        if tensor.shape != here.shape:
-            words = name in ("text.word.weight", "objectives.mlm.decoder.weight")
-            raise UserError(f"{source}: {name} has shape {tuple(tensor.shape)}, needed is {tuple(here.shape)}"
-                            + ("; --tokenizer must be the one of these weights" if words else ""))
-        taken[name] = tensor
+        if part(name) in parts:
+            if name not in state:
+                raise UserError(f"{source} has no tensor {name} (as released: {', '.join(released[name])})")
+            tensor = state[name]
+            if name == "vit.pos" and tensor.ndim == 2 and len(tensor) != len(here):
+                tensor = resize_positions(tensor, len(here) - 1)
+            if tensor.shape != here.shape:
+                hint = "; is --tokenizer the one of these weights?" if "word" in name or "mlm" in name else ""
+                raise UserError(f"{source}: {name} has shape {(*tensor.shape,)}, not {(*here.shape,)}{hint}")
+            taken[name] = tensor
     return taken
+
+
+def check(cfg, sources):
+    """UserError where weights don't fit a configuration."""
+    with torch.device("meta"):                              # shapes without numbers
+        model = M3AE(cfg)
+    for source, state in sources.items():
+        fit(model, state, source)
 
 
 def start(model, sources):
     """Put weights into a model. sources: {"--init_image ViT-B-16.pt": State, …}, of which later ones win
     -> a table to print: what came from where, what is left random, what of the files is not used."""
-    origin, tensors, weights, lines = {}, Counter(), Counter(), []
+    origin, weights, lines = {}, Counter(), []
     for source, state in sources.items():
-        taken = fit(model, state, source)
+        tensors = dict(state)
+        if "irtr" in model.objectives and "objectives.irtr.fc.weight" not in state:
+            # The paper's retrieval score starts as "they match", row 1 of the ITM head.
+            for name in [name for name in state if part(name) == "itm" and state[name].ndim]:
+                tensors[name.replace("itm", "irtr")] = tensors.pop(name)[1:]
+                lines += [f"{source}: {name.replace('itm', 'irtr')} is row 1 of {name}"]
+        taken = fit(model, tensors, source)
         model.load_state_dict(taken, strict=False)
         origin.update(dict.fromkeys(taken, source))
-
-        lines += [f"{source}: {note}" for note in state.notes]
         if "vit.pos" in taken and len(taken["vit.pos"]) != len(state["vit.pos"]):
             lines += [f"{source}: {len(state['vit.pos'])} image positions resized to {len(taken['vit.pos'])}"]
-        rest = [*state.rest, *(name for name in state if name not in taken)]
-        groups = Counter(re.split(r"\.\d+\.|\.(?:weight|bias)$", name)[0] for name in rest)
+        rest = Counter(re.split(r"\.\d+\.|\.(?:weight|bias)$", name)[0]
+                       for name in [*state.rest, *(name for name in tensors if name not in taken)])
         if rest:
             lines += [f"{source}: not used, as this model has no place for them: "
-                      + ", ".join(f"{group} ({n})" for group, n in groups.items())]
+                      + ", ".join(f"{group} ({n})" for group, n in rest.items())]
 
     for name, tensor in model.state_dict().items():
-        row = part(name), origin.get(name, "random")
-        tensors[row] += 1
-        weights[row] += tensor.numel()
-    rows = [f"{row[0]:8}{tensors[row]:8,}{weights[row]:14,}  {row[1]}" for row in tensors]
-    return "\n".join([f"{'part':8}{'tensors':>8}{'weights':>14}  from", *rows, *lines])
+        weights[part(name), origin.get(name, "random")] += tensor.numel()
+    rows = [f"{name:8}{count:14,}  {source}" for (name, source), count in weights.items()]
+    return "\n".join([f"{'part':8}{'weights':>14}  from", *rows, *lines])
 
 
-def export(run, out):
-    """Write a run's weights under the released names, beside `out` first, so that it is never half a file."""
-    cfg, state = load_m3ae(run)
-    beside = f"{out}.tmp-{os.getpid()}"
-    with open(beside, "wb") as file:
-        torch.save({"state_dict": to_official(state, cfg), "model_config": asdict(cfg)}, file)
-    os.replace(beside, out)
+def sources(cfg, train_cfg, flags):
+    """Read what --init, --init_image and --init_text name -> (cfg with their architecture, {source: State}).
+    flags: {setting: value, or None where it was not given}; what was given wins over what a file says."""
+    given = {f.name: flags[f.name] for f in fields(cfg) if flags.get(f.name) is not None}
+    found, states = {}, {}
+    if train_cfg.init not in ("", "none"):
+        heads = {name: value for name, value in given.items() if name.endswith("_heads")}
+        told, states[f"--init {train_cfg.init}"] = load_m3ae(train_cfg.init, **heads)
+        found |= asdict(told)
+    if train_cfg.init_image:
+        told, states[f"--init_image {train_cfg.init_image}"] = load_clip(train_cfg.init_image)
+        found |= told
+    if train_cfg.init_text:
+        told, states[f"--init_text {train_cfg.init_text}"] = load_text(train_cfg.init_text,
+                                                                       given.get("text_heads"))
+        found |= told
+
+    # Tensors fix the architecture. Picture size, lengths, dropout and losses are the user's.
+    tied = re.compile("patch_size|text_max_positions|mim_layer|.*_(width|heads|layers|blocks)")
+    tied = {name: found[name] for name in found.keys() - given if tied.fullmatch(name)}
+    return replace(cfg, **tied), states
+
+
+def export(run_folder, out):
+    """Write a run's weights under the released names."""
+    cfg, state = load_m3ae(run_folder)
+    content = {"state_dict": to_official(state, cfg), "model_config": asdict(cfg)}
+    write_whole(out, lambda file: torch.save(content, file))
+
+
+def main():
+    if len(sys.argv) != 4 or sys.argv[1] != "export":
+        raise UserError("usage: python -m m3ae_mini.weights export RUN OUT.ckpt")
+    export(*sys.argv[2:])
 
 
 if __name__ == "__main__":
-    try:
-        if len(sys.argv) != 4 or sys.argv[1] != "export":
-            raise UserError("usage: python -m m3ae_mini.weights export RUN OUT.ckpt")
-        export(*sys.argv[2:])
-    except (UserError, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -11,8 +11,9 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from data import Row, prepare
 from m3ae_mini import ModelConfig, masking
-from m3ae_mini.config import TrainConfig, UserError, _build
-from m3ae_mini.data import VAL_CHUNK, Pack, Samples, load, normalise, training_chunks, validation_chunks
+from m3ae_mini.config import TrainConfig, UserError, of_preset
+from data.pack import Pack
+from m3ae_mini.data import VAL_CHUNK, Samples, load, normalise, training_chunks, validation_chunks
 from m3ae_mini.text import Tokenizer
 
 SIDES, SIZES = ("left", "right"), ("small", "large")
@@ -42,7 +43,8 @@ def settings(tokenizer, **changes):
     train = {name: changes.pop(name) for name in list(changes) if name in TrainConfig.__dataclass_fields__}
     cfg = ModelConfig.preset("tiny", image_size=16, patch_size=4, vocab_size=tokenizer.vocab_size,
                              text_kind=tokenizer.kind, max_text_len=20, **changes)
-    return cfg, _build(TrainConfig, "tiny", {"batch_size": 8, "micro_batch": 8, "steps": 6, **train})
+    train = {"batch_size": 8, "micro_batch": 8, "steps": 6, **train}
+    return cfg, TrainConfig(**of_preset(TrainConfig, "tiny") | train)
 
 
 @pytest.fixture(scope="module")

@@ -529,7 +529,7 @@ def test_dropout_spares_image_encoder_and_decoder(small_config, random_batch):
 
 
 def test_a_rows_own_text_is_never_a_false_one(small_config, random_batch):
-    """Where partners run out the loader puts the row's own number: the loss is that of the fewer false texts."""
+    """Where partners run out the loader puts the row's own number: the loss is that of fewer false texts."""
     cfg = small_config(task="irtr")
     model, batch = M3AE(cfg).eval(), random_batch(cfg)
     own = torch.arange(4)[:, None]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from data import Row, draw, medicat, medpix, prepare, roco, table
 from m3ae_mini.config import UserError
-from m3ae_mini.data import SAMPLE_DTYPE, SPLITS, Pack
+from data.pack import SAMPLE_DTYPE, SPLITS, Pack
 
 REPO = Path(__file__).parent.parent
 REAL = REPO.parent / "shared" / "data"

@@ -1,0 +1,68 @@
+"""VQA-Med-2019 (Ben Abacha et al., ImageCLEF 2019): questions on modality, plane and organ of a picture.
+
+The official archives, unpacked side by side in one folder:
+
+    …Training/QAPairsByCategory/C1_Modality_train.txt    image|question|answer (C2_Plane_…, C3_Organ_… too)
+    …Training/Train_images/synpic41148.jpg
+    …Validation/…                                        the same, with _val and Val_images
+    VQAMed2019_Test_Questions_w_Ref_Answers.txt          image|category|question|answer
+    VQAMed2019_Test_Images/synpic54082.jpg
+
+or the layout of M³AE's release:
+
+    {train,val,test}/QA/{Modality,Organ,Plane}.csv       image|question|answer
+    {train,val,test}/images/synpic41148.jpg
+"""
+from pathlib import Path
+from typing import Iterator
+
+from data import Row, lines
+from data.answers import normalise_answer
+from m3ae_mini.config import UserError
+
+CATEGORIES = "Modality", "Plane", "Organ"   # the questions on abnormalities are left out, as in the paper
+
+
+def rows(root: Path, task: str) -> Iterator[Row]:
+    """Answers are normalised (data.answers). Some list alternatives, any of which is right: they stay in one
+    answer, each normalised, joined by "#". Nothing says which questions are closed: `closed` is None."""
+    if task != "vqa":
+        raise UserError(f"vqa_med_2019 has nothing for the task {task}: choose --task vqa")
+
+    if (root / "train" / "QA").is_dir():
+        for split in "train", "val", "test":
+            for category in CATEGORIES:
+                path = root / split / "QA" / f"{category}.csv"
+                yield from _questions(split, path, root / split / "images")
+        return
+
+    for split, folder in ("train", "Train_images"), ("val", "Val_images"):
+        for i, category in enumerate(CATEGORIES, start=1):
+            yield from _questions(split, _find(root, f"C{i}_{category}_{split}.txt"), _find(root, folder))
+    yield from _questions("test", _find(root, "VQAMed2019_Test_Questions_w_Ref_Answers.txt"),
+                          _find(root, "VQAMed2019_Test_Images"), parts=4)
+
+
+def _find(root: Path, name: str) -> Path:
+    """The file or folder `name` in root or up to three folders below: archives unpack in different ways."""
+    for depth in range(4):
+        if found := sorted(root.glob("*/" * depth + name)):
+            return found[0]
+    raise UserError(f"{root} has no {name}, neither itself nor in its folders: --root is the folder that "
+                    f"holds the unpacked archives of training, validation and test")
+
+
+def _questions(split: str, path: Path, folder: Path, parts: int = 3) -> Iterator[Row]:
+    """The rows of a file whose lines have 3 parts, image|question|answer, or 4, the second the category."""
+    for number, line in enumerate(lines(path), start=1):
+        if not line.strip():
+            continue
+        values = [value.strip() for value in line.split("|")]
+        if len(values) != parts:
+            raise UserError(f"{path}, line {number}: {len(values)} parts between |, not {parts}")
+
+        image, *category, question, answer = values
+        known = not category or category[0].capitalize() in CATEGORIES
+        yield Row(split, folder / (image if "." in image else f"{image}.jpg"), question,
+                  "#".join(filter(None, map(normalise_answer, answer.split("#")))),
+                  skip=None if known else f"question on {category[0]}")

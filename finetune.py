@@ -1,0 +1,345 @@
+"""Fine-tune M³AE on questions (vqa), classes (cls) or retrieval (irtr); the test split is looked at once.
+
+    python finetune.py vqa --init runs/pretrain                         on phantoms, after `python train.py`
+    python finetune.py vqa --init none --tokenizer runs/pretrain        the same from random values
+    python finetune.py cls --data packs/medpix --preset small --init runs/medpix --out runs/parts
+    python finetune.py irtr --init runs/pretrain --zero_shot            retrieval by the matching head alone
+    python finetune.py vqa --init runs/vqa --predict chest.png "Is there a pneumothorax?"
+"""
+import itertools
+import json
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import m3ae_mini                       # before torch: it says how threads wait for each other
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.pack import open_packs
+from data.prepare import open_picture, square
+from m3ae_mini import M3AE, ModelConfig, loop, masking, metrics, pictures, weights
+from m3ae_mini.config import RunConfig, TrainConfig, UserError, opt, parse
+from m3ae_mini.data import VAL_SEED, Samples, load, normalise, numbered, training_chunks, validation_chunks
+from m3ae_mini.text import Tokenizer
+
+PAIRS = 128                            # (picture, text) pairs of one fusion in retrieval
+
+
+@dataclass
+class TaskConfig:
+    """What only the tasks ask."""
+    answers: str = opt("train", "the answer list: train (of the training questions) or all (as released)")
+    blind: bool = opt(False, "put the mean picture in the place of every picture, in training and in test")
+    zero_shot: bool = opt(False, "irtr: rank by the matching head of --init, without training")
+
+
+def main():
+    def add(parser):
+        parser.add_argument("task", choices=("vqa", "cls", "irtr"), help="questions, classes or retrieval")
+        parser.add_argument("--predict", nargs=2, metavar=("PICTURE", "TEXT"),
+                            help="the likeliest answers of the run --init for a picture of your own")
+
+    configs = ModelConfig, TrainConfig, RunConfig, TaskConfig
+    cfg, train_cfg, run_cfg, task_cfg, args = parse(__doc__, configs, add)
+    if args.predict:
+        return predict(train_cfg.init, *args.predict)
+    run_cfg = replace(run_cfg, out=args.out or f"runs/{cfg.task}")
+    out = Path(run_cfg.out)
+
+    # ------------------------------------------------------------------------------------ what to learn from
+    if not train_cfg.init:
+        raise UserError("say by --init which run or checkpoint to start from, or --init none")
+    cfg, sources = weights.sources(cfg, train_cfg, vars(args))
+    make = partial(prepare, cfg, train_cfg, run_cfg, task_cfg, sources)
+    place, (train, val, test, choices, tokenizer, cfg) = loop.begin(train_cfg, cfg, run_cfg, make)
+    train_cfg, run_cfg = loop.in_steps(train_cfg, run_cfg, train.n)
+
+    settings = {"model": asdict(cfg), "train": asdict(train_cfg), "run": asdict(run_cfg),
+                "task": asdict(task_cfg),
+                "data": {"packs": [pack.fingerprint() for pack in train.packs], "tokenizer": tokenizer.hash,
+                         "choices": choices}}
+    checkpoint = place.from_main(lambda: loop.open_run(run_cfg, settings))     # the path of one, or None
+    mean = mean_picture(train) if task_cfg.blind else None                     # (3, 1, 1) or None
+    if place.main:
+        loop.write_whole(out / "tokenizer.json", lambda file: file.write(tokenizer.json().encode()))
+        print(f"{train.n:,} training and {val.n:,} validation samples; {train.cut:,} texts of more than "
+              f"{cfg.max_text_len} tokens are cut" + (f"; {len(choices):,} choices" if choices else ""))
+
+    # ------------------------------------------------------------------------------------ the model
+    torch.manual_seed(train_cfg.seed)
+    model = M3AE(cfg)
+    if sources and not checkpoint:
+        table = weights.start(model, sources)
+        print(table) if place.main else None
+    net, optimizer, scaler, step, best = loop.learner(model, train, train_cfg, run_cfg, place, checkpoint)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    log = loop.Log(out, step) if place.main else None
+    del sources
+    if task_cfg.zero_shot:
+        return report(model, test, choices, mean, place, run_cfg, step)
+
+    # ------------------------------------------------------------------------------------ the loop
+    chunks = train_cfg.batch_size // train_cfg.micro_batch // place.world      # of a step, on this process
+    batches = load(train, training_chunks(train, train_cfg, step, place.rank, place.world), train_cfg.seed,
+                   place.device, crop=train_cfg.crop < 1)
+    bar = tqdm(total=train_cfg.steps, initial=step, unit="step", disable=not place.main, dynamic_ncols=True)
+    sums, since, skipped, clock = 0, 0, 0, time.perf_counter()
+    stop, stopping = loop.StopSignal(), False
+    model.train()
+
+    while step < train_cfg.steps and not stopping:
+        rate = loop.set_rate(optimizer, step, train_cfg)
+
+        # Forward and backward, a chunk at a time; the processes add up their gradients at the last one.
+        for i, (_, chunk, _, batch) in enumerate(itertools.islice(batches, chunks), 1):
+            torch.manual_seed(masking.torch_seed(train_cfg.seed, step, chunk))         # dropout
+            if mean is not None:
+                batch["image"] = mean.expand_as(batch["image"])
+            with net.no_sync() if place.world > 1 and i < chunks else nullcontext():
+                with place.autocast():
+                    loss = net(batch)["loss"]
+                scaler.scale(loss / chunks).backward()
+            sums = sums + loss.detach()
+
+        # Step. A gradient that is not finite is the same on all processes by now, so all of them skip it.
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, train_cfg.clip or math.inf)
+        norm, stopping = stop.agree(norm, place)                                       # one host read
+        if math.isfinite(norm) or scaler.is_enabled():
+            scaler.step(optimizer)
+            scaler.update()
+            skipped = 0
+        else:
+            skipped += 1
+            loop.give_up(skipped, step, out)
+        optimizer.zero_grad()
+        step, since = step + 1, since + 1
+
+        # Log; then, while the clock stands still, validate and save.
+        last = step == train_cfg.steps
+        if step % run_cfg.log_every == 0 or last:
+            value = place.total({"loss": sums})["loss"] / (since * chunks * place.world)
+            if place.main:
+                speed = since * train_cfg.batch_size / (time.perf_counter() - clock)
+                log.write(step, "train", lr=rate, norm=norm, skipped=skipped, samples_per_s=speed, loss=value)
+                bar.set_postfix_str(f"loss {value:.3f} {speed:,.0f} samples/s")
+                bar.update(step - bar.n)
+            sums, since, clock = 0, 0, time.perf_counter()
+
+        pause = time.perf_counter()
+        if step % run_cfg.eval_every == 0 or last:
+            found = evaluate(model, val, choices, mean, place, run_cfg.eval_samples)
+            score = found["score"]
+            if place.main:
+                log.write(step, "val", **found)
+                shown = "  ".join(f"{name} {value:.4g}" for name, value in found.items() if " " not in name)
+                tqdm.write(f"step {step:,}  {shown}")
+                pictures.curves(log.lines(), out / "pictures" / "curves.png")
+                if score > best:
+                    loop.save_best(out, model, step)
+            best = max(best, score)
+
+        if (step % run_cfg.save_every == 0 or last or stopping) and place.main:
+            loop.save_checkpoint(out, model, optimizer, scaler, step, best)
+        clock += time.perf_counter() - pause
+    bar.close()
+
+    if stopping and step < train_cfg.steps:
+        return print(f"stopped after step {step:,}; go on with --resume") if place.main else None
+    state = loop.load_checkpoint(place.from_main(lambda: out / "best.pt"))  # once the main process wrote it
+    model.load_state_dict(state["model"])
+    report(model, test, choices, mean, place, run_cfg, state["step"])
+
+
+def prepare(cfg, train_cfg, run_cfg, task_cfg, sources):
+    """Open the packs and the tokenizer and fit the configuration to them -> the samples of the three
+    splits, the names of the answers or classes (none in retrieval), tokenizer, configuration. UserError
+    where they, or the weights to start from, don't fit each other."""
+    packs = open_packs(run_cfg.data, cfg.image_size, cfg.task)
+    texts = (line["text"] for pack in packs for line in pack.lines("train"))
+    tokenizer = Tokenizer.choose(train_cfg, run_cfg, texts)
+    if task_cfg.zero_shot and (cfg.task != "irtr" or train_cfg.init == "none"):
+        raise UserError("--zero_shot is for irtr, with an --init that has learned to match")
+
+    choices = list_choices(packs, cfg.task, task_cfg.answers)
+    number = {"vqa": "num_answers", "cls": "num_classes"}.get(cfg.task)
+    cfg = replace(cfg, vocab_size=tokenizer.vocab_size, text_kind=tokenizer.kind,
+                  **({number: len(choices)} if number else {}))
+    cfg.check()
+    weights.check(cfg, sources)
+    index = {choice: i for i, choice in enumerate(choices)}
+    splits = []
+    for split, limit in ("train", train_cfg.train_samples), ("val", 0), ("test", 0):
+        samples = Samples(packs, split, tokenizer, cfg, train_cfg, limit)
+        if choices:                    # an answer that is not in the list is -1
+            labels = [[index[name] for name in truth(samples.line(n)) if name in index]
+                      for n in range(samples.n)]
+            samples.labels = np.array([label[0] if label else -1 for label in labels])
+        splits.append(samples)
+    return *splits, choices, tokenizer, cfg
+
+
+def truth(line):
+    """What is right for a sample: the answers, any of which will do, or the class; [] where there is none."""
+    return line["answer"].split("#") if "answer" in line else [line["label"]] if "label" in line else []
+
+
+def list_choices(packs, task, answers):
+    """The answers of the training split (or of all splits) in order of appearance, or the classes, sorted."""
+    if task == "irtr":
+        return []
+    if answers not in ("train", "all"):
+        raise UserError(f"--answers {answers} is not known: use train or all")
+    seen = {split: dict.fromkeys(name for pack in packs for line in pack.lines(split) for name in truth(line))
+            for split in ("train", "val", "test")}
+    key = {"vqa": "answer", "cls": "label"}[task]
+    for pack in packs:
+        if any(key not in line for line in pack.lines()):
+            raise UserError(f"{pack.folder} holds samples without {key}: prepare it with --task {task}")
+    if task == "vqa":
+        return list(seen["train"] if answers == "train" else seen["train"] | seen["val"] | seen["test"])
+    if unseen := sorted((seen["val"] | seen["test"]).keys() - seen["train"].keys()):
+        raise UserError(f"no training sample has the class {', '.join(unseen)}: prepare another split")
+    return sorted(seen["train"])
+
+
+def mean_picture(samples):
+    """What --blind shows: the mean of (at most 2,048 of) the training pictures, (3, S, S), normalised."""
+    total, count = 0, 0
+    for _, _, _, batch in load(samples, validation_chunks(samples, 2048), VAL_SEED, "cpu"):
+        total, count = total + batch["image"].sum(0), count + len(batch["image"])
+    return total / count
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+@torch.no_grad()
+def evaluate(model, samples, choices, mean, place, limit):
+    """Every figure of the task over at most `limit` samples, each counted once, and `score`, by which the
+    best checkpoint is chosen: accuracy, or the mean of the recalls."""
+    model.eval()
+    if model.cfg.task == "irtr":
+        found = retrieval(model, samples, mean, place, limit)
+        found["score"] = sum(found.values()) / len(found)
+    else:
+        sums = {}
+        chunks = validation_chunks(samples, limit, place.rank, place.world)
+        for _, _, numbers, batch in load(samples, chunks, VAL_SEED, place.device):
+            if mean is not None:
+                batch["image"] = mean.expand_as(batch["image"])
+            with place.autocast():
+                logits = model(batch)[f"{model.cfg.task}_logits"]                      # (B, A)
+            lines = [samples.line(n) for n in numbers]
+            told = [choices[i] for i in logits.argmax(-1).tolist()]
+            pairs = metrics.choice(told, [truth(line) for line in lines], choices, model.cfg.task,
+                                   [line.get("closed") for line in lines])
+            for name, pair in pairs.items():
+                sums[name] = sums.get(name, 0) + pair
+        found = {name: total / max(count, 1) for name, (total, count) in place.total(sums).items()}
+        found["score"] = found["acc"]
+    model.train()
+    return found
+
+
+
+def retrieval(model, samples, mean, place, limit):
+    """Recall at 1, 5 and 10 in both directions among `limit` samples at most (paper, section 3.3).
+
+    Each picture and each text is encoded once; only the fusion runs for every pair. The processes share the
+    pictures."""
+    numbers = np.concatenate([chunk for _, _, chunk in validation_chunks(samples, limit)])        # (n,)
+    picture = numbered((which, int(samples.packs[which].samples["picture"][row]))
+                       for which, row in samples.where[numbers])                                  # (n,)
+    text = numbered(samples.text(n).tobytes() for n in numbers)                                   # (n,)
+    _, first_picture = np.unique(picture, return_index=True)                                      # (P,)
+    _, first_text = np.unique(text, return_index=True)                                            # (Q,)
+
+    def batches(rows):
+        chunks = ((masking.VALIDATION, 0, rows[i:i + PAIRS]) for i in range(0, len(rows), PAIRS))
+        return (batch for _, _, _, batch in load(samples, chunks, VAL_SEED, place.device))
+
+    texts, masks = [], []
+    with place.autocast():
+        for batch in batches(numbers[first_text]):
+            room = samples.cfg.max_text_len - batch["text_ids"].shape[1]
+            encoded = model.encode_text(batch["text_ids"], batch["text_mask"])                    # (B, T, D)
+            texts.append(torch.nn.functional.pad(encoded, (0, 0, 0, room)))
+            masks.append(torch.nn.functional.pad(batch["text_mask"], (0, room)))
+        texts, masks = torch.cat(texts), torch.cat(masks)                                # (Q, T, D), (Q, T)
+
+        own = np.arange(place.rank, len(first_picture), place.world)                     # this process's
+        scores = torch.zeros(len(texts), len(first_picture), device=place.device)                 # (Q, P)
+        bar = tqdm(total=len(own) * len(texts), desc="pairs", leave=False, disable=not place.main,
+                   dynamic_ncols=True)
+        for start, batch in zip(range(0, len(own), PAIRS), batches(numbers[first_picture[own]])):
+            shown = batch["image"] if mean is None else mean.expand_as(batch["image"])
+            for p, image in zip(own[start:start + PAIRS], model.encode_image(shown)):             # (1+L, D)
+                for i in range(0, len(texts), PAIRS):
+                    some = slice(i, i + PAIRS)
+                    feature = model.joint(texts[some], image.expand(len(texts[some]), -1, -1), masks[some])
+                    scores[some, p] = model.objectives["irtr"].fc(feature)[:, 0].float()
+                    bar.update(len(texts[some]))
+        bar.close()
+
+    scores, right = place.sum(scores).cpu(), torch.zeros(scores.shape, dtype=torch.bool)          # (Q, P)
+    right[text, picture] = True
+    return {**metrics.recall(scores, right, "text to image"),
+            **metrics.recall(scores.T, right.T, "image to text")}
+
+
+def report(model, test, choices, mean, place, run_cfg, step):
+    """The test split, once, in metrics.jsonl and in words."""
+    found = evaluate(model, test, choices, mean, place, run_cfg.test_samples)
+    if not place.main:
+        return
+    loop.Log(run_cfg.out, math.inf).write(step, "test", **found)
+    print(f"\nOn {min(run_cfg.test_samples, test.n):,} test samples (step {step:,}):")
+    for name, value in found.items():
+        if name not in ("score", "loss"):
+            print(f"  {metrics.NAMES.get(name, name):32}{value:7.1%}")
+
+
+# ---------------------------------------------------------------------------------------------- prediction
+
+@torch.no_grad()
+def predict(run, picture, text):
+    """Print the five likeliest answers of a fine-tuned run for a picture and a question, and save the picture
+    with the text's attention over it beside it."""
+    run, picture = Path(run), Path(picture)
+    try:
+        choices = json.loads((run / "config.json").read_text())["data"]["choices"]
+        tokenizer, (cfg, state) = Tokenizer.load(run), weights.load_m3ae(run)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{run} is no run of finetune.py: give one by --init") from None
+    if cfg.task not in ("vqa", "cls"):
+        raise UserError(f"{run} has learned {cfg.task}, which predicts nothing: give a run of vqa or cls")
+    try:
+        pixels = np.array(square(open_picture(picture), cfg.image_size).convert("RGB"))         # (S, S, 3)
+    except Exception as error:         # Pillow's formats raise all kinds on a damaged file
+        raise UserError(f"{picture} can't be read as a picture ({error})") from None
+
+    model = M3AE(cfg).eval()
+    model.load_state_dict(state)
+    (body, _), = tokenizer.encode([text])
+    if len(body) > cfg.max_text_len - 2:
+        raise UserError(f"the text has {len(body)} tokens, {cfg.max_text_len - 2} can be read: shorten it")
+    ids = torch.tensor([[tokenizer.cls_id, *body, tokenizer.sep_id]])                             # (1, T)
+    image = normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None])                          # (1, 3, S, S)
+    batch = {"image": image, "text_ids": ids, "text_mask": torch.ones_like(ids),
+             f"{cfg.task}_labels": torch.zeros(1, dtype=torch.long)}
+    logits = model(batch)[f"{cfg.task}_logits"][0]                                                # (A,)
+    likely = (logits.sigmoid() if cfg.task == "vqa" else logits.softmax(0)).topk(min(5, len(choices)))
+    for share, i in zip(likely.values.tolist(), likely.indices.tolist()):
+        print(f"{share:7.1%}  {choices[i]}")
+    out = picture.with_name(f"{picture.stem}-attention.png")
+    pictures.attention(model, batch, tokenizer.words(ids[0]), out)
+    print(f"attention: {out}")
+
+
+if __name__ == "__main__":
+    loop.run(main)

@@ -1,0 +1,286 @@
+"""finetune.py as users start it: the three tasks, what they leave, how they go on, what they refuse."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import finetune
+import train
+from data import Row, prepare
+from data.pack import Pack
+from m3ae_mini import M3AE, loop, metrics
+from m3ae_mini.config import UserError
+from test_data import FINDINGS, SIDES, SIZES
+from test_train import SMALL, logged
+
+ROOT = Path(__file__).resolve().parents[1]
+COUNTS = {"train": 40, "val": 13, "test": 11}
+
+
+def labelled_rows(folder, task, counts=COUNTS, outside=()):
+    """Rows of a task on random pictures: each picture twice, one answer a finding, half of them closed."""
+    rng = np.random.default_rng(0)
+    splits = [split for split, count in counts.items() for _ in range(count)]
+    for n, split in enumerate(splits):
+        path = folder / f"{n // 2}.png"
+        if not path.exists():
+            Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8)).save(path)
+        finding, side, size = FINDINGS[n % 4], SIDES[n % 2], SIZES[n % len(SIZES)]
+        row = Row(split, path, f"{size} {finding} on the {side}, number {n // 3}.")
+        if task == "vqa":
+            answer = outside[n % len(outside)] if outside and split == "test" else finding
+            row = row._replace(text=f"What is seen on the {side}, {n}?", answer=answer, closed=n % 2 == 0)
+        yield row._replace(label=finding) if task == "cls" else row
+
+
+def packed(rows, out, task, root):
+    prepare.pack(rows, out=out, name="test", task=task, size=16, root=root, workers=1)
+
+
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory):
+    """{task: folder of a pack}, all on the same pictures."""
+    folder = tmp_path_factory.mktemp("packs")
+    for task in ("pretrain", "vqa", "cls", "irtr"):
+        packed(labelled_rows(folder, task), folder / task, task, folder)
+    return {task: folder / task for task in ("pretrain", "vqa", "cls", "irtr")}
+
+
+@pytest.fixture(scope="module")
+def pretrained(packs, tmp_path_factory):
+    """The folder of a short pre-training run."""
+    out = tmp_path_factory.mktemp("runs") / "pretrain"
+    with pytest.MonkeyPatch.context() as patch:
+        flags = [*SMALL, "--data", str(packs["pretrain"]), "--out", str(out), "--steps", "2"]
+        patch.setattr(sys, "argv", ["train.py", *flags])
+        train.main()
+    return out
+
+
+def started(monkeypatch, task, *flags):
+    """Call finetune.main() as `python finetune.py task flags` would."""
+    monkeypatch.setattr(sys, "argv", ["finetune.py", task, *SMALL, *map(str, flags)])
+    finetune.main()
+
+
+@pytest.mark.parametrize("task", ["vqa", "cls", "irtr"])
+def test_a_run_leaves_what_it_promises(packs, pretrained, tmp_path, monkeypatch, capsys, task):
+    out = tmp_path / "run"
+    started(monkeypatch, task, "--data", packs[task], "--init", pretrained, "--out", out, "--steps", 4,
+            "--eval_every", 2)
+
+    val, (test,) = logged(out, "val"), logged(out, "test")
+    assert [line["step"] for line in val] == [2, 4] and all(0 <= line["score"] <= 1 for line in val)
+    assert test["step"] == max(val, key=lambda line: line["score"])["step"]         # the first of the best
+    names = {"vqa": {"acc", "acc_open", "acc_closed", "unknown"}, "cls": {"acc", "recall of nodule"},
+             "irtr": {"text to image, recall@1", "image to text, recall@10"}}[task]
+    assert names <= test.keys()
+    state = torch.load(out / "best.pt", weights_only=True)["model"]
+    assert any(name.startswith(f"objectives.{task}") for name in state)
+    printed = capsys.readouterr().out
+    assert f"--init {pretrained}" in printed and f"On {COUNTS['test']} test samples" in printed
+
+
+def test_it_learns_and_starts_where_it_was_told(packs, pretrained, tmp_path, monkeypatch):
+    """The classes are in the texts, so a few steps suffice; and the trunk is the pre-trained one."""
+    begun = []
+    learner = loop.learner
+    monkeypatch.setattr(loop, "learner", lambda model, *rest: begun.append(
+        {name: tensor.clone() for name, tensor in model.state_dict().items()}) or learner(model, *rest))
+    started(monkeypatch, "cls", "--data", packs["cls"], "--init", pretrained, "--out", tmp_path / "run",
+            "--steps", 60, "--lr", 3e-3, "--dropout", 0, "--attn_dropout", 0)
+    trunk = torch.load(pretrained / "best.pt", weights_only=True)["model"]
+    shared = begun[0].keys() & trunk.keys()
+    assert "fusion.text_layers.1.cross.q.weight" in shared and "vit.pos" in shared
+    assert all(torch.equal(begun[0][name], trunk[name]) for name in shared)
+    assert logged(tmp_path / "run", "test")[0]["acc"] > 0.9
+
+
+@pytest.mark.parametrize("task", ["vqa", "irtr"])
+def test_resume_equals_a_run_that_never_stopped(packs, pretrained, tmp_path, monkeypatch, task):
+    flags = ["--data", packs[task], "--init", pretrained, "--save_every", 2, "--crop", 0.9]
+    started(monkeypatch, task, *flags, "--out", tmp_path / "whole", "--steps", 4)
+    with monkeypatch.context() as patch:                     # the second checkpoint is never written
+        save = loop.save_checkpoint
+        patch.setattr(loop, "save_checkpoint", lambda out, model, optimizer, scaler, step, best: save(
+            out, model, optimizer, scaler, step, best) if step < 4 else exec("raise KeyboardInterrupt"))
+        with pytest.raises(KeyboardInterrupt):
+            started(patch, task, *flags, "--out", tmp_path / "parts", "--steps", 4)
+    started(monkeypatch, task, *flags, "--out", tmp_path / "parts", "--steps", 4, "--resume")
+
+    whole, parts = (torch.load(tmp_path / name / "last.pt", weights_only=True)["model"]
+                    for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    whole, parts = ([line["loss"] for line in logged(tmp_path / name)] for name in ("whole", "parts"))
+    assert whole == parts
+
+
+def test_two_processes_equal_one(packs, pretrained, tmp_path):
+    """The same losses and the same figures of every task, whoever does the work."""
+    for task in ("vqa", "irtr"):
+        flags = ["--data", packs[task], "--init", pretrained, "--steps", 3]
+        for gpus, out in (0, "one"), (2, "two"):
+            flags += ["--gpus", gpus, "--out", tmp_path / task / out]
+            command = [sys.executable, "finetune.py", task, *SMALL, *flags]
+            done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        for split in ("train", "val", "test"):
+            one, two = (logged(tmp_path / task / out, split) for out in ("one", "two"))
+            for a, b in zip(one, two, strict=True):
+                for name in a.keys() - {"samples_per_s", "norm"}:
+                    assert a[name] == pytest.approx(b[name], abs=1e-5), (task, split, name)
+
+
+def test_blind_sees_nothing(packs, pretrained, tmp_path, monkeypatch):
+    """Nothing but one picture, the mean of training's, ever goes in."""
+    seen = []
+    forward = M3AE.encode_image
+    monkeypatch.setattr(M3AE, "encode_image", lambda self, image, *rest: (
+        seen.append(image) if not image.is_meta else None) or forward(self, image, *rest))
+    started(monkeypatch, "vqa", "--data", packs["vqa"], "--init", pretrained, "--out", tmp_path / "blind",
+            "--steps", 2, "--blind")
+    assert len(seen) >= 4 and all(torch.equal(image, seen[0][:1].expand_as(image)) for image in seen)
+
+
+def test_zero_shot_ranks_by_the_matching_head(packs, pretrained, tmp_path, monkeypatch):
+    started(monkeypatch, "irtr", "--data", packs["irtr"], "--init", pretrained, "--out", tmp_path / "zero",
+            "--zero_shot")
+    (line,) = logged(tmp_path / "zero", "test")
+    assert line["step"] == 0 and 0 <= line["text to image, recall@5"] <= line["text to image, recall@10"] <= 1
+    with pytest.raises(UserError, match="--zero_shot"):
+        started(monkeypatch, "irtr", "--data", packs["irtr"], "--init", "none", "--out", tmp_path / "x",
+                "--zero_shot")
+
+
+def test_retrieval_scores_every_pair_as_one_by_one(packs, pretrained, tmp_path, monkeypatch):
+    """Encoding each once gives the scores that each pair gets by itself; shared captions are all right."""
+    caught = []
+    recall = metrics.recall
+    monkeypatch.setattr(metrics, "recall", lambda *args: caught.append(args) or recall(*args))
+    models = []
+    learner = loop.learner
+    monkeypatch.setattr(loop, "learner", lambda model, *rest: models.append(model) or learner(model, *rest))
+    monkeypatch.setattr(finetune, "PAIRS", 3)                # several blocks
+    started(monkeypatch, "irtr", "--data", packs["irtr"], "--init", pretrained, "--out", tmp_path / "zero",
+            "--zero_shot")
+    (scores, right, _), (turned, _, _) = caught
+    assert torch.equal(scores.T, turned)
+
+    lines = list(Pack(packs["irtr"]).lines("test"))
+    texts = list(dict.fromkeys(line["text"] for line in lines))
+    shown = list(dict.fromkeys(line["picture"] for line in lines))
+    assert scores.shape == (len(texts), len(shown)) == right.shape
+    pairs = {(line["text"], line["picture"]) for line in lines}
+    assert right.sum() == len(pairs)
+    assert all(right[texts.index(text), shown.index(picture)] for text, picture in pairs)
+
+    from m3ae_mini.data import normalise
+    from m3ae_mini.text import Tokenizer
+    tokenizer, pack, model = Tokenizer.load(tmp_path / "zero"), Pack(packs["irtr"]), models[0].eval()
+    for t, p in (0, 0), (3, 4), (len(texts) - 1, 1):
+        pixels = np.empty((1, 3, 16, 16), dtype=np.uint8)
+        pack.read_picture(shown[p], pixels[0])
+        (ids, _), = tokenizer.encode([texts[t]])
+        ids = torch.tensor([[tokenizer.cls_id, *ids[:model.cfg.max_text_len - 2], tokenizer.sep_id]])
+        with torch.no_grad():
+            mask, image = torch.ones_like(ids), normalise(torch.from_numpy(pixels))
+            feature = model.joint(model.encode_text(ids, mask), model.encode_image(image), mask)
+            assert model.objectives["irtr"].fc(feature).item() == pytest.approx(scores[t, p].item(), abs=1e-5)
+
+
+def test_answers_outside_the_list_count_as_wrong(packs, tmp_path, monkeypatch):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = list(labelled_rows(folder, "vqa", outside=("hernia", "nodule#mass", "fracture#rib")))
+    packed(rows, tmp_path / "pack", "vqa", folder)
+    flags = ["--data", tmp_path / "pack", "--init", "none", "--steps", 2]
+    started(monkeypatch, "vqa", *flags, "--out", tmp_path / "train")
+    started(monkeypatch, "vqa", *flags, "--out", tmp_path / "all", "--answers", "all")
+    answers = [row.answer for row in rows if row.split == "test"]
+    share = sum(answer != "nodule#mass" for answer in answers) / len(answers)
+    assert logged(tmp_path / "train", "test")[0]["unknown"] == pytest.approx(share, abs=1e-6)
+    assert logged(tmp_path / "all", "test")[0]["unknown"] == 0
+    choices = json.loads((tmp_path / "all" / "config.json").read_text())["data"]["choices"]
+    assert choices[:4] == list(FINDINGS) and set(choices[4:]) == {"hernia", "mass", "fracture", "rib"}
+
+
+def test_prediction(packs, pretrained, tmp_path, monkeypatch, capsys):
+    run, picture = tmp_path / "run", tmp_path / "chest.png"
+    started(monkeypatch, "vqa", "--data", packs["vqa"], "--init", pretrained, "--out", run, "--steps", 2)
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(picture)
+    capsys.readouterr()
+    started(monkeypatch, "vqa", "--init", run, "--predict", picture, "What is seen on the left?")
+    *answers, last = capsys.readouterr().out.splitlines()
+    assert len(answers) == 4 and {line.split()[-1] for line in answers} == set(FINDINGS)
+    shares = [float(line.split("%")[0]) for line in answers]
+    assert shares == sorted(shares, reverse=True)
+    assert Image.open(tmp_path / "chest-attention.png").width > 500 and "chest-attention.png" in last
+
+    (tmp_path / "broken.png").write_bytes(picture.read_bytes()[:200])
+    for shown, asked, sentence in ((tmp_path / "broken.png", "What?", "can't be read as a picture"),
+                                   (tmp_path / "none.png", "What?", "can't be read as a picture"),
+                                   (picture, "left " * 99, "shorten it")):
+        with pytest.raises(UserError, match=sentence):
+            started(monkeypatch, "vqa", "--init", run, "--predict", shown, asked)
+    with pytest.raises(UserError, match="no run of finetune.py"):
+        started(monkeypatch, "vqa", "--init", pretrained, "--predict", picture, "What?")
+
+
+# -------------------------------------------------------------------------------- metrics by hand
+
+def test_choice_by_hand():
+    found = metrics.choice(["yes", "no", "left", "3"], [["yes"], ["yes"], ["left", "right"], ["4"]],
+                           ["yes", "no", "left", "3"], "vqa", [True, True, False, None])
+    assert {name: pair.tolist() for name, pair in found.items()} == {
+        "acc": [2, 4], "acc_open": [1, 1], "acc_closed": [1, 2], "unknown": [1, 4]}
+    found = metrics.choice(["a", "b", "b"], [["a"], ["a"], ["b"]], ["a", "b", "c"], "cls", [None] * 3)
+    assert {name: pair.tolist() for name, pair in found.items()} == {
+        "acc": [2, 3], "recall of a": [1, 2], "recall of b": [1, 1], "recall of c": [0, 0]}
+
+
+def test_recall_by_hand():
+    scores = torch.tensor([[3.0, 1, 2, 0], [0, 1, 2, 3], [1, 1, 1, 1]])
+    right = torch.tensor([[0, 0, 1, 0], [1, 0, 0, 1], [1, 0, 0, 0]]).bool()
+    found = metrics.recall(scores, right, "x")
+    assert found["x, recall@1"] == pytest.approx(1 / 3)      # the second alone; a tie is no hit
+    assert found["x, recall@5"] == found["x, recall@10"] == 1
+
+
+# -------------------------------------------------------------------------------- bad input
+
+def test_what_it_refuses(packs, pretrained, tmp_path, monkeypatch):
+    def refused(sentence, task, *flags):
+        with pytest.raises(UserError, match=sentence):
+            started(monkeypatch, task, *flags, "--out", tmp_path / "never", "--steps", 2)
+        assert not (tmp_path / "never").exists()
+
+    refused("--init", "vqa", "--data", packs["vqa"])
+    refused("without answer", "vqa", "--data", packs["pretrain"], "--init", "none")
+    refused("without label", "cls", "--data", packs["vqa"], "--init", "none")
+    refused("--answers", "vqa", "--data", packs["vqa"], "--init", "none", "--answers", "some")
+    refused("no run|can't be read", "vqa", "--data", packs["vqa"], "--init", tmp_path / "nowhere")
+    refused("shape", "vqa", "--data", packs["vqa"], "--init", pretrained, "--fusion_width", 64)
+
+    folder = tmp_path / "few"
+    folder.mkdir()
+    some = [row for row in labelled_rows(folder, "cls") if row.split != "test"]
+    packed(some, tmp_path / "untested", "cls", folder)
+    refused("no test samples", "cls", "--data", tmp_path / "untested", "--init", "none")
+    rows = [row._replace(label="rare") if row.split == "val" and i % 5 == 0 else row
+            for i, row in enumerate(labelled_rows(folder, "cls"))]
+    packed(rows, tmp_path / "rare", "cls", folder)
+    refused("no training sample has the class rare", "cls", "--data", tmp_path / "rare", "--init", "none")
+
+
+def test_another_tokenizer_than_the_checkpoints(packs, pretrained, tmp_path, monkeypatch):
+    from m3ae_mini.text import Tokenizer
+    other = Tokenizer.train(["other words entirely"], 270)
+    (tmp_path / "tokenizer.json").write_text(other.json())
+    with pytest.raises(UserError, match="--tokenizer"):
+        started(monkeypatch, "vqa", "--data", packs["vqa"], "--init", pretrained, "--tokenizer", tmp_path,
+                "--out", tmp_path / "run", "--steps", 2)

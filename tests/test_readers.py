@@ -1,0 +1,344 @@
+"""The readers for the downstream tasks, each on a miniature of its layout, and the spelling of answers."""
+import csv
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import Row, medpix, melinda, prepare, roco, slake, vqa_med_2019, vqa_rad
+from data.answers import normalise_answer
+from m3ae_mini.config import UserError
+from data.pack import SPLITS
+
+REAL = Path(__file__).parent.parent.parent / "shared" / "data"
+needs = partial(pytest.mark.skipif, reason="the real data set is not here")
+
+
+def draw_pictures(folder, *names):
+    for i, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 24), dtype=np.uint8)).save(path)
+
+
+def write(path, content):
+    """Text as it is, anything else as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+
+
+def packed(reader, root, out, task="vqa"):
+    """(meta.json, samples, skipped rows) of the pack"""
+    meta = prepare.pack(reader.rows(root, task), out, "miniature", task, 8, root=root)
+    table, skipped = ([json.loads(line) for line in (out / name).read_text(encoding="utf-8").splitlines()]
+                      for name in ("samples.jsonl", "skipped.jsonl"))
+    return meta, table, skipped
+
+
+# --------------------------------------------------------------------------------------------------- answers
+
+@pytest.mark.parametrize("given, normal", [
+    ("Yes", "yes"),
+    (" The  Right\tlung. ", "right lung"),
+    ("none", "0"), ("Two", "2"), ("ten", "10"), ("eleven", "eleven"),
+    ("an MRI of a brain", "mri of brain"), ("the", ""), ("", ""),
+    ("x-ray", "x ray"), ("MRI/FLAIR", "mri flair"),            # no blank at the mark: it turns into one
+    ("MR - ADC", "mr adc"), ("Air?", "air"),
+    ("X-ray - plain film", "xray plain film"),                 # it touches a blank elsewhere: both go
+    ("pain, jaundice,weight loss", "pain jaundiceweight loss"),
+    ("well-defined, small", "well defined small"),             # each mark for itself
+    ("x-ray/-film", "x ray film"),                             # blanks that were not given do not count
+    ("1,000 x-ray", "1000 xray"), ("1,000/2", "10002"),        # a comma between digits: all marks go
+    ("3.4 cm", "3.4 cm"), ("vs. T2.", "vs t2"), ("about .5", "about .5"),
+    ("dont know", "don't know"), ("couldn'tve", "couldn't've"), ("isn't", "isn't"),
+    ("its well", "its well"), ("im contrast", "im contrast"),  # words of their own
+    ("patient's 5% : ok", "patient's 5% : ok"),                # marks that stay
+])
+def test_answers_in_one_spelling(given, normal):
+    assert normalise_answer(given) == normal
+
+
+# --------------------------------------------------------------------------------------------------- VQA-RAD
+
+def rad_entry(qid, answer="Yes", kind="CLOSED", picture=None, question=None):
+    return {"qid": qid, "image_name": f"synpic{picture or qid % 20}.jpg", "image_organ": "CHEST",
+            "question": question or f"Is finding {qid} there?", "answer": answer, "answer_type": kind}
+
+
+def rad_miniature(root):
+    train = [rad_entry(qid) for qid in range(200)]
+    train += [rad_entry(200 + qid, picture=qid % 20, question=f"  is finding {qid}  THERE? ")
+              for qid in range(1, 100) if qid % 20]                                  # asked again
+    train[0] |= {"answer": 12, "answer_type": "OPEN"}                                # a JSON number
+    train[1] |= {"answer": "The X-ray", "answer_type": "closed "}
+    write(root / "trainset.json", train)
+    write(root / "testset.json", [rad_entry(qid, 2.5, " Open") for qid in range(900, 910)])
+    draw_pictures(root / "images", *[f"synpic{i}.jpg" for i in range(20)])
+
+
+def test_vqa_rad(tmp_path):
+    root = tmp_path / "rad"
+    rad_miniature(root)
+    rows = list(vqa_rad.rows(root, "vqa"))
+    assert len(rows) == 305
+    assert rows[0]._replace(split="") == Row("", root / "images" / "synpic0.jpg", "Is finding 0 there?", "12",
+                                             closed=False, group="CHEST")
+    assert (rows[1].answer, rows[1].closed) == ("x ray", True)
+    assert {(row.answer, row.closed) for row in rows if row.split == "test"} == {("2.5", False)}
+
+    held = {(row.picture, prepare.clean(row.text).lower()) for row in rows if row.split == "val"}
+    learned = {(row.picture, prepare.clean(row.text).lower()) for row in rows if row.split == "train"}
+    assert not held & learned and 10 <= len(held) <= 30
+    write(root / "trainset.json", json.loads((root / "trainset.json").read_text())[::-1])
+    again = list(vqa_rad.rows(root, "vqa"))   # nothing but the question itself decides
+    assert sorted(map(str, again)) == sorted(map(str, rows))
+
+    meta, samples, _ = packed(vqa_rad, root, tmp_path / "pack")
+    assert meta["pictures"] == 20 and sum(meta["samples"].values()) == 305 and not meta["skipped"]
+    assert [sample["answer"] for sample in samples if sample["split"] == "test"] == ["2.5"] * 10
+    with pytest.raises(UserError, match="nothing for the task cls"):
+        list(vqa_rad.rows(root, "cls"))
+
+
+def test_vqa_rad_uses_a_valset_unless_it_is_the_test_set(tmp_path, capsys):
+    rad_miniature(tmp_path)
+    held_out = list(vqa_rad.rows(tmp_path, "vqa"))
+    write(tmp_path / "valset.json", [rad_entry(qid) for qid in range(500, 505)])
+    rows = list(vqa_rad.rows(tmp_path, "vqa"))
+    assert [sum(row.split == split for row in rows) for split in SPLITS] == [295, 5, 10]
+    assert capsys.readouterr().err == ""
+
+    write(tmp_path / "valset.json", json.loads((tmp_path / "testset.json").read_text()))
+    assert list(vqa_rad.rows(tmp_path, "vqa")) == held_out
+    assert "valset.json is not used, 10 of its 10 questions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content, sentence", [
+    ('[{"qid": 1},\n {"qid": ]', "trainset.json, line 2: not valid JSON"),
+    ('{"qid": 1}', "trainset.json: not a JSON list"),
+    ([rad_entry(1), 7], "trainset.json, element 2: not a JSON object"),
+    ([rad_entry(1), {"qid": 2, "image_name": "a", "answer": "b", "answer_type": "OPEN"}],
+     "element 2: has no question"),
+    ([rad_entry(1, kind="OPNE")], "element 1: the answer_type is 'OPNE'"),
+    ([rad_entry(1, answer=["yes"])], "element 1: the answer is not plain text"),
+])
+def test_a_malformed_list_is_named_by_file_and_element(tmp_path, content, sentence):
+    rad_miniature(tmp_path)
+    write(tmp_path / "trainset.json", content)
+    with pytest.raises(UserError, match=sentence):
+        list(vqa_rad.rows(tmp_path, "vqa"))
+
+
+def test_odd_but_legal_values_are_counted(tmp_path):
+    rad_miniature(tmp_path / "rad")
+    train = json.loads((tmp_path / "rad" / "trainset.json").read_text())
+    train[2]["answer"], train[3]["answer"], train[4]["question"], train[5]["image_organ"] = None, "A", None, 5
+    (tmp_path / "rad" / "images" / "synpic7.jpg").unlink()
+    write(tmp_path / "rad" / "trainset.json", train)
+    meta, samples, skipped = packed(vqa_rad, tmp_path / "rad", tmp_path / "pack")   # 1 of 20 is not above 5 %
+    assert meta["skipped"]["no answer"] == 2 and meta["skipped"]["no text"] == 1
+    missing = [entry for entry in skipped if entry["reason"] == "missing picture"]
+    assert missing and all(entry["picture"].endswith("synpic7.jpg") for entry in missing)
+    assert len(skipped) == len(missing) + 3 and len(samples) + len(skipped) == 305 and "5" in meta["groups"]
+
+    (tmp_path / "rad" / "images" / "synpic8.jpg").unlink()
+    with pytest.raises(UserError, match=r"2 of 20 pictures .*synpic[78].jpg \(missing picture\)"):
+        packed(vqa_rad, tmp_path / "rad", tmp_path / "strict")
+
+
+# ------------------------------------------------------------------------------------------------------ SLAKE
+
+def slake_entry(name, question, answer="Yes", kind="CLOSED", language="en", **more):
+    return {"img_name": name, "question": question, "answer": answer, "answer_type": kind,
+            "q_lang": language, "qid": 1, "modality": "MRI", "location": "Brain", **more}
+
+
+def test_slake(tmp_path):
+    root = tmp_path / "slake"
+    write(root / "train.json", [
+        slake_entry("xmlab1/source.jpg", "Which organ is it?", "The Liver, Kidney", "OPEN "),
+        slake_entry("xmlab1/source.jpg", "图中有什么器官?", "肝脏", "OPEN", "zh"),
+        slake_entry("xmlab1/source.jpg", "How many kidneys?", 2, "open", location="")])
+    write(root / "validate.json", [slake_entry("xmlab2/source.jpg", "Is it an MRI?", "No", " closed")])
+    write(root / "test.json", [slake_entry("xmlab2/source.jpg", "器官?", "是", language="zh")])
+    draw_pictures(root / "imgs", "xmlab1/source.jpg", "xmlab2/source.jpg")
+    rows = list(slake.rows(root, "vqa"))
+    picture = root / "imgs" / "xmlab1" / "source.jpg"
+    assert rows[0] == Row("train", picture, "Which organ is it?", "liver kidney", False, group="MRI Brain")
+    assert rows[1] == Row("train", picture, "图中有什么器官?", skip="not English")
+    assert (rows[2].answer, rows[2].closed, rows[2].group) == ("2", False, "MRI")
+    assert (rows[3].split, rows[3].answer, rows[3].closed) == ("val", "no", True)
+
+    meta, _, _ = packed(slake, root, tmp_path / "pack")
+    assert meta["pictures"] == 2 and meta["samples"] == {"train": 2, "val": 1, "test": 0}
+    assert meta["skipped"] == {"not English": 2}
+    with pytest.raises(UserError, match="nothing for the task irtr"):
+        list(slake.rows(root, "irtr"))
+
+    entry = slake_entry("a", "b")
+    del entry["q_lang"]
+    write(root / "test.json", [entry])
+    with pytest.raises(UserError, match="test.json, element 1: has no q_lang"):
+        list(slake.rows(root, "vqa"))
+    (root / "validate.json").unlink()
+    with pytest.raises(UserError, match="validate.json cannot be read"):
+        list(slake.rows(root, "vqa"))
+
+
+# ---------------------------------------------------------------------------------------------- VQA-Med-2019
+
+MED_TEST = "VQAMed2019_Test_Questions_w_Ref_Answers.txt"
+
+
+def med_miniature(root):
+    for split, part in ("train", "Training"), ("val", "Validation"):
+        folder = root / f"ImageClef-2019-VQA-Med-{part}"
+        for i, category in enumerate(vqa_med_2019.CATEGORIES, start=1):
+            write(folder / "QAPairsByCategory" / f"C{i}_{category}_{split}.txt",
+                  f"synpic1|what is the {category}?|The {category}, one\nsynpic2|is it so?|yes\n")
+        draw_pictures(folder / f"{split.capitalize()}_images", "synpic1.jpg", "synpic2.jpg")
+    write(root / MED_TEST, "synpic9|modality|Which?|cta - ct angiography\r\n\r\n"
+                           "synpic9|Organ|Which organ?|heart and vessels#Lung, mediastinum#The\n"
+                           "synpic8|abnormality|What is wrong?|a#b\n")
+    draw_pictures(root / "VQAMed2019Test" / "VQAMed2019_Test_Images", "synpic8.jpg", "synpic9.jpg")
+
+
+def test_vqa_med_2019(tmp_path):
+    root = tmp_path / "med"
+    med_miniature(root)
+    rows = list(vqa_med_2019.rows(root, "vqa"))
+    assert [sum(row.split == split for row in rows) for split in SPLITS] == [6, 6, 3]
+    images = root / "ImageClef-2019-VQA-Med-Training" / "Train_images"
+    assert rows[0] == Row("train", images / "synpic1.jpg", "what is the Modality?", "modality 1")
+    assert all(row.closed is None for row in rows)
+    assert rows[-3].answer == "cta ct angiography" and rows[-2].answer == "heart and vessels#lung mediastinum"
+    assert rows[-1].skip == "question on abnormality" and rows[-2].skip is None
+    meta, _, _ = packed(vqa_med_2019, root, tmp_path / "pack")
+    assert meta["samples"] == {"train": 6, "val": 6, "test": 2} and meta["pictures"] == 5
+    assert meta["skipped"] == {"question on abnormality": 1}
+
+    test = root / MED_TEST
+    for lines, sentence in [("a|organ|b|c\na|b|c", "line 2: 3 parts between |, not 4"),
+                            ("x", "line 1: 1 parts")]:
+        write(test, lines)
+        with pytest.raises(UserError) as error:
+            list(vqa_med_2019.rows(root, "vqa"))
+        assert f"{MED_TEST}, {sentence}" in str(error.value)
+    test.unlink()
+    with pytest.raises(UserError, match=f"has no {MED_TEST}.*--root is the folder"):
+        list(vqa_med_2019.rows(root, "vqa"))
+
+
+def test_vqa_med_2019_in_the_layout_of_the_release(tmp_path):
+    root = tmp_path / "med"
+    for split in SPLITS:
+        for category in vqa_med_2019.CATEGORIES:
+            write(root / split / "QA" / f"{category}.csv",
+                  "synpic3|what is it?|CT\nsynpic3.jpg|or?|A#Three\n")
+        draw_pictures(root / split / "images", "synpic3.jpg")
+    rows = list(vqa_med_2019.rows(root, "vqa"))
+    assert len(rows) == 18 and {row.answer for row in rows} == {"ct", "3"}
+    assert {row.picture for row in rows} == {root / split / "images" / "synpic3.jpg" for split in SPLITS}
+    (root / "val" / "QA" / "Plane.csv").unlink()
+    with pytest.raises(UserError, match="Plane.csv cannot be read"):
+        list(vqa_med_2019.rows(root, "vqa"))
+    with pytest.raises(UserError, match="nothing for the task cls"):
+        list(vqa_med_2019.rows(root, "cls"))
+
+
+# ---------------------------------------------------------------------------------------------------- MELINDA
+
+MELINDA = "figure_file", "caption", "i_meth", "p_meth", "i_meth_label", "p_meth_label"
+
+
+def write_csv(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
+def test_melinda(tmp_path):
+    root = tmp_path / "melinda"
+    write_csv(root / "train.csv", MELINDA,
+              ("1_A.png", "Western blot,\n\nof \"X\".", "a", "b", "c", "blot"),
+              ("1_A.png", "Second caption", "a", "b", "c", "gel"), ("1_B.png", "None", "a", "b", "c", " "))
+    write_csv(root / "dev.csv", MELINDA, ("2.png", "Dev", "a", "b", "c", "blot"))
+    write_csv(root / "test.csv", MELINDA, ("3.png", "Test", "a", "b", "c", "gel"))
+    draw_pictures(root / "melinda_images", "1_A.png", "1_B.png", "2.png", "3.png")
+    rows = list(melinda.rows(root, "cls"))
+    assert rows[0] == Row("train", root / "melinda_images" / "1_A.png", "Western blot,\n\nof \"X\".",
+                          label="blot")
+    assert [row.split for row in rows] == ["train"] * 3 + ["val", "test"]
+    meta, samples, _ = packed(melinda, root, tmp_path / "pack", "cls")
+    assert meta["labels"] == ["blot", "gel"] and meta["skipped"] == {"no label": 1}
+    assert samples[0]["text"] == 'Western blot, of "X".' and meta["samples"]["train"] == 2
+
+    (root / "melinda_images" / "2.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 3 pictures .*2.png \(missing picture\)"):
+        packed(melinda, root, tmp_path / "gone", "cls")
+    with pytest.raises(UserError, match="nothing for the task vqa"):
+        list(melinda.rows(root, "vqa"))
+
+
+@pytest.mark.parametrize("content, sentence", [
+    ("figure_file,caption\na,b\n", "train.csv, line 1: has no p_meth_label"),
+    ("", "line 1: has no figure_file and no caption and no p_meth_label"),
+    ("figure_file,caption,p_meth_label\na,b,c\na,b\n", "train.csv, line 3: 2 fields, not 3"),
+    ('figure_file,caption,p_meth_label\na,"b,c\n', "train.csv, line 2: not valid CSV"),
+])
+def test_a_malformed_csv_is_named_by_file_and_line(tmp_path, content, sentence):
+    write(tmp_path / "train.csv", content)
+    with pytest.raises(UserError, match=sentence):
+        list(melinda.rows(tmp_path, "cls"))
+
+
+# -------------------------------------------------------------------------------------------------- retrieval
+
+def test_retrieval_takes_a_picture_with_two_captions_and_no_pair_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(roco, "RETRIEVAL_PAIRS", 3)
+    lines = ["ROCO_1\tA first caption.", "ROCO_1\tA second caption.", "ROCO_2\tToo short",
+             "ROCO_3\tAnother long caption.", "ROCO_4\tOne more caption."]
+    for name in "train", "validation", "test":
+        write(tmp_path / "roco" / name / "radiology" / "captions.txt", "\n".join(lines))
+        draw_pictures(tmp_path / "roco" / name / "radiology" / "images",
+                      *[f"ROCO_{i}.jpg" for i in range(1, 5)])
+    meta, samples, _ = packed(roco, tmp_path / "roco", tmp_path / "pack", "irtr")
+    assert meta["samples"] == {"train": 4, "val": 3, "test": 3}
+    _, again, _ = packed(roco, tmp_path / "roco", tmp_path / "again", "irtr")
+    assert samples == again
+
+
+# ------------------------------------------------------------------------------------------------- real data
+
+@needs(not (REAL / "vqa_rad").is_dir())
+def test_real_vqa_rad():
+    rows = list(vqa_rad.rows(REAL / "vqa_rad", "vqa"))
+    train = [row for row in rows if row.split != "test"]
+    assert len(train) == 3064 and len(rows) == 3515
+    assert len({row.answer for row in rows}) == 498        # the paper's list
+    assert len({row.answer for row in train}) == 461
+    assert all(row.answer and row.group for row in rows) and {row.closed for row in rows} == {True, False}
+    assert len({row.picture for row in rows}) == 314 and all(row.picture.is_file() for row in rows)
+    assert 0.08 < sum(row.split == "val" for row in rows) / 3064 < 0.12
+
+
+@needs(not (REAL / "vqa_med_2019").is_dir())
+def test_real_vqa_med_2019(tmp_path, capsys):
+    rows = list(vqa_med_2019._questions("test", REAL / "vqa_med_2019" / MED_TEST, tmp_path, parts=4))
+    assert len(rows) == 500 and sum(row.skip == "question on abnormality" for row in rows) == 125
+    assert sum("#" in row.answer for row in rows if not row.skip) == 9 and all(row.answer for row in rows)
+
+    arguments = ["vqa_med_2019", "--root", REAL / "vqa_med_2019", "--task", "vqa", "--out", tmp_path / "pack"]
+    assert prepare.main([str(argument) for argument in arguments]) == 2
+    assert "has no C1_Modality_train.txt" in capsys.readouterr().err
+
+
+@needs(not (REAL / "MedPix-2-0").is_dir())
+def test_real_medpix_for_classes_and_retrieval():
+    for task in "cls", "irtr":
+        kept, _ = prepare.sift(medpix.rows(REAL / "MedPix-2-0", task), task)
+        assert [sum(row.split == split for row in kept) for split in SPLITS] == [1638, 191, 200]
+        assert len({row.label for row in kept}) == 5
