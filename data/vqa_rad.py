@@ -20,9 +20,11 @@ def rows(root: Path, task: str) -> Iterator[Row]:
     """Answers are normalised (data.answers); pictures of one organ are of one kind.
 
     Without a valset.json, or with one that holds questions of the test set (the valset.json released with
-    M³AE is a copy of testset.json), a tenth of the training questions is held out as validation."""
-    if task != "vqa":
-        raise UserError(f"vqa_rad has nothing for the task {task}: choose --task vqa")
+    M³AE is a copy of testset.json), a tenth of the training questions is held out as validation.
+
+    For pre-training, a question with its answer is a caption; those of the test set are left out."""
+    if task not in ("vqa", "pretrain"):
+        raise UserError(f"vqa_rad has nothing for the task {task}: choose --task vqa or pretrain")
 
     parts = {"train": _part(root / "trainset.json"), "test": _part(root / "testset.json")}
     valset = root / "valset.json"
@@ -37,8 +39,12 @@ def rows(root: Path, task: str) -> Iterator[Row]:
     for part, questions in parts.items():
         for where, record in questions:
             split = "val" if part == "train" and "val" not in parts and _held_out(record) else part
-            yield question_row(split, root / "images" / str(record["image_name"]), record, where,
+            row = question_row(split, root / "images" / str(record["image_name"]), record, where,
                                group=str(record.get("image_organ") or ""))
+            if task == "pretrain":
+                held_back = "question of the test set" if split == "test" else None
+                row = row._replace(text=f"{row.text} {row.answer or ''}.", skip=held_back)
+            yield row
 
 
 def _part(path: Path) -> list[tuple[str, dict]]:

@@ -1,14 +1,18 @@
 """Every hyper-parameter once: what it is, what it means, its value in each preset, and the flag that sets it.
-
-A field below is a setting. `parse` turns all of them into command-line flags: a new setting is one new line.
-"""
-import argparse
+`parse` turns all the fields below into command-line flags: a new setting is one new line."""
 import math
+from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
 
 
 class UserError(Exception):
     """A mistake of the user's making: one sentence that says what is wrong and how to mend it."""
+
+
+def ask(right, sentence):
+    """UserError with this sentence where something is not right."""
+    if not right:
+        raise UserError(sentence)
 
 
 def opt(default, help):
@@ -55,25 +59,19 @@ class ModelConfig:
 
     def check(self):
         """Raise UserError where a setting is out of range or two contradict each other."""
-        def ask(right, sentence):
-            if not right:
-                raise UserError(sentence)
-
         ask(self.task in ("pretrain", "vqa", "cls", "irtr"), f"--task {self.task} is not known")
         ask(self.text_kind in ("roberta", "bert"), f"--text_kind {self.text_kind}: use roberta or bert")
-        for name in ("patch_size", "vit_blocks", "text_layers", "fusion_layers", "decoder_layers"):
-            ask(getattr(self, name) >= 1, f"--{name} {getattr(self, name)} must be at least 1")
+        for name, value in vars(self).items():
+            if name.endswith(("_size", "_width", "_heads", "_blocks", "_layers")):
+                ask(value >= 1, f"--{name} {value} must be at least 1")
         for part in ("vit", "text", "fusion", "decoder"):
             width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
-            ask(heads >= 1 and width >= 1 and width % heads == 0,
-                f"--{part}_width {width} can't be divided among --{part}_heads {heads}")
+            ask(width % heads == 0, f"--{part}_width {width} can't be divided among --{part}_heads {heads}")
         ask(self.decoder_width % 4 == 0,
             f"--decoder_width {self.decoder_width} must be a multiple of 4, for sine-cosine positions")
         ask(-1 <= self.mim_layer < self.fusion_layers,
-            f"--mim_layer {self.mim_layer} is out of range: with --fusion_layers {self.fusion_layers} use 0 "
-            f"to {self.fusion_layers - 1}, or -1 for the last layer's output")
-
-        ask(self.image_size >= self.patch_size and self.image_size % self.patch_size == 0,
+            f"--mim_layer {self.mim_layer} is out of range: use -1 (the last) to {self.fusion_layers - 1}")
+        ask(self.image_size % self.patch_size == 0,
             f"--image_size {self.image_size} is not a multiple of --patch_size {self.patch_size}")
         patches = (self.image_size // self.patch_size) ** 2
         ask(0 <= self.mask_ratio < 1 and 0 < int(patches * (1 - self.mask_ratio)) < patches,
@@ -121,8 +119,7 @@ class RunConfig:
     """Where a run lives and what it runs on; a run that resumes may change these."""
     data: str = opt("phantoms", "one pack or several, separated by commas; phantoms are drawn on first use")
     out: str = opt("runs/pretrain", "the run's folder")
-    tokenizer: str = opt("", "a tokenizer.json, or a folder with one; empty: that of --init_text or --init, "
-                             "else one trained on the captions")
+    tokenizer: str = opt("", "a tokenizer.json or its folder; empty: that of --init_text, --init, the data")
     resume: bool = opt(False, "go on from the run's last checkpoint, or start if there is none")
     gpus: int = opt(0, "start this many processes by torchrun, each with a GPU (or a part of the CPU)")
     device: str = opt("auto", "auto, cuda, cpu or mps (mps is untested)")
@@ -137,80 +134,63 @@ class RunConfig:
 
 
 # What differs from the defaults. A rate of 1e-5 is for CLIP's and RoBERTa's weights, not for random ones.
+SCRATCH = dict(mim_layer=1, decoder_layers=2, decoder_heads=4, attn_dropout=0.0, batch_size=64, head_lr=1.0,
+               fusion_lr=1.0, weight_decay=0.05, clip=1.0)
 PRESETS = {
     "base": {},
-    "small": dict(
-        image_size=128, patch_size=16, max_text_len=48, text_max_positions=130,
-        vit_width=192, vit_blocks=4, vit_heads=6, text_width=192, text_layers=3, text_heads=6,
-        fusion_width=192, fusion_layers=3, fusion_heads=6, mim_layer=1,
-        decoder_width=128, decoder_layers=2, decoder_heads=4, attn_dropout=0.0,
-        steps=3000, batch_size=64, micro_batch=32, lr=5e-4, head_lr=1.0, fusion_lr=1.0, weight_decay=0.05,
-        clip=1.0, kin=0.5, eval_every=250, save_every=250),
-    "tiny": dict(
-        image_size=48, patch_size=12, max_text_len=32, text_max_positions=66,
-        vit_width=128, vit_blocks=3, vit_heads=4, text_width=128, text_layers=2, text_heads=4,
-        fusion_width=128, fusion_layers=2, fusion_heads=4, mim_layer=1,
-        decoder_width=64, decoder_layers=2, decoder_heads=4, dropout=0.0, attn_dropout=0.0,
-        steps=900, batch_size=64, micro_batch=32, lr=1e-3, head_lr=1.0, fusion_lr=1.0, warmup=0.1,
-        weight_decay=0.05, clip=1.0, kin=0.75, vocab=1024, eval_every=225, save_every=225, eval_samples=512),
-}
-
+    "small": SCRATCH | dict(
+        image_size=128, max_text_len=48, text_max_positions=130, vit_width=192, vit_blocks=4, vit_heads=6,
+        text_width=192, text_layers=3, text_heads=6, fusion_width=192, fusion_layers=3, fusion_heads=6,
+        decoder_width=128, steps=3000, lr=5e-4, kin=0.5, eval_every=250, save_every=250),
+    "tiny": SCRATCH | dict(
+        image_size=48, patch_size=12, max_text_len=32, text_max_positions=66, vit_width=128, vit_blocks=3,
+        vit_heads=4, text_width=128, text_layers=2, text_heads=4, fusion_width=128, fusion_layers=2,
+        fusion_heads=4, decoder_width=64, dropout=0.0, steps=900, lr=1e-3, kin=0.75, vocab=1024,
+        eval_every=225, save_every=225, eval_samples=512)}
 
 # Fine-tuning: what differs from the preset in each task; for base as in the paper.
 EACH_EPOCH = dict(eval_every=0, save_every=0)
 TASKS = {
-    "base": {
-        "vqa": dict(image_size=384, max_text_len=32, batch_size=64, epochs=50.0, lr=5e-6, head_lr=50.0),
-        "cls": dict(image_size=384, max_text_len=128, batch_size=16, micro_batch=16, epochs=20.0, lr=5e-6,
-                    head_lr=10.0, crop=0.9),
-        "irtr": dict(image_size=384, max_text_len=40, epochs=10.0, lr=5e-6, crop=0.9)},
-    "small": {
-        "vqa": dict(epochs=30.0, lr=3e-4),
-        "cls": dict(epochs=30.0, lr=3e-4),
-        "irtr": dict(epochs=10.0, lr=2e-4)},
-    "tiny": {
-        "vqa": dict(epochs=30.0, lr=5e-4),
-        "cls": dict(epochs=30.0, lr=5e-4),
-        "irtr": dict(epochs=10.0, lr=5e-4, eval_samples=256)},
-}
+    "base": {"vqa": dict(image_size=384, max_text_len=32, batch_size=64, epochs=50.0, lr=5e-6, head_lr=50.0),
+             "cls": dict(image_size=384, max_text_len=128, batch_size=16, micro_batch=16, epochs=20.0,
+                         lr=5e-6, head_lr=10.0, crop=0.9),
+             "irtr": dict(image_size=384, max_text_len=40, epochs=10.0, lr=5e-6, crop=0.9)},
+    "small": {"vqa": dict(epochs=30.0, lr=3e-4), "cls": dict(epochs=30.0, lr=3e-4),
+              "irtr": dict(epochs=10.0, lr=2e-4)},
+    "tiny": {"vqa": dict(epochs=40.0, lr=3e-4, head_lr=10.0, fusion_lr=3.0),
+             "cls": dict(epochs=40.0, lr=3e-4, head_lr=10.0, fusion_lr=3.0),
+             "irtr": dict(epochs=15.0, lr=3e-4, eval_samples=128, test_samples=256)}}
 
-# These follow from the data, or from the script that runs: no flag sets them.
-DERIVED = ("task", "vocab_size", "text_kind", "num_answers", "num_classes")
+DERIVED = ("task", "vocab_size", "text_kind", "num_answers", "num_classes")    # no flags: from data or script
 
 
-def of_preset(cls, preset, task="pretrain"):
-    """What a preset, and the task in it, say of the settings in the dataclass `cls`: {name: value}."""
-    if preset not in PRESETS:
-        raise UserError(f"--preset {preset} is not known: use {', '.join(PRESETS)}")
-    values = PRESETS[preset] | (EACH_EPOCH | TASKS[preset][task] if task in TASKS[preset] else {})
+def of_preset(cls, preset, task="pretrain", given={}):
+    """What a preset, the task in it and the flags given say of the settings in `cls`: {name: value}."""
+    ask(preset in PRESETS, f"--preset {preset} is not known: use {', '.join(PRESETS)}")
+    values = PRESETS[preset] | (EACH_EPOCH | TASKS[preset][task] if task in TASKS[preset] else {}) | given
     return {f.name: values[f.name] for f in fields(cls) if f.name in values}
 
 
 def parse(description, configs=(ModelConfig, TrainConfig, RunConfig), add=lambda parser: None, argv=None):
-    """The command line -> one object for each of `configs`, made from --preset and the flags given; and the
-    namespace of all flags, None where one was not given. Every field is a flag of the same name; `add` may
-    put more on the parser, a "task" among them."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line -> one object for each of `configs`, every field of which is a flag of the same name;
+    and all flags, None where one was not given. `add` may put more on the parser, a "task" among them."""
+    parser = ArgumentParser(description=description, allow_abbrev=False,
+                            formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny", choices=list(PRESETS),
                         help="tiny: minutes on a laptop; small: thousands of real images; base: the paper's")
     add(parser)
     for cls in configs:
         group = parser.add_argument_group(cls.__name__, cls.__doc__)
         for f in fields(cls):
-            if f.name in DERIVED:
-                continue
             values = [f"{name} {preset[f.name]}" for name, preset in PRESETS.items() if f.name in preset]
             shown = f"{f.metadata['help']} [{', '.join([f'{f.default}', *values])}]"
-            on_off = f.type is bool
-            kind = dict(action=argparse.BooleanOptionalAction) if on_off else dict(type=f.type, metavar="X")
-            group.add_argument(f"--{f.name}", default=None, help=shown, **kind)
+            kind = dict(action=BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar="X")
+            if f.name not in DERIVED:
+                group.add_argument(f"--{f.name}", default=None, help=shown, **kind)
 
     args = parser.parse_args(argv)
     given = {name: value for name, value in vars(args).items() if value is not None}
     if "steps" in given:                                   # it wins over a preset's epochs
         given.setdefault("epochs", 0.0)
     task = given.get("task", "pretrain")
-    made = [cls(**of_preset(cls, args.preset, task)
-                | {f.name: given[f.name] for f in fields(cls) if f.name in given}) for cls in configs]
-    return *made, args
+    return *(cls(**of_preset(cls, args.preset, task, given)) for cls in configs), args

@@ -5,8 +5,9 @@ thread reads each straight into its place of a batch, hides words and patches, a
 device on a stream of its own; the batch is normalised there. Which sample stands where and what is hidden of
 it follows from the step number alone (masking.py), so there is no state to save.
 """
-import queue
-import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import numpy as np
 import torch
@@ -89,8 +90,8 @@ class Samples:
         batch = {"text_ids": ids, "text_mask": (ids != tok.pad_id).astype(np.int64)}
 
         # Who may be whose wrong partner: rows of another picture *and* another text.
-        rows = [self.packs[which].samples[row] for which, row in self.where[numbers]]
-        picture = numbered((which, int(row["picture"])) for (which, _), row in zip(self.where[numbers], rows))
+        rows = [(which, self.packs[which].samples[row]) for which, row in self.where[numbers]]
+        picture = numbered((which, int(row["picture"])) for which, row in rows)
         text = numbered(body.tobytes() for body in bodies)
         if cfg.task == "irtr":
             draws = uniform(masking.WRONG, size, size)
@@ -99,7 +100,7 @@ class Samples:
             return batch if self.labels is None else batch | {f"{cfg.task}_labels": self.labels[numbers]}
 
         group = numbered(self.packs[which].meta["groups"][row["group"]] if row["group"] >= 0 else place
-                         for place, ((which, _), row) in enumerate(zip(self.where[numbers], rows)))
+                         for place, (which, row) in enumerate(rows))
         draws = uniform(masking.WRONG, size, 3 * size + 2)
         batch["itm_index"] = masking.mismatch(picture, text, draws[:, :size + 2], group, self.train_cfg.kin)
         batch["other_index"] = masking.wrong_rows(picture, text, draws[:, size + 2:2 * size + 2], 1)[:, 0]
@@ -165,8 +166,7 @@ def normalise(image):
 
 def training_chunks(samples, train_cfg, start, rank=0, world=1):
     """The chunks of process `rank` from step `start` on: (step, chunk, sample numbers (micro_batch,)). Sample
-    n of the one global stream is step · batch + its place; epochs follow without a seam, nothing is
-    dropped."""
+    n of the one global stream is step · batch + its place; epochs follow on, nothing is dropped."""
     order, known = None, None
     for step in range(start, train_cfg.steps):
         for chunk in range(rank, train_cfg.batch_size // train_cfg.micro_batch, world):
@@ -181,9 +181,8 @@ def training_chunks(samples, train_cfg, start, rank=0, world=1):
 
 
 def validation_chunks(samples, limit, rank=0, world=1):
-    """Every sample once, at most `limit` of them, in fixed chunks of VAL_CHUNK: (step, chunk, sample
-    numbers). Where there are more they are taken at equal distances, so that every part of the split has its
-    share."""
+    """Every sample once, at most `limit`, in fixed chunks of VAL_CHUNK: (step, chunk, sample numbers).
+    Where there are more they are taken at equal distances, so that every part of the split has its share."""
     count = min(limit, samples.n)
     numbers = np.arange(count) * samples.n // count
     for chunk in range(rank, -(-count // VAL_CHUNK), world):
@@ -196,42 +195,29 @@ def load(samples, chunks, seed, device, crop=False, ahead=3):
 
     One thread works `ahead` of the caller. On a GPU it copies from pinned memory on a stream of its own,
     while the last step still computes, and refills a buffer only after its copy's event."""
-    device = torch.device(device)
-    cuda, side = device.type == "cuda", samples.cfg.image_size
+    device, side = torch.device(device), samples.cfg.image_size
+    cuda = device.type == "cuda"
     stream = torch.cuda.Stream(device) if cuda else None
-    ready, free = queue.Queue(), queue.Queue()
-    for _ in range(ahead):
-        free.put((None, None))
-    stop = threading.Event()
 
-    def work():
-        try:
-            for step, chunk, numbers in chunks:
-                buffer, copied = free.get()
-                if stop.is_set():
-                    return
-                if buffer is None or len(buffer) != len(numbers):
-                    buffer = torch.empty(len(numbers), 3, side, side, dtype=torch.uint8, pin_memory=cuda)
-                elif copied is not None:
-                    copied.synchronize()
-                batch = samples.batch(numbers, seed, step, chunk, buffer.numpy(), crop)
-                batch = {name: torch.from_numpy(array) for name, array in batch.items()} | {"image": buffer}
-                if cuda:
-                    with torch.cuda.stream(stream):
-                        batch = {name: tensor.pin_memory().to(device, non_blocking=True)
-                                 for name, tensor in batch.items()}
-                        copied = stream.record_event()
-                ready.put((step, chunk, numbers, batch, buffer, copied))
-            ready.put(None)
-        except BaseException as error:             # the caller's thread raises it
-            ready.put(error)
+    def work(step, chunk, numbers, buffer=None, copied=None):
+        if buffer is None or len(buffer) != len(numbers):
+            buffer = torch.empty(len(numbers), 3, side, side, dtype=torch.uint8, pin_memory=cuda)
+        elif cuda:
+            copied.synchronize()
+        batch = samples.batch(numbers, seed, step, chunk, buffer.numpy(), crop)
+        batch = {name: torch.from_numpy(array) for name, array in batch.items()} | {"image": buffer}
+        if cuda:
+            with torch.cuda.stream(stream):
+                batch = {name: tensor.pin_memory().to(device, non_blocking=True)
+                         for name, tensor in batch.items()}
+                copied = stream.record_event()
+        return step, chunk, numbers, batch, buffer, copied
 
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            step, chunk, numbers, batch, buffer, copied = item
+    chunks = iter(chunks)
+    with ThreadPoolExecutor(1) as thread:
+        coming = deque(thread.submit(work, *chunk) for chunk in islice(chunks, ahead))
+        while coming:
+            step, chunk, numbers, batch, buffer, copied = coming.popleft().result()
             if cuda:
                 now = torch.cuda.current_stream(device)
                 now.wait_event(copied)
@@ -240,8 +226,6 @@ def load(samples, chunks, seed, device, crop=False, ahead=3):
             elif device.type != "cpu":
                 batch = {name: tensor.to(device) for name, tensor in batch.items()}
             batch["image"] = normalise(batch["image"])                                 # (B, 3, S, S)
-            free.put((buffer, copied))
+            # This chunk's buffer is free: the thread fills it anew while the caller computes.
+            coming.extend(thread.submit(work, *following, buffer, copied) for following in islice(chunks, 1))
             yield step, chunk, numbers, batch
-    finally:
-        stop.set()
-        free.put((None, None))

@@ -1,5 +1,4 @@
 """What both scripts call: processes and devices, parameter groups and rates, checkpoints, the log."""
-import contextlib
 import json
 import math
 import os
@@ -7,27 +6,25 @@ import re
 import signal
 import sys
 import zipfile
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .config import UserError
+from .config import UserError, ask
 from .data import load
 
-
-# ------------------------------------------------------------------------------------------- processes
-
 # What torch says in a RuntimeError where it is nobody's bug, and what a user should read instead.
-TROUBLES = {"out of memory|can't allocate": "out of memory: use a smaller --micro_batch",
+TROUBLES = {"MemoryError|out of memory|can't allocate": "out of memory: use a smaller --micro_batch",
             "[Tt]imed out|[Tt]imeout|[Cc]onnection (closed|reset)":
                 "another process of this run is gone or hangs: look at its messages, then --resume",
             "PytorchStreamWriter|unexpected pos":
                 "the checkpoint can't be written, perhaps the disk is full: make room, then --resume"}
+LOCKS = []                             # the open files that lock a run's folder until this process ends
 
 
 def run(main):
@@ -42,9 +39,9 @@ def run(main):
         sentence = f"{error.filename or 'a file'}: {error.strerror or error}"
     except (MemoryError, RuntimeError) as error:
         known = [text for pattern, text in TROUBLES.items() if re.search(pattern, f"{error!r} {error}")]
-        if not known and not isinstance(error, MemoryError):
+        if not known:
             raise
-        sentence = known[0] if known else TROUBLES["out of memory|can't allocate"]
+        sentence = known[0]
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -59,20 +56,16 @@ def begin(train_cfg, model_cfg, run_cfg, prepare):
     if run_cfg.gpus and not place.under_torchrun:
         check_batches(train_cfg, model_cfg, run_cfg.gpus)
         prepare()
-        launch(run_cfg.gpus)
-
+        sys.stdout.flush()                                 # torchrun takes over with this command line
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // run_cfg.gpus)))
+        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                  "--nproc-per-node", str(run_cfg.gpus), *sys.argv])
     check_batches(train_cfg, model_cfg, place.world)
-    place.join(run_cfg.timeout)
+    if place.under_torchrun and not dist.is_initialized():
+        backend = "nccl" if place.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=run_cfg.timeout))
     place.from_main(lambda: prepare() and None)            # files that are made on first use: by one process
     return place, prepare()
-
-
-def launch(processes):
-    """Become torchrun: start this very command line in `processes` processes on this machine."""
-    sys.stdout.flush()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                              "--nproc-per-node", str(processes), *sys.argv])
 
 
 class Place:
@@ -82,60 +75,45 @@ class Place:
         self.under_torchrun = "RANK" in os.environ
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
-        kind, there = run_cfg.device, torch.cuda.device_count()
+        kind, local = run_cfg.device, int(os.environ.get("LOCAL_RANK", 0))
+        there = {"cuda": torch.cuda.device_count(), "mps": torch.mps.device_count(), "cpu": math.inf}
         if kind == "auto":
-            kind = "cuda" if there else "cpu"
-        if kind not in ("cuda", "cpu", "mps"):
-            raise UserError(f"--device {kind} is not known: use auto, cuda, cpu or mps")
-        if kind == "mps" and not torch.backends.mps.is_available():
-            raise UserError("--device mps: there is no such device here; use --device cpu")
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if kind == "cuda" and (wanted := max(local + 1, run_cfg.gpus)) > there:
-            raise UserError(f"{wanted} wanted, {there or 'no'} GPU is there: use fewer, or --device cpu")
-
+            kind = "cuda" if there["cuda"] else "cpu"
+        ask(kind in there, f"--device {kind} is not known: use auto, cuda, cpu or mps")
+        wanted, gpus = max(local + 1, run_cfg.gpus), there[kind]
+        ask(wanted <= gpus, f"{wanted} wanted, {gpus or 'no'} GPU is there: use fewer, or --device cpu")
         self.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
         if kind == "cuda":
             torch.cuda.set_device(self.device)
         self.dtype = pick_dtype(run_cfg.dtype, kind)
 
-    def join(self, timeout):
-        """Meet the other processes of a torchrun; timeout in seconds."""
-        if self.under_torchrun and not dist.is_initialized():
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-
     def autocast(self):
         """Matrix products in self.dtype; a context that does nothing for float32."""
-        on = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype) if on else contextlib.nullcontext()
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
     def from_main(self, make):
         """make() on the main process; its result, or its UserError, on every process."""
-        box = [None]
-        if self.main:
-            try:
-                box = [make()]
-            except UserError as error:
-                box = [error]
+        try:
+            box = [make() if self.main else None]
+        except UserError as error:
+            box = [error]
         if self.world > 1:
             dist.broadcast_object_list(box)
         if isinstance(box[0], UserError):
             raise box[0]
         return box[0]
 
-    def total(self, sums):
-        """{name: tensor} summed over all processes, as floats: one transfer and one host read for all of
-        them. A process may lack names that the main one has (it had no chunk to look at): it adds zeros."""
-        names, shape = self.from_main(lambda: (sorted(sums), next(iter(sums.values())).shape))
-        zero = torch.zeros(shape)
-        table = torch.stack([sums.get(name, zero).float().to(self.device) for name in names])
-        return dict(zip(names, self.sum(table).tolist()))
-
     def sum(self, tensor):
         """The tensor, summed in place over all processes."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def total(self, sums):
+        """{name: tensor} summed over all processes, as floats, by one host read; who lacks a name adds 0."""
+        names, shape = self.from_main(lambda: (sorted(sums), next(iter(sums.values())).shape))
+        table = torch.stack([sums.get(name, torch.zeros(shape)).float().to(self.device) for name in names])
+        return dict(zip(names, self.sum(table).tolist()))
 
 
 def pick_dtype(name, kind):
@@ -146,11 +124,8 @@ def pick_dtype(name, kind):
         info = Path("/proc/cpuinfo")
         flags = info.read_text().split() if kind == "cpu" and info.is_file() else ()
         name = "bfloat16" if {"amx_bf16", "avx512_bf16"} & set(flags) else "float32"
-
-    if name not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"--dtype {name} is not known: use auto, float32, bfloat16 or float16")
-    if name == "float16" and kind != "cuda" or name == "bfloat16" and kind == "mps":
-        raise UserError(f"--dtype {name} is not for --device {kind}: use --dtype float32")
+    known = {"cuda": ("float32", "bfloat16", "float16"), "cpu": ("float32", "bfloat16"), "mps": ("float32",)}
+    ask(name in known[kind], f"--dtype {name} is not for --device {kind}: use auto, {', '.join(known[kind])}")
     return getattr(torch, name)
 
 
@@ -160,15 +135,14 @@ class StopSignal:
     def __init__(self):
         self.asked = False                                 # this process; `agree` asks them all
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.ask)
+            signal.signal(number, self.hear)
 
-    def ask(self, number, _):
+    def hear(self, number, _):
         self.asked = True
         signal.signal(number, signal.SIG_DFL)
 
     def agree(self, norm, place):
-        """norm: the gradient's, () -> it as a float, and whether any process was asked to stop: all of them
-        then stop after the same step. The one host read of a step."""
+        """The gradient's norm, () -> it as a float, and whether any process was asked: all stop together."""
         norm, asked = place.sum(torch.stack([norm / place.world, norm.new_tensor(self.asked)])).tolist()
         return norm, asked > 0
 
@@ -177,77 +151,58 @@ class StopSignal:
 
 def check_batches(train_cfg, model_cfg, world):
     """Batch, micro-batch and processes must fit each other."""
-    batch, micro = train_cfg.batch_size, train_cfg.micro_batch
-    if min(batch, micro, train_cfg.steps) < 1:
-        raise UserError("--steps, --batch_size and --micro_batch must be at least 1")
-    if batch % (micro * world):
-        raise UserError(f"--batch_size {batch} can't be divided among {world} processes with --micro_batch "
-                        f"{micro}: use a multiple of {micro * world}, or another --micro_batch")
-    if micro == 1 and (model_cfg.task == "pretrain" and model_cfg.itm or model_cfg.task == "irtr"):
-        raise UserError("--micro_batch 1 leaves no other row to take a wrong picture or text from: use 2"
-                        + (", or --itm 0" if model_cfg.task == "pretrain" else ""))
-    if not 0 <= train_cfg.seed < 2 ** 63:
-        raise UserError(f"--seed {train_cfg.seed} must lie in 0 … 2^63 - 1")
+    batch, micro, task = train_cfg.batch_size, train_cfg.micro_batch, model_cfg.task
+    ask(min(batch, micro, train_cfg.steps) > 0, "--steps, --batch_size and --micro_batch must be at least 1")
+    ask(batch % (micro * world) == 0, f"--batch_size {batch} can't be divided among {world} processes with "
+        f"--micro_batch {micro}: use a multiple of {micro * world}, or another --micro_batch")
+    ask(micro > 1 or not (task == "irtr" or task == "pretrain" and model_cfg.itm),
+        "--micro_batch 1 leaves no other row for a wrong picture or text: use 2, or pre-train with --itm 0")
+    ask(0 <= train_cfg.seed < 2 ** 63, f"--seed {train_cfg.seed} must lie in 0 … 2^63 - 1")
 
 
 def in_steps(train_cfg, run_cfg, samples):
     """Lengths that were given in epochs, in steps -> both configurations, for so many training samples."""
     epoch = samples / train_cfg.batch_size
-    steps = round(train_cfg.epochs * epoch) or train_cfg.steps
-    every = max(1, round(epoch))
+    steps, every = round(train_cfg.epochs * epoch) or train_cfg.steps, max(1, round(epoch))
     return replace(train_cfg, steps=steps), replace(run_cfg, eval_every=run_cfg.eval_every or every,
                                                     save_every=run_cfg.save_every or every)
 
 
 def open_run(run_cfg, settings):
-    """Start or continue the run in --out, and lock it against a second run: the lock ends with the process.
-    settings: the dict of config.json. A run that is continued must keep all of them but those under "run"
-    (device and logging). -> the path of its newest checkpoint, or None."""
+    """Start or continue the run in --out, locked against a second -> the newest checkpoint's path, or None.
+    settings: the dict of config.json; a run that goes on must keep all but those under "run" (device, …)."""
     out, config = Path(run_cfg.out), Path(run_cfg.out) / "config.json"
     settings = json.loads(json.dumps(settings))
-    if not config.is_file():
-        if out.is_dir() and any(file.name != "lock" for file in out.iterdir()):
-            raise UserError(f"{out} is not empty and holds no run: choose another --out")
-    elif not run_cfg.resume and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        raise UserError(f"{out} holds another run: go on with it by --resume, or choose another --out")
-    else:
+    if config.is_file():
+        ask(run_cfg.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+            f"{out} holds another run: go on with it by --resume, or choose another --out")
         try:
-            there = json.loads(config.read_text())
-            changed = [f"{name} {there.get(part, {}).get(name)} (now {value})" for part in settings
-                       for name, value in settings[part].items()
-                       if part != "run" and there.get(part, {}).get(name) != value]
+            old = json.loads(config.read_text())
+            changed = [f"{name} {was} (now {now})" for part in settings if part != "run"
+                       for name, now in settings[part].items() if (was := old.get(part, {}).get(name)) != now]
         except (ValueError, AttributeError):
             raise UserError(f"{config} is damaged: choose another --out") from None
-        if changed:
-            raise UserError(f"{out} was started with other settings: {', '.join(changed)}; give the same, or "
-                            "choose another --out")
-
+        ask(not changed, f"{out} was started with other settings: {', '.join(changed)}; give the same, or "
+                         "choose another --out")
+    elif out.is_dir():
+        ask(all(file.name == "lock" for file in out.iterdir()),
+            f"{out} is not empty and holds no run: choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         if sys.platform != "win32":
-            lock(out)
-        checkpoint = newest_checkpoint(out) if config.is_file() else None
+            import fcntl                                   # Windows has none
+            LOCKS.append(open(out / "lock", "w"))
+            fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         write_whole(config, lambda file: file.write(json.dumps(settings, indent=1).encode()))
-    except OSError as error:
-        raise UserError(f"{out} can't be written to ({error.strerror}): choose another --out") from None
-    return checkpoint
-
-
-def lock(out, held={}):
-    """UserError where another process is at work in the folder `out`. Held until this process ends."""
-    import fcntl                                           # Windows has none
-    try:
-        if out.resolve() not in held:
-            file = open(out / "lock", "w")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held[out.resolve()] = file
+        return newest_checkpoint(out)
     except BlockingIOError:
         raise UserError(f"another run is at work in {out}: wait for it, or choose another --out") from None
+    except OSError as error:
+        raise UserError(f"{out} can't be written to ({error.strerror}): choose another --out") from None
 
 
 def write_whole(path, write):
-    """Call write(file) on a file beside `path`, flush it to disk and rename it: a reader finds the old file
-    or the new one, never half of one."""
+    """Call write(file) on a file beside `path`, then rename it: a reader finds the old or the new one."""
     beside = Path(f"{path}.tmp")
     try:
         with open(beside, "wb") as file:
@@ -255,12 +210,9 @@ def write_whole(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
+    finally:
         beside.unlink(missing_ok=True)                     # a disk that is full needs the room
-        raise
 
-
-# ------------------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(out, model, optimizer, scaler, step, best):
     """last.pt, whole or not at all; the one before stays as prev.pt."""
@@ -279,17 +231,14 @@ def save_best(out, model, step):
 
 
 def load_checkpoint(path):
-    """A checkpoint: tensors and plain containers, nothing else. UserError where it is missing or where its
-    archive's own check sums say that it is damaged."""
+    """A checkpoint: tensors and plain containers, nothing else. UserError where it is missing or damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
-                raise UserError(f"{path} is damaged: {damaged} does not have its check sum")
+                raise ValueError(f"{damaged} does not have its check sum")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UserError:
-        raise
     except Exception as error:
-        raise UserError(f"{path} is no checkpoint that can be read ({error})") from None
+        raise UserError(f"{path} is damaged or no checkpoint ({error})") from None
 
 
 def newest_checkpoint(out):
@@ -300,9 +249,28 @@ def newest_checkpoint(out):
             load_checkpoint(path)
             return path
         except UserError as error:
-            if path == paths[-1]:
-                raise UserError(f"no checkpoint in {out} can be read: {error}") from None
+            ask(path != paths[-1], f"no checkpoint in {out} can be read: {error}")
             print(f"warning: {error}; going on from {paths[-1]}", file=sys.stderr)
+
+
+class Log:
+    """metrics.jsonl: one object a line. Opened at a checkpoint's step, it is cut back to that step."""
+
+    def __init__(self, out, step):
+        self.path = Path(out) / "metrics.jsonl"
+        kept = [line for line in self.lines() if line["step"] <= step and line["split"] != "test"]
+        text = "".join(f"{json.dumps(line)}\n" for line in kept)
+        write_whole(self.path, lambda file: file.write(text.encode()))
+
+    def lines(self):
+        """All whole lines, as dicts: a kill can leave half a line at the end."""
+        text = self.path.read_text() if self.path.is_file() else ""
+        return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+    def write(self, step, split, **values):
+        plain = {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, "split": split, **plain}) + "\n")
 
 
 # ------------------------------------------------------------------------------------------- learning
@@ -310,55 +278,46 @@ def newest_checkpoint(out):
 def learner(model, train, train_cfg, run_cfg, place, checkpoint):
     """What a loop over the samples `train` needs besides the model, as `checkpoint` (a path or None) left it
     -> net (the model as it is called: compiled, wrapped), optimizer, gradient scaler, step, best score."""
-    unread = unread_parameters(model, next(load(train, iter([(0, 0, np.arange(2) % train.n)]), 0, "cpu"))[3])
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in unread)
+    freeze_unread(model, next(load(train, iter([(0, 0, [0, 1 % train.n])]), 0, "cpu"))[3])
     model.to(place.device)
     optimizer = torch.optim.AdamW(parameter_groups(model, train_cfg), lr=train_cfg.lr, eps=1e-8,
                                   betas=(0.9, train_cfg.beta2), fused=place.device.type != "mps")
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
-
     step, best = 0, -math.inf
     if checkpoint:
         state = load_checkpoint(checkpoint)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        for name, part in ("model", model), ("optimizer", optimizer), ("scaler", scaler):
+            part.load_state_dict(state[name])
         step, best = state["step"], state["best"]
-
     net = torch.compile(model) if run_cfg.compile else model
     if place.world > 1:
-        device = [place.device] if place.device.type == "cuda" else None
-        net = DistributedDataParallel(net, device_ids=device, gradient_as_bucket_view=True)
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
     if place.main:
-        size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        print(f"{size:.1f} million parameters on {place.world} × {place.device.type} in "
-              f"{str(place.dtype)[6:]}; steps {step:,} to {train_cfg.steps:,}")
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters on {place.world} × "
+              f"{place.device.type} in {str(place.dtype)[6:]}; steps {step:,} to {train_cfg.steps:,}")
     return net, optimizer, scaler, step, best
 
 
-def unread_parameters(model, batch):
-    """The names of the parameters that no loss reads (the last layer's image stream without ITM, say): found
-    by one step, on any batch, of a shadow of the model that has shapes and no numbers. DDP would wait for
-    their gradients for ever."""
+def freeze_unread(model, batch):
+    """Freeze what no loss reads (the last layer's image stream without ITM, say): DDP would wait for its
+    gradients for ever. It is found by one step, on any batch, of a shadow with shapes and no numbers."""
     with torch.device("meta"):
         shadow = type(model)(model.cfg)
     shadow.to("meta")({name: tensor.to("meta") for name, tensor in batch.items()})["loss"].backward()
-    return {name for name, parameter in shadow.named_parameters() if parameter.grad is None}
+    for parameter, twin in zip(model.parameters(), shadow.parameters(), strict=True):
+        parameter.requires_grad_(twin.grad is not None)
 
 
 def parameter_groups(model, train_cfg):
     """AdamW's groups: three rates (encoders, fusion, heads), and decay for matrices alone."""
-    groups = {}
+    scales, groups = {"vit": 1.0, "text": 1.0, "objectives": train_cfg.head_lr}, {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        part = name.split(".")[0]
-        scale = {"vit": 1.0, "text": 1.0, "objectives": train_cfg.head_lr}.get(part, train_cfg.fusion_lr)
+        scale = scales.get(name.split(".")[0], train_cfg.fusion_lr)
         decay = train_cfg.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((scale, decay), []).append(parameter)
-    return [{"params": parameters, "scale": scale, "weight_decay": decay}
-            for (scale, decay), parameters in groups.items()]
+        if parameter.requires_grad:
+            group = {"params": [], "scale": scale, "weight_decay": decay}
+            groups.setdefault((scale, decay), group)["params"].append(parameter)
+    return list(groups.values())
 
 
 def set_rate(optimizer, step, train_cfg):
@@ -372,32 +331,5 @@ def set_rate(optimizer, step, train_cfg):
 
 def give_up(skipped, step, out):
     """Called when a step was skipped because its gradient was not finite; the 20th in a row ends the run."""
-    if skipped >= 20:
-        raise UserError(f"the gradient was not finite in {skipped} steps up to {step}; what {out} holds is "
-                        "from before: try a lower --lr, a longer --warmup or --dtype float32")
-
-
-# ------------------------------------------------------------------------------------------- the log
-
-class Log:
-    """metrics.jsonl: one object a line. Opened at a checkpoint's step, it is cut back to that step."""
-
-    def __init__(self, out, step):
-        self.path = Path(out) / "metrics.jsonl"
-        kept = [line for line in self.lines() if line["step"] <= step and line["split"] != "test"]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_whole(self.path, lambda file: file.write(text.encode()))
-
-    def lines(self):
-        """All whole lines, as dicts."""
-        found = []
-        if self.path.is_file():
-            for line in self.path.read_text().splitlines():
-                with contextlib.suppress(ValueError):      # a kill can leave half a line at the end
-                    found.append(json.loads(line))
-        return found
-
-    def write(self, step, split, **values):
-        plain = {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, "split": split, **plain}) + "\n")
+    ask(skipped < 20, f"the gradient was not finite in {skipped} steps up to {step}; what {out} holds is "
+                      "from before: try a lower --lr, a longer --warmup or --dtype float32")

@@ -51,7 +51,6 @@ def choose_words(starts, real, numbers, ratio, whole_word=True):
         starts = np.ones_like(starts)                                       # each token is a word of its own
     word = starts.cumsum(axis=1)                                            # (B, T) number of a token's word
     draw = np.where(real, np.take_along_axis(numbers, word, axis=1), 2.0)   # (B, T) one number a word
-
     before = (draw[:, None, :] < draw[:, :, None]).sum(axis=2)              # (B, T) tokens of earlier words
     wanted = np.round(ratio * real.sum(axis=1, keepdims=True))              # (B, 1) tokens
     return real & (before < np.maximum(wanted, 1))
@@ -76,7 +75,6 @@ def wrong_rows(picture, text, numbers, amount, group=None):
     fits = (picture[:, None] != picture) & (text[:, None] != text)                     # (B, B)
     if group is not None:
         fits &= group[:, None] == group
-
     order = np.argsort(np.where(fits, numbers, 2.0), axis=1, kind="stable")[:, :amount]
     return np.where(np.take_along_axis(fits, order, axis=1), order, np.arange(len(picture))[:, None])
 
@@ -85,10 +83,8 @@ def mismatch(picture, text, numbers, group, kin=0.0):
     """Image-text matching: the picture each text goes with, int64 (B,). Half of the rows, rounded down, get
     another row's picture; one without a partner stays a match. A share `kin` of the wrong pictures is of the
     text's own group where there is one, so that the kind does not tell. numbers: uniform (B, B+2)."""
-    order = np.argsort(numbers[:, 0], kind="stable")
     any_row, kin_row = (wrong_rows(picture, text, numbers[:, 2:], 1, only)[:, 0] for only in (None, group))
     own = np.arange(len(picture))
     wrong = np.where((numbers[:, 1] < kin) & (kin_row != own), kin_row, any_row)       # (B,)
-    index = own.copy()
-    index[order[:len(own) // 2]] = wrong[order[:len(own) // 2]]
-    return index
+    half = np.argsort(numbers[:, 0], kind="stable")[:len(own) // 2]                    # (B // 2,)
+    return np.where(np.isin(own, half), wrong, own)

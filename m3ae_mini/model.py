@@ -13,11 +13,9 @@ from .masking import split_patches
 # -------------------------------------------------------------------------------- attention
 
 def attend(q, k, v, heads, mask=None, dropout=0.0):
-    """Multi-head attention of q (B, Q, W) over k, v (B, N, W) -> (B, Q, W).
-
-    mask: bool (B, 1, 1, N), False where a key is padding. dropout: share of attention weights set to zero."""
+    """Multi-head attention of q (B, Q, W) over k, v (B, N, W) -> (B, Q, W). mask: bool (B, 1, 1, N), False
+    where a key is padding. dropout: share of attention weights set to zero."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))      # (B, H, Q | N, W/H)
-
     if fused_is_faster(q):
         x = F.scaled_dot_product_attention(q, k, v, mask, dropout)
     else:
@@ -99,17 +97,17 @@ class PreNormBlock(nn.Module):
 class PostNormLayer(nn.Module):
     """BERT's layer: self-attention, (cross-attention,) GELU feed-forward, a norm after each. Text, fusion."""
 
-    def __init__(self, width, heads, dropout, attn_dropout, eps, cross=False):
+    def __init__(self, cfg, width, heads, eps, cross=False):
         super().__init__()
-        self.attn = SelfAttention(width, heads, attn_dropout)
+        self.attn = SelfAttention(width, heads, cfg.attn_dropout)
         self.attn_norm = nn.LayerNorm(width, eps=eps)
         if cross:
-            self.cross = CrossAttention(width, heads, attn_dropout)
+            self.cross = CrossAttention(width, heads, cfg.attn_dropout)
             self.cross_norm = nn.LayerNorm(width, eps=eps)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
         self.down_norm = nn.LayerNorm(width, eps=eps)
-        self.drop = nn.Dropout(dropout)
+        self.drop = nn.Dropout(cfg.dropout)
 
     def forward(self, x, mask=None, other=None, other_mask=None, queries=None):
         """x (B, N, W), other (B, M, W) or None -> (B, N, W), or (B, queries, W) for the first tokens alone"""
@@ -150,7 +148,6 @@ class ViT(nn.Module):
         x = self.patch(patches) + pos                                                # (B, K | L, W)
         cls = (self.cls + self.pos[0]).expand(len(x), 1, -1).to(x.dtype)             # (B, 1, W)
         x = self.norm_pre(torch.cat([cls, x], dim=1))                                # (B, 1+K | 1+L, W)
-
         for block in self.blocks:
             x = block(x)
         return self.norm_post(x)
@@ -170,9 +167,8 @@ class TextEncoder(nn.Module):
         self.token_type = nn.Embedding(1 if self.roberta else 2, cfg.text_width)
         self.norm = nn.LayerNorm(cfg.text_width, eps=eps)
         self.drop = nn.Dropout(cfg.dropout)
-        self.layers = nn.ModuleList(
-            PostNormLayer(cfg.text_width, cfg.text_heads, cfg.dropout, cfg.attn_dropout, eps)
-            for _ in range(cfg.text_layers))
+        self.layers = nn.ModuleList(PostNormLayer(cfg, cfg.text_width, cfg.text_heads, eps)
+                                    for _ in range(cfg.text_layers))
 
     def positions(self, ids):
         """ids (B, T) -> rows of the table of positions (B, T) or (T,). BERT counts from 0; RoBERTa counts the
@@ -186,7 +182,6 @@ class TextEncoder(nn.Module):
         """ids, mask (B, T), mask 1 where a token is real -> (B, T, W)"""
         x = self.word(ids) + self.position(self.positions(ids)) + self.token_type.weight[0]
         x = self.drop(self.norm(x))                                                  # (B, T, W)
-
         mask = mask.bool()[:, None, None]                                            # (B, 1, 1, T)
         for layer in self.layers:
             x = layer(x, mask)
@@ -201,10 +196,8 @@ class Fusion(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         def layers():
-            return nn.ModuleList(
-                PostNormLayer(cfg.fusion_width, cfg.fusion_heads, cfg.dropout, cfg.attn_dropout, 1e-12,
-                              cross=True)
-                for _ in range(cfg.fusion_layers))
+            return nn.ModuleList(PostNormLayer(cfg, cfg.fusion_width, cfg.fusion_heads, 1e-12, cross=True)
+                                 for _ in range(cfg.fusion_layers))
         self.text_layers, self.image_layers = layers(), layers()
 
     def forward(self, text, image, text_mask, depth=None, want=("text", "image"), queries=None):
@@ -213,15 +206,13 @@ class Fusion(nn.Module):
         Only what somebody reads is computed: the last pair makes the streams in `want` (the other comes back
         as None), and of those only the first `queries` tokens. Depth 0 returns both streams as they came."""
         mask = text_mask.bool()[:, None, None]                                       # (B, 1, 1, T)
-        depth = len(self.text_layers) if depth is None else depth
-        for i in range(depth - 1):
-            text, image = (self.text_layers[i](text, mask, image, None),
-                           self.image_layers[i](image, None, text, mask))
-
-        if depth:
-            last_text, last_image = self.text_layers[depth - 1], self.image_layers[depth - 1]
-            text, image = (last_text(text, mask, image, None, queries) if "text" in want else None,
-                           last_image(image, None, text, mask, queries) if "image" in want else None)
+        pairs = list(zip(self.text_layers, self.image_layers))[:depth]
+        for text_layer, image_layer in pairs[:-1]:
+            text, image = text_layer(text, mask, image), image_layer(image, None, text, mask)
+        if pairs:
+            text_layer, image_layer = pairs[-1]
+            text, image = (text_layer(text, mask, image, None, queries) if "text" in want else None,
+                           image_layer(image, None, text, mask, queries) if "image" in want else None)
         return text, image
 
 
@@ -251,7 +242,6 @@ class Trunk(nn.Module):
         patches = patchify(image, self.cfg.patch_size)                               # (B, L, 3·P²)
         if noise is None:
             return self.image_proj(self.vit(patches)) + self.modality[1]             # (B, 1+L, D)
-
         keep, restore = split_patches(noise, self.cfg.mask_ratio)                    # (B, K), (B, L)
         return self.image_proj(self.vit(patches, keep)) + self.modality[1], restore  # (B, 1+K, D), (B, L)
 

@@ -43,8 +43,7 @@ class MLM(nn.Module):
 
 class MIM(nn.Module):
     """Masked image modelling: restore hidden patches from the visible quarter and the text, by a small
-    Transformer on the image stream that enters fusion layer `mim_layer`: pixels are low-level
-    (paper, section 2.3)."""
+    Transformer on the image stream entering fusion layer `mim_layer`: pixels are low-level (section 2.3)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -63,7 +62,6 @@ class MIM(nn.Module):
         squared error: mean within a patch, then over the hidden patches."""
         kept, restore = model.encode_image(batch["image"], batch["mim_noise"])         # (B, 1+K, D), (B, L)
         _, kept = model.fuse(text, kept, batch["text_mask"], depth=self.depth, want=("image",))
-
         pred = self.decode(kept, restore).float()                                      # (B, L, 3·P²)
         target = self.target(batch["image"], model.cfg)                                # (B, L, 3·P²)
         hidden = (restore >= kept.shape[1] - 1).float()                                # (B, L)
@@ -79,7 +77,6 @@ class MIM(nn.Module):
         patches = torch.cat([x[:, 1:], filler], dim=1)                                 # (B, L, W)
         patches = patches.gather(1, restore[..., None].expand(-1, -1, x.shape[-1]))    # (B, L, W)
         x = torch.cat([x[:, :1], patches], dim=1) + self.pos                           # (B, 1+L, W)
-
         for block in self.blocks:
             x = block(x)
         return self.pred(self.norm(x[:, 1:]))                                          # class token dropped
@@ -101,8 +98,7 @@ def sine_cosine_positions(width, side):
     frequency = 10000.0 ** (-np.arange(width // 4) / (width / 4))                      # float64, as released
     angle = np.arange(side)[:, None] * frequency                                       # (side, width/4)
     code = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)                      # (side, width/2)
-    column, row = np.tile(code, (side, 1)), code.repeat(side, axis=0)                  # (side², width/2) each
-    grid = np.concatenate([column, row], axis=1)
+    grid = np.concatenate([np.tile(code, (side, 1)), code.repeat(side, axis=0)], axis=1)   # (side², width)
     return torch.from_numpy(np.concatenate([np.zeros((1, width)), grid])).float()
 
 
@@ -124,20 +120,20 @@ class ITM(nn.Module):
         return {"itm_loss": F.cross_entropy(logits, match), "itm_logits": logits}
 
 
-def task_head(cfg, outputs):
-    """Linear, LayerNorm, GELU, linear on the joint feature: (B, 2D) -> (B, outputs)."""
-    width = 2 * cfg.fusion_width
-    return nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width, eps=1e-5), nn.GELU(),
-                         nn.Linear(width, outputs))
-
-
-class VQA(nn.Module):
-    """Question answering as a choice from the answer list. A label of -1 (outside it) has no right choice."""
+class Choice(nn.Module):
+    """What VQA and classification share: a head on the joint feature, (B, 2D) -> (B, choices)."""
     reads = ("text", "image")
 
     def __init__(self, cfg):
         super().__init__()
-        self.head = task_head(cfg, cfg.num_answers)
+        width = 2 * cfg.fusion_width
+        choices = {"vqa": cfg.num_answers, "cls": cfg.num_classes}[cfg.task]
+        self.head = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width, eps=1e-5), nn.GELU(),
+                                  nn.Linear(width, choices))
+
+
+class VQA(Choice):
+    """Question answering as a choice from the answer list. A label of -1 (outside it) has no right choice."""
 
     def forward(self, model, batch, text, image):
         """-> vqa_logits (B, A); binary cross-entropy summed over the answers, averaged over the rows."""
@@ -148,13 +144,8 @@ class VQA(nn.Module):
         return {"vqa_loss": loss, "vqa_logits": logits}
 
 
-class Classification(nn.Module):
+class Classification(Choice):
     """One class for a picture with its text."""
-    reads = ("text", "image")
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.head = task_head(cfg, cfg.num_classes)
 
     def forward(self, model, batch, text, image):
         """-> cls_logits (B, C) and their cross-entropy."""
@@ -181,8 +172,7 @@ class Retrieval(nn.Module):
         logits = self.fc(feature).float().view(texts.shape)                            # (B, 1+F)
 
         # Where a row had too few partners its own text fills up the false ones: no choice at all.
-        filler = torch.cat([torch.zeros_like(own, dtype=torch.bool), false == own], dim=1)
-        logits = logits.masked_fill(filler, -torch.inf)
+        logits = logits.masked_fill(F.pad(false == own, (1, 0)), -torch.inf)           # (B, 1+F)
         return {"irtr_loss": F.cross_entropy(logits, torch.zeros_like(own[:, 0])), "irtr_logits": logits}
 
 
@@ -198,7 +188,6 @@ class M3AE(Trunk):
         self.loss_weights = {name: weight for name in OBJECTIVES[cfg.task]
                              if (weight := getattr(cfg, name, 1.0))}
         self.objectives = nn.ModuleDict({name: OBJECTIVES[cfg.task][name](cfg) for name in self.loss_weights})
-
         initialise(self)
         if "mim" in self.objectives:
             nn.init.normal_(self.objectives["mim"].mask_token, std=0.02)
@@ -207,8 +196,7 @@ class M3AE(Trunk):
 
     def forward(self, batch):
         """A dict of tensors (the loader's, or golden/README.md's) -> every objective's outputs, and `loss`,
-        their weighted sum. The whole text and the whole image are encoded once, for all that read them: with
-        dropout on, MIM and ITM share one draw for the text (the release draws twice, in two passes)."""
+        their weighted sum. With dropout on, MIM and ITM share one draw for the text (two in the release)."""
         read = {what for objective in self.objectives.values() for what in objective.reads}
         text = self.encode_text(batch["text_ids"], batch["text_mask"]) if "text" in read else None
         image = self.encode_image(batch["image"]) if "image" in read else None

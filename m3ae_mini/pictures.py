@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .data import MEAN, STD, VAL_SEED, load, validation_chunks
+from .data import MEAN, STD, VAL_SEED, load
 from .model import patchify
 
 FONT = ImageFont.load_default(14)
@@ -21,9 +21,8 @@ def unpatchify(patches, size):
 
 def visible(image):
     """A normalised image (3, S, S) -> PIL."""
-    mean, std = (torch.tensor(values, device=image.device).view(3, 1, 1) for values in (MEAN, STD))
-    pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    pixels = image.permute(1, 2, 0).cpu().numpy() * STD + MEAN                  # (S, S, 3) in 0 … 1
+    return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
 
 
 @torch.no_grad()
@@ -49,9 +48,9 @@ def reconstructions(model, samples, place, path, count=8):
     model.eval()
     spread = np.arange(count) * samples.n // count
     _, _, _, batch = next(load(samples, iter([(0, 0, spread)]), VAL_SEED, place.device))
+    guesses = None
     with place.autocast():
         masked, rebuilt = rebuild(model, batch) if "mim" in model.objectives else (batch["image"],) * 2
-        guesses = None
         if "mlm" in model.objectives:
             out = model.objectives["mlm"](model, batch, None, model.encode_image(batch["image"]))
             guesses = dict(zip(batch["mlm_positions"].tolist(), out["mlm_logits"].argmax(-1).tolist()))
@@ -59,47 +58,36 @@ def reconstructions(model, samples, place, path, count=8):
 
     cell, gap, columns = max(144, samples.cfg.image_size), 12, 2
     width = 3 * cell + 2 * gap
-    captions = [wrapped(caption_pieces(samples.tokenizer, batch, i, guesses), width) for i in range(count)]
-    height = cell + 42 + max(y for caption in captions for _, y, _, _ in caption)      # room for the longest
-    size = columns * (width + 2 * gap) + gap, -(-count // columns) * height + gap
-    sheet = Image.new("RGB", size, BACK)
+    captions = [caption(samples.tokenizer, batch, i, guesses, width) for i in range(count)]
+    height = cell + 42 + max(y for words in captions for _, y, _, _ in words)          # room for the longest
+    sheet = Image.new("RGB", (columns * (width + 2 * gap) + gap, -(-count // columns) * height + gap), BACK)
     draw = ImageDraw.Draw(sheet)
-    for i, caption in enumerate(captions):
+    for i, words in enumerate(captions):
         left, top = gap + i % columns * (width + 2 * gap), gap + i // columns * height
         for j, image in enumerate((batch["image"][i], masked[i], rebuilt[i])):
             shown = visible(image.float()).resize((cell, cell), Image.Resampling.NEAREST)
             sheet.paste(shown, (left + j * (cell + gap), top))
-        for x, y, text, colour in caption:
+        for x, y, text, colour in words:
             draw.text((left + x, top + cell + 6 + y), text, colour, FONT)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
 
-def caption_pieces(tokenizer, batch, row, guesses):
-    """The caption of a row as (text, colour) pieces."""
+def caption(tokenizer, batch, row, guesses, width):
+    """A row's caption as (x, y, text, colour) in pixels, in lines of at most `width` and 18 high."""
     ids, labels = batch["text_ids"][row].tolist(), batch["mlm_labels"][row].tolist()
-    words, pieces = tokenizer.words(ids), []
+    words, placed, x, y = tokenizer.words(ids), [], 0, 0
     for place, (token, label) in enumerate(zip(ids, labels)):
         if token in (tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id):
             continue
-        if label == -100 or guesses is None:
-            pieces.append((words[place], INK))
-        else:
+        text, colour = words[place], INK
+        if label != -100 and guesses is not None:
             guess = guesses[row * len(ids) + place]
-            right = guess == label
-            text = tokenizer.words([guess])[0]
-            truth = "" if right else f" (not {words[place].strip()})"
-            pieces.append((text + truth, GREEN if right else RED))
-    return pieces
-
-
-def wrapped(pieces, width):
-    """(text, colour) pieces -> (x, y, text, colour) in pixels, in lines of at most `width` and 18 high."""
-    placed, x, y = [], 0, 0
-    for text, colour in pieces:
+            text, colour = tokenizer.words([guess])[0], GREEN
+            if guess != label:
+                text, colour = f"{text} (not {words[place].strip()})", RED
         text = text.replace("\n", " ")            # a model that has learned nothing yet writes anything
-        length = FONT.getlength(text)
-        if x and x + length > width:
+        if x and x + FONT.getlength(text) > width:
             x, y, text = 0, y + 18, text.lstrip()
         placed.append((x, y, text, colour))
         x += FONT.getlength(text)
@@ -108,9 +96,8 @@ def wrapped(pieces, width):
 
 @torch.no_grad()
 def attention(model, batch, words, path):
-    """A sheet of where the text looks, for the first row of a batch: the picture, then it under the attention
-    of each of the first tokens `words` (the first one's feature goes to the heads) in the last fusion layer,
-    mean of its heads, as red over it."""
+    """The picture of a batch's first row; then, in red over it, where each of the first tokens `words` looks
+    in the last fusion layer, mean of its heads. (The first token's feature goes to the task's head.)"""
     seen, model = [], model.eval()
     cross = model.fusion.text_layers[-1].cross
     hook = cross.register_forward_pre_hook(lambda cross, args: seen.append(cross.weights(*args)))
@@ -118,7 +105,6 @@ def attention(model, batch, words, path):
     model.fuse(model.encode_text(batch["text_ids"][:1], batch["text_mask"][:1]), model.encode_image(image),
                batch["text_mask"][:1])
     hook.remove()
-
     looks = seen[0][0].mean(0)[:len(words), 1:]                                 # (T, L) no class token
     looks = looks / looks.amax(1, keepdim=True)
     side, cell, columns = round(looks.shape[1] ** 0.5), 192, 6
@@ -136,29 +122,26 @@ def attention(model, batch, words, path):
 
 
 def curves(lines, path):
-    """lines: the dicts of metrics.jsonl -> a PNG with a panel for each figure that was followed: training's
-    grey, validation's green."""
+    """The lines of metrics.jsonl, dicts -> a panel for each figure: training grey, validation green."""
     names = ("mlm_loss", "mim_loss", "itm_loss", "mlm_acc", "mlm_gain_kin", "itm_acc_kin", "loss", "score")
     splits = {"train": GREY, "val": GREEN}
-    series = {name: {split: [(line["step"], line[name]) for line in lines
-                             if line["split"] == split and line.get(name) is not None] for split in splits}
-              for name in names}
-    series = {name: found for name, found in series.items() if any(found.values())}
-
-    wide, high, columns = 280, 160, min(4, len(series))
-    sheet = Image.new("RGB", (columns * (wide + 60), -(-len(series) // columns) * (high + 60)), BACK)
+    lines = [line for line in lines if line["split"] in splits]
+    names = [name for name in names if any(line.get(name) is not None for line in lines)]
+    wide, high, columns = 280, 160, min(4, len(names))
+    sheet = Image.new("RGB", (columns * (wide + 60), -(-len(names) // columns) * (high + 60)), BACK)
     draw = ImageDraw.Draw(sheet)
-    for number, (name, found) in enumerate(series.items()):
+    for number, name in enumerate(names):
         left, top = number % columns * (wide + 60) + 50, number // columns * (high + 60) + 30
-        steps, values = zip(*(point for part in found.values() for point in part))
-        low, up, end = min(0.0, *values), max(*values, 1e-9), max(steps)
+        found = [line for line in lines if line.get(name) is not None]
+        values, end = [line[name] for line in found], max(line["step"] for line in found)
+        low, up = min(0.0, *values), max(*values, 1e-9)
         draw.rectangle((left, top, left + wide, top + high), outline=GREY)
         for x, y, text in ((0, -22, name), (-46, -8, f"{up:.3g}"), (-46, high - 8, f"{low:.3g}"),
                            (wide - 80, high + 4, f"step {end:,}")):
             draw.text((left + x, top + y), text, INK, FONT)
         for split, colour in splits.items():
-            points = [(left + wide * step / end, top + high * (up - value) / (up - low))
-                      for step, value in found[split]]
+            points = [(left + wide * line["step"] / end, top + high * (up - line[name]) / (up - low))
+                      for line in found if line["split"] == split]
             draw.line(points, fill=colour, width=2)
             for x, y in points if split == "val" else ():
                 draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)

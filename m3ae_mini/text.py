@@ -1,7 +1,6 @@
 """Text to tokens: train a tokenizer on captions or load one, and learn from it where words start."""
 import hashlib
 import os
-from pathlib import Path
 
 import numpy as np
 import tokenizers
@@ -24,42 +23,37 @@ class Tokenizer:
         self.backend = backend
         self.backend.no_padding()         # many tokenizer.json files cut and pad; here the loader does both
         self.backend.no_truncation()
-
         self.kind = next((kind for kind, names in SPECIAL.items()
                           if all(backend.token_to_id(name) is not None for name in names)), None)
         if self.kind is None:
             raise UserError(f"{source} has neither RoBERTa's special tokens {' '.join(SPECIAL['roberta'])} "
                             f"nor BERT's {' '.join(SPECIAL['bert'])}: give another with --tokenizer")
-        names = SPECIAL[self.kind]
-        self.cls_id, self.pad_id, self.sep_id, _, self.mask_id = map(backend.token_to_id, names)
+        ids = [backend.token_to_id(name) for name in SPECIAL[self.kind]]
+        self.cls_id, self.pad_id, self.sep_id, _, self.mask_id = ids
         if self.pad_id != PAD_ID[self.kind]:
             raise UserError(f"{source} has its padding token at {self.pad_id}, a {self.kind} model needs it "
                             f"at {PAD_ID[self.kind]}: give another with --tokenizer")
 
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        special |= {backend.token_to_id(name) for name in names}
+        special = set(ids) | {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self.ordinary = np.array(sorted(set(backend.get_vocab().values()) - special))
         self.hash = hashlib.sha256(self.json().encode()).hexdigest()[:16]
 
     @classmethod
     def load(cls, path):
         """path: a tokenizer.json, or a folder that holds one."""
-        path = Path(path)
-        path = path / "tokenizer.json" if path.is_dir() else path
-        if not path.is_file():
+        path = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else str(path)
+        if not os.path.isfile(path):
             raise UserError(f"there is no tokenizer at {path}: give a tokenizer.json, or a folder with one")
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)), path)
-        except UserError:
-            raise
+            backend = tokenizers.Tokenizer.from_file(path)
         except Exception as error:             # the library raises bare Exception for whatever is wrong
             raise UserError(f"{path} is no tokenizer file that can be read ({error})") from None
+        return cls(backend, path)
 
     @classmethod
     def choose(cls, train_cfg, run_cfg, texts):
-        """The tokenizer asked for, else the one of this run, of --init_text, of --init, or one trained on
-        `texts`."""
+        """The tokenizer asked for, else this run's, --init_text's, --init's, else one trained on `texts`."""
         folders = run_cfg.out, train_cfg.init_text, train_cfg.init, os.path.dirname(train_cfg.init)
         there = [folder for folder in folders if folder and os.path.isfile(f"{folder}/tokenizer.json")]
         asked = run_cfg.tokenizer or next(iter(there), None)
@@ -74,9 +68,8 @@ class Tokenizer:
         backend.normalizer = normalizers.Lowercase()
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, special_tokens=list(first),
-                                      initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-                                      show_progress=False)
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, special_tokens=first, show_progress=False,
+                                      initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
         backend.train_from_iterator(texts, trainer)
         backend.add_special_tokens([mask])
         return cls(backend)

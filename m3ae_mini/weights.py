@@ -1,5 +1,4 @@
 """Weights in and out: CLIP, RoBERTa and BERT, released M³AE, and this project's own checkpoints.
-
 Files come from strangers: nothing in them is ever run."""
 import io
 import json
@@ -20,18 +19,13 @@ from .config import ModelConfig, UserError
 from .loop import run, write_whole
 from .objectives import M3AE
 
-
-# -------------------------------------------------------------------------------- released names
-
 # {name here: released name}. A name that ends in a dot stands for two, its weight and its bias. Of several
 # released names the tensors stand one upon the other here: query, key and value are one matrix.
-CLIP_BLOCK = {
-    "attn.qkv.": "attn.in_proj_", "attn.out.": "attn.out_proj.", "norm1.": "ln_1.", "norm2.": "ln_2.",
-    "up.": "mlp.c_fc.", "down.": "mlp.c_proj."}
-BERT_LAYER = {
-    "attn.qkv.": "attention.self.query. attention.self.key. attention.self.value.",
-    "attn.out.": "attention.output.dense.", "attn_norm.": "attention.output.LayerNorm.",
-    "up.": "intermediate.dense.", "down.": "output.dense.", "down_norm.": "output.LayerNorm."}
+CLIP_BLOCK = {"norm1.": "ln_1.", "attn.qkv.": "attn.in_proj_", "attn.out.": "attn.out_proj.",
+              "norm2.": "ln_2.", "up.": "mlp.c_fc.", "down.": "mlp.c_proj."}
+BERT_LAYER = {"attn.qkv.": "attention.self.query. attention.self.key. attention.self.value.",
+              "attn.out.": "attention.output.dense.", "attn_norm.": "attention.output.LayerNorm.",
+              "up.": "intermediate.dense.", "down.": "output.dense.", "down_norm.": "output.LayerNorm."}
 FUSION_LAYER = BERT_LAYER | {
     "cross.q.": "crossattention.self.query.",
     "cross.kv.": "crossattention.self.key. crossattention.self.value.",
@@ -67,8 +61,7 @@ def name_table(cfg):
 
 
 def from_official(state, cfg):
-    """Tensors under released names -> tensors under this model's names: {name: tensor}. Also takes gradients.
-    What the model does not use (CLIP's text side, RoBERTa's pooler, buffers) is left out."""
+    """Tensors (or gradients) under released names -> {name here: tensor}. What no model uses is left out."""
     mine = {}
     for name, released in name_table(cfg):
         if all(r in state for r in released):
@@ -91,12 +84,11 @@ def to_official(state, cfg):
     return theirs
 
 
-# -------------------------------------------------------------------------------- reading files
-
 # As safetensors call them, and as pickles do. Other kinds of numbers are no weights, and not read.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "torch.DoubleStorage": torch.float64, "torch.FloatStorage": torch.float32,
           "torch.HalfStorage": torch.float16, "torch.BFloat16Storage": torch.bfloat16}
+Stored = namedtuple("Stored", "dtype entry offset shape stride")               # a tensor that is not read yet
 
 
 @contextmanager
@@ -113,76 +105,62 @@ def readable(path):
 
 def read_safetensors(path):
     """-> {name: float32 tensor}. The format: the header's length, the header in JSON, tensors without gap."""
-    tensors = {}
+    tensors, here = {}, 0
     with readable(path), open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         header.pop("__metadata__", None)
-        first = file.tell()
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            (start, end), here = entry["data_offsets"], file.tell() - first
+            start, end = entry["data_offsets"]
             data = bytearray(file.read(end - start))
             if start != here or len(data) != end - start:
                 raise ValueError(f"tensor {name} claims bytes {start} to {end}, which are not its own")
+            here = end
             if entry["dtype"] in DTYPES:
-                numbers = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]]).float()
-                tensors[name] = numbers.view(entry["shape"])
+                numbers = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]])
+                tensors[name] = numbers.float().view(entry["shape"])
     return tensors
-
-
-Stored = namedtuple("Stored", "dtype entry offset shape stride")               # a tensor that is not read yet
 
 
 class Inert(dict):
     """Where other names in a pickle lead: it takes anything, keeps items and attributes, does nothing."""
-    def ignore(self, *args):
-        pass
-
-    __init__ = __call__ = append = add = ignore
+    __init__ = __call__ = append = add = lambda self, *args: None
+    __setstate__ = lambda self, state: self.update(state if isinstance(state, dict) else {})
     __hash__ = object.__hash__
-
-    def __setstate__(self, attributes):
-        self.update(attributes if isinstance(attributes, dict) else {})
 
 
 class Unpickler(pickle._Unpickler):
     """Reads a pickle as data and imports nothing. (The C unpickler reserves what a pickle claims to need.)"""
+    persistent_load = lambda self, storage: storage         # ("storage", dtype, entry in the archive, …)
+
     def find_class(self, module, name):
         known = {"torch._utils._rebuild_tensor_v2": lambda storage, *view: Stored(*storage[1:3], *view[:3]),
                  "torch._utils._rebuild_parameter": lambda tensor, *_: tensor}
         return (known | DTYPES).get(f"{module}.{name}", Inert)
 
-    def persistent_load(self, storage):
-        return storage                                      # ("storage", dtype, entry in the archive, …)
-
-
-def stored_tensors(node, name=""):
-    """All tensors in nested dicts: pairs (dotted name, Stored)."""
-    if isinstance(node, Stored) and node.dtype in DTYPES.values():
-        yield name, node
-    elif isinstance(node, dict):
-        for key, item in node.items():
-            yield from stored_tensors(item, f"{name}.{key}" if name else f"{key}")
-
 
 def read_torch(path):
     """A file of torch.save or torch.jit.save -> (all it holds, as data; {dotted name: float32 tensor})."""
     tensors, storages = {}, {}
+
+    def collect(node, name):                                # the tensors in nested dicts
+        for key, item in node.items() if isinstance(node, dict) else ():
+            collect(item, f"{name}.{key}" if name else f"{key}")
+        if isinstance(node, Stored) and node.dtype in DTYPES.values():
+            dtype, entry, offset, shape, stride = node
+            if (entry, dtype) not in storages:
+                data = bytearray(archive.read(f"{pickled.removesuffix('.pkl')}/{entry}"))
+                storages[entry, dtype] = torch.frombuffer(data, dtype=dtype).float()
+            if math.prod(shape) > len(storages[entry, dtype]):      # an endless view of a few numbers
+                raise ValueError(f"tensor {name} claims more numbers than the file has")
+            tensors[name] = storages[entry, dtype].as_strided(shape, stride, offset)
+
     with readable(path):
         if not zipfile.is_zipfile(path):
             raise ValueError("no whole zip archive; if PyTorch < 1.6 wrote it, load and save it again there")
         archive = zipfile.ZipFile(path)
         (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         content = Unpickler(io.BytesIO(archive.read(pickled))).load()
-        weights = next((content[key] for key in ("state_dict", "model") if key in content), content)
-
-        for name, (dtype, entry, offset, shape, stride) in stored_tensors(weights):
-            if (entry, dtype) not in storages:
-                data = bytearray(archive.read(f"{pickled.removesuffix('.pkl')}/{entry}"))
-                storages[entry, dtype] = torch.frombuffer(data, dtype=dtype).float()
-            numbers = storages[entry, dtype]
-            if math.prod(shape) > len(numbers):             # an endless view of a few numbers
-                raise ValueError(f"tensor {name} claims more numbers than the file has")
-            tensors[name] = numbers.as_strided(shape, stride, offset)
+        collect(next((content[key] for key in ("state_dict", "model") if key in content), content), "")
     return content, tensors
 
 
@@ -192,14 +170,12 @@ class State(dict):
 
 
 def translate(tensors, path, released, anchor):
-    """Tensors under a file's names -> State. The one name that ends in `anchor` shows the prefix of the
-    file's names; `released` takes its place."""
+    """Tensors under a file's names -> State. `released` replaces the prefix that the name in `anchor` has."""
     prefixes = [name.removesuffix(anchor) for name in tensors if name.endswith(anchor)]
     if len(prefixes) != 1:
         raise UserError(f"{path} has no tensor {anchor}, or several: is it the right kind of file?")
     names = {re.sub(f"^{re.escape(prefixes[0])}", released, name): name for name in tensors}
-    # More layers than any file has: a table too long does no harm.
-    deep = ModelConfig(vit_blocks=99, text_layers=99, fusion_layers=99, decoder_layers=99)
+    deep = ModelConfig(vit_blocks=99, text_layers=99, fusion_layers=99, decoder_layers=99)     # as no file is
     with readable(path):
         state = State(from_official({new: tensors[old] for new, old in names.items()}, deep))
     used = {name for mine, theirs in name_table(deep) if mine in state for name in theirs}
@@ -210,12 +186,12 @@ def translate(tensors, path, released, anchor):
 def part(name):
     """The part of the model a tensor belongs to: vit, text, a head (mlm, …), or fusion: all between."""
     first, second = f"{name}.".split(".")[:2]
-    return second if first == "objectives" else first if first in ("vit", "text") else "fusion"
+    return {"vit": first, "text": first, "objectives": second}.get(first, "fusion")
 
 
 def infer(state, path, known):
     """What shapes tell: {field of ModelConfig: value}. The number of heads is in no shape: it is `known`, or
-    heads are 64 wide. A tensor that is missing tells nothing; `fit` reports it."""
+    heads are 64 wide. A tensor that is missing tells nothing; `check` reports it."""
     def size(name, axis=0):
         return state[name].shape[axis] if name in state and state[name].ndim > axis else 0
 
@@ -237,7 +213,6 @@ def infer(state, path, known):
         if heads not in known and found[width] % 64:
             raise UserError(f"{path} does not tell the heads of a width of {found[width]}: give --{heads}")
         found[heads] = known.get(heads, found[width] // 64)
-
     parts = {part(name) for name in state}
     found.update({"task": task for task in ("vqa", "cls", "irtr") if task in parts})
     if parts & {"mlm", "mim", "itm"}:
@@ -245,29 +220,28 @@ def infer(state, path, known):
     return found
 
 
-def load_clip(path):
+def load_clip(path, **given):
     """CLIP's image encoder, from OpenAI's archive or a plain state dict -> (fields of ModelConfig, State). As
     released, vit_blocks leaves out the last block. Fewer blocks and another image_size do as well."""
     state = translate(read_torch(path)[1], path, "vision_encoder.visual.", "class_embedding")
-    found = infer(state, path, known={})
+    found = infer(state, path, known=given)
     found["vit_blocks"] = found.get("vit_blocks", 1) - 1
     return {field: value for field, value in found.items() if field != "image_size"}, state
 
 
-def load_text(path, text_heads=None):
+def load_text(path, **given):
     """A Hugging Face folder of RoBERTa or BERT -> (fields of ModelConfig, State)"""
     file, safe = Path(path, "config.json"), Path(path, "model.safetensors")
     with readable(file):
         config = json.loads(file.read_bytes()) if file.exists() else {}
-        text_heads = int(config["num_attention_heads"]) if config else text_heads
-    if not text_heads:
+        known = {"text_heads": int(config["num_attention_heads"])} if config else given
+    if not known.get("text_heads"):
         raise UserError(f"{path} has no config.json, which tells the number of heads: give --text_heads")
     tensors = read_safetensors(safe) if safe.exists() else read_torch(Path(path, "pytorch_model.bin"))[1]
     tensors = {name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias"): tensor
                for name, tensor in tensors.items()}         # gamma and beta: in old files
     state = translate(tensors, path, "language_encoder.", "embeddings.word_embeddings.weight")
-    found = infer(state, path, known={"text_heads": text_heads})
-
+    found = infer(state, path, known)
     pad, eps = (1, 1e-5) if found.get("text_kind") == "roberta" else (0, 1e-12)
     needed = dict(hidden_act="gelu", position_embedding_type="absolute", pad_token_id=pad, layer_norm_eps=eps)
     for key, value in needed.items():
@@ -291,8 +265,7 @@ def load_m3ae(path, **given):
             config["fusion_heads"] = config["num_heads"]
         known = {f.name: f.type(config[f.name]) for f in fields(ModelConfig) if f.name in config} | given
         cfg = ModelConfig(**known | infer(state, path, known))
-        with torch.device("meta"):                          # shapes without numbers
-            fit(M3AE(cfg), state, path, needed=("vit", "text", "fusion"))
+        check(cfg, {path: state}, needed=("vit", "text", "fusion"))
     return cfg, state
 
 
@@ -306,30 +279,25 @@ def resize_positions(pos, patches):
     return torch.cat([pos[:1], grid.flatten(2)[0].T])                                  # (1+patches, W)
 
 
-def fit(model, state, source, needed=()):
-    """The tensors of `state` that `model` takes, positions resized. A part of the model comes whole or, if it
-    is not `needed`, not at all: a missing tensor is a UserError, so is a wrong shape."""
-    released, parts, taken = dict(name_table(model.cfg)), {*needed, *map(part, state)}, {}
-    for name, here in model.state_dict().items():
-        if part(name) in parts:
+def check(cfg, sources, needed=()):
+    """What a model of `cfg` takes: {source: {name: tensor}}, positions resized. A part of it comes whole or,
+    if it is not `needed`, not at all: a missing tensor is a UserError, so is a wrong shape."""
+    with torch.device("meta"):                              # shapes without numbers
+        shapes = {name: tensor.shape for name, tensor in M3AE(cfg).state_dict().items()}
+    released, taken = dict(name_table(cfg)), {}
+    for source, state in sources.items():
+        parts, taken[source] = {*needed, *map(part, state)}, {}
+        for name in [name for name in shapes if part(name) in parts]:
             if name not in state:
                 raise UserError(f"{source} has no tensor {name} (as released: {', '.join(released[name])})")
-            tensor = state[name]
-            if name == "vit.pos" and tensor.ndim == 2 and len(tensor) != len(here):
-                tensor = resize_positions(tensor, len(here) - 1)
-            if tensor.shape != here.shape:
+            tensor, shape = state[name], shapes[name]
+            if name == "vit.pos" and tensor.ndim == 2 and len(tensor) != shape[0]:
+                tensor = resize_positions(tensor, shape[0] - 1)
+            if tensor.shape != shape:
                 hint = "; is --tokenizer the one of these weights?" if "word" in name or "mlm" in name else ""
-                raise UserError(f"{source}: {name} has shape {(*tensor.shape,)}, not {(*here.shape,)}{hint}")
-            taken[name] = tensor
+                raise UserError(f"{source}: {name} has shape {(*tensor.shape,)}, not {(*shape,)}{hint}")
+            taken[source][name] = tensor
     return taken
-
-
-def check(cfg, sources):
-    """UserError where weights don't fit a configuration."""
-    with torch.device("meta"):                              # shapes without numbers
-        model = M3AE(cfg)
-    for source, state in sources.items():
-        fit(model, state, source)
 
 
 def start(model, sources):
@@ -343,17 +311,15 @@ def start(model, sources):
             for name in [name for name in state if part(name) == "itm" and state[name].ndim]:
                 tensors[name.replace("itm", "irtr")] = tensors.pop(name)[1:]
                 lines += [f"{source}: {name.replace('itm', 'irtr')} is row 1 of {name}"]
-        taken = fit(model, tensors, source)
+        taken = check(model.cfg, {source: tensors})[source]
         model.load_state_dict(taken, strict=False)
         origin.update(dict.fromkeys(taken, source))
         if "vit.pos" in taken and len(taken["vit.pos"]) != len(state["vit.pos"]):
             lines += [f"{source}: {len(state['vit.pos'])} image positions resized to {len(taken['vit.pos'])}"]
-        rest = Counter(re.split(r"\.\d+\.|\.(?:weight|bias)$", name)[0]
-                       for name in [*state.rest, *(name for name in tensors if name not in taken)])
-        if rest:
-            lines += [f"{source}: not used, as this model has no place for them: "
-                      + ", ".join(f"{group} ({n})" for group, n in rest.items())]
-
+        rest = [*state.rest, *(name for name in tensors if name not in taken)]
+        groups = Counter(re.split(r"\.\d+\.|\.(?:weight|bias)$", name)[0] for name in rest)
+        shown = ", ".join(f"{group} ({count})" for group, count in groups.items())
+        lines += [f"{source}: not used, as this model has no place for them: {shown}"] if shown else []
     for name, tensor in model.state_dict().items():
         weights[part(name), origin.get(name, "random")] += tensor.numel()
     rows = [f"{name:8}{count:14,}  {source}" for (name, source), count in weights.items()]
@@ -363,23 +329,16 @@ def start(model, sources):
 def sources(cfg, train_cfg, flags):
     """Read what --init, --init_image and --init_text name -> (cfg with their architecture, {source: State}).
     flags: {setting: value, or None where it was not given}; what was given wins over what a file says."""
-    given = {f.name: flags[f.name] for f in fields(cfg) if flags.get(f.name) is not None}
+    heads = {name: value for name, value in flags.items() if name.endswith("_heads") and value is not None}
     found, states = {}, {}
-    if train_cfg.init not in ("", "none"):
-        heads = {name: value for name, value in given.items() if name.endswith("_heads")}
-        told, states[f"--init {train_cfg.init}"] = load_m3ae(train_cfg.init, **heads)
-        found |= asdict(told)
-    if train_cfg.init_image:
-        told, states[f"--init_image {train_cfg.init_image}"] = load_clip(train_cfg.init_image)
-        found |= told
-    if train_cfg.init_text:
-        told, states[f"--init_text {train_cfg.init_text}"] = load_text(train_cfg.init_text,
-                                                                       given.get("text_heads"))
-        found |= told
-
+    for flag, load in (("init", load_m3ae), ("init_image", load_clip), ("init_text", load_text)):
+        path = getattr(train_cfg, flag)
+        if path and (flag, path) != ("init", "none"):
+            told, states[f"--{flag} {path}"] = load(path, **heads)
+            found |= told if isinstance(told, dict) else asdict(told)
     # Tensors fix the architecture. Picture size, lengths, dropout and losses are the user's.
     tied = re.compile("patch_size|text_max_positions|mim_layer|.*_(width|heads|layers|blocks)")
-    tied = {name: found[name] for name in found.keys() - given if tied.fullmatch(name)}
+    tied = {name: found[name] for name in found if tied.fullmatch(name) and flags.get(name) is None}
     return replace(cfg, **tied), states
 
 

@@ -102,8 +102,8 @@ def agree(what, plain, fast):
     """UserError where two tensors differ by more than AGREE, or hold what is not a number."""
     gap = (plain - fast).abs().max().item()
     if not gap <= AGREE:
-        raise UserError(f"{what} of the two ways differ by {gap:.2g}, more than rounding's {AGREE:g}: find out "
-                        "why before anything is timed")
+        raise UserError(f"{what} of the two ways differ by {gap:.2g}, more than rounding's {AGREE:g}: find "
+                        "out why before anything is timed")
 
 
 class Learner:

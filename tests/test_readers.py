@@ -102,6 +102,10 @@ def test_vqa_rad(tmp_path):
     with pytest.raises(UserError, match="nothing for the task cls"):
         list(vqa_rad.rows(root, "cls"))
 
+    captions = list(vqa_rad.rows(root, "pretrain"))          # nothing of the test set, no answer left out
+    assert [row.text for row in captions] == [f"{row.text} {row.answer}." for row in again]
+    assert all(bool(row.skip) == (row.split == "test") for row in captions)
+
 
 def test_vqa_rad_uses_a_valset_unless_it_is_the_test_set(tmp_path, capsys):
     rad_miniature(tmp_path)
