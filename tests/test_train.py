@@ -12,6 +12,7 @@ from PIL import Image
 import train
 from m3ae_mini import loop
 from m3ae_mini.config import UserError
+from m3ae_mini.text import Tokenizer
 from test_data import CAPTIONS, write_pack
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -247,3 +248,56 @@ def test_gradients_that_are_not_finite_are_skipped_then_the_run_ends(pack, tmp_p
     with pytest.raises(UserError, match="not finite in 20 steps"):
         started(monkeypatch, *flags, "--out", tmp_path / "run")
     assert max(line["skipped"] for line in logged(tmp_path / "run")) == 19
+
+
+# -------------------------------------------------------------------------------- weights to start from
+
+def test_a_run_starts_from_clip_and_bert(pack, tmp_path, monkeypatch, capsys):
+    """The flags bring the files' weights, their architecture and their tokenizer; the table says so."""
+    from m3ae_mini import M3AE, ModelConfig
+    from m3ae_mini.weights import to_official
+    from test_data import bert_tokenizer
+
+    vocabulary = bert_tokenizer(CAPTIONS, tmp_path / "tokenizer.json").get_vocab_size()
+    cfg = ModelConfig(text_kind="bert", vocab_size=vocabulary, text_width=64, text_layers=3, text_heads=4,
+                      text_max_positions=40, max_text_len=32, vit_width=64, vit_blocks=3, vit_heads=1,
+                      image_size=32, patch_size=4, fusion_width=32, fusion_heads=2, fusion_layers=2,
+                      mim_layer=1, decoder_width=16, decoder_heads=2)
+    files = to_official(M3AE(cfg).state_dict(), cfg)
+    clip = {name.removeprefix("vision_encoder."): tensor for name, tensor in files.items()
+            if ".visual." in name}
+    bert = {name.removeprefix("language_encoder."): tensor for name, tensor in files.items()
+            if name.startswith("language_encoder.")}
+    torch.save(clip, tmp_path / "clip.pt")
+    torch.save(bert, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4, "hidden_act": "gelu"}))
+
+    begun, learner = [], loop.learner
+    monkeypatch.setattr(loop, "learner", lambda model, *rest: begun.append(
+        {name: tensor.clone() for name, tensor in model.state_dict().items()}) or learner(model, *rest))
+    sizes = ("--image_size 16 --patch_size 4 --fusion_width 32 --fusion_heads 2 --decoder_width 16 "
+             "--decoder_heads 2 --batch_size 8 --micro_batch 4 --device cpu --dtype float32").split()
+    started(monkeypatch, *sizes, "--data", pack, "--out", tmp_path / "run", "--steps", 1, "--test_samples", 0,
+            "--init_image", tmp_path / "clip.pt", "--init_text", tmp_path)
+    model = json.loads((tmp_path / "run" / "config.json").read_text())["model"]
+    expected = dict(text_kind="bert", vocab_size=vocabulary, text_layers=3, text_heads=4, vit_width=64,
+                    vit_blocks=2, vit_heads=1, image_size=16)
+    assert {name: model[name] for name in expected} == expected
+    for name, file, released in (
+            ("text.layers.2.up.weight", bert, "encoder.layer.2.intermediate.dense.weight"),
+            ("vit.blocks.1.up.weight", clip, "visual.transformer.resblocks.1.mlp.c_fc.weight")):
+        assert torch.equal(begun[0][name], file[released])
+    printed = capsys.readouterr().out
+    assert f"--init_image {tmp_path / 'clip.pt'}: 65 image positions resized to 17" in printed
+    assert "fusion" in printed and "random" in printed and f"--init_text {tmp_path}\n" in printed
+
+    # And from what this run left, at another picture size.
+    other = tmp_path / "other"
+    write_pack(other, CAPTIONS, {"train": 16, "val": 8}, size=24)
+    started(monkeypatch, *sizes, "--image_size", 24, "--data", other, "--out", tmp_path / "next", "--steps", 1,
+            "--init", tmp_path / "run")
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["model"]
+    name = "objectives.mlm.decoder.weight"
+    assert torch.equal(begun[1][name], best[name])
+    assert len(begun[1]["vit.pos"]) == 37
+    assert Tokenizer.load(tmp_path / "next").hash == Tokenizer.load(tmp_path).hash
