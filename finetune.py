@@ -63,7 +63,7 @@ def main():
                 "task": asdict(task_cfg),
                 "data": {"packs": [pack.fingerprint() for pack in train.packs], "tokenizer": tokenizer.hash,
                          "choices": choices}}
-    checkpoint = place.from_main(lambda: loop.open_run(run_cfg, settings))     # the path of one, or None
+    checkpoint = place.from_main(lambda: loop.open_run(run_cfg, settings, place))  # the path of one, or None
     mean = mean_picture(train) if task_cfg.blind else None                     # (3, 1, 1) or None
     if place.main:
         loop.write_whole(out / "tokenizer.json", lambda file: file.write(tokenizer.json().encode()))
@@ -309,7 +309,7 @@ def report(model, test, choices, mean, place, run_cfg, step):
 @torch.no_grad()
 def predict(run, picture, text):
     """Print the five likeliest answers of a fine-tuned run for a picture and a question, and save the picture
-    with the text's attention over it beside it."""
+    with the text's attention over it among the run's pictures."""
     run, picture = Path(run), Path(picture)
     try:
         choices = json.loads((run / "config.json").read_text())["data"]["choices"]
@@ -336,7 +336,7 @@ def predict(run, picture, text):
     likely = (logits.sigmoid() if cfg.task == "vqa" else logits.softmax(0)).topk(min(5, len(choices)))
     for share, i in zip(likely.values.tolist(), likely.indices.tolist()):
         print(f"{share:7.1%}  {choices[i]}")
-    out = picture.with_name(f"{picture.stem}-attention.png")
+    out = run / "pictures" / f"{picture.stem[:99]}-attention.png"
     pictures.attention(model, batch, tokenizer.words(ids[0]), out)
     print(f"attention: {out}")
 

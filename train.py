@@ -42,7 +42,7 @@ def main():
 
     settings = {"model": asdict(cfg), "train": asdict(train_cfg), "run": asdict(run_cfg),
                 "data": {"packs": [pack.fingerprint() for pack in packs], "tokenizer": tokenizer.hash}}
-    checkpoint = place.from_main(lambda: loop.open_run(run_cfg, settings))     # the path of one, or None
+    checkpoint = place.from_main(lambda: loop.open_run(run_cfg, settings, place))  # the path of one, or None
     if place.main:
         loop.write_whole(out / "tokenizer.json", lambda file: file.write(tokenizer.json().encode()))
         print(f"{train.n:,} training and {val.n:,} validation samples; {train.cut:,} captions of more than "
@@ -248,7 +248,7 @@ def report(model, packs, tokenizer, cfg, train_cfg, limit, place, out):
     if cfg.mim:
         share = 1 - found["mim_loss"] / found["constant_patch"]
         print(f"  reconstruction error      {found['mim_loss']:6.3f}   the mean patch at each place: "
-              f"{found['constant_patch']:.3f} ({share:.0%} below)")
+              f"{found['constant_patch']:.3f} ({abs(share):.0%} {'below' if share > 0 else 'above'})")
         print(f"    cross-modal gain        {found['mim_gain_other']:+6.3f} with another row's text")
         if "noise_floor" in found:
             print(f"    the floor               {found['noise_floor']:6.3f}   the same picture without noise")

@@ -271,7 +271,8 @@ def give_up_beyond(limit: float, bad: dict, total: int) -> None:
     if len(bad) > limit:
         picture, why = next(iter(bad.items()))
         raise UserError(f"{len(bad):,} of {total:,} pictures cannot be packed, the first is {picture} "
-                        f"({why[-1]}): put them in their place, or go on without them by --allow_missing")
+                        f"({why[-1]}): put them into the data set's folder, or go on without them by "
+                        "--allow_missing")
 
 
 def tabulate(kept: list[Row], number: dict[Any, int], labels: list[str], groups: list[str],

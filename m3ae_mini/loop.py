@@ -50,17 +50,9 @@ def run(main):
 
 
 def begin(train_cfg, model_cfg, run_cfg, prepare):
-    """Start the processes that --gpus asks for, or meet the others -> (Place, what prepare() returns).
-    Whatever can be wrong is found, and the phantoms are drawn, before a process starts."""
+    """Meet the other processes, where there are any -> (Place, what prepare() returns)."""
     place = Place(run_cfg)
-    if run_cfg.gpus and not place.under_torchrun:
-        check_batches(train_cfg, model_cfg, run_cfg.gpus)
-        prepare()
-        sys.stdout.flush()                                 # torchrun takes over with this command line
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // run_cfg.gpus)))
-        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                  "--nproc-per-node", str(run_cfg.gpus), *sys.argv])
-    check_batches(train_cfg, model_cfg, place.world)
+    check_batches(train_cfg, model_cfg, run_cfg.gpus if place.launching else place.world)
     if place.under_torchrun and not dist.is_initialized():
         backend = "nccl" if place.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=run_cfg.timeout))
@@ -73,6 +65,7 @@ class Place:
 
     def __init__(self, run_cfg):
         self.under_torchrun = "RANK" in os.environ
+        self.launching = run_cfg.gpus > 0 and not self.under_torchrun
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
         kind, local = run_cfg.device, int(os.environ.get("LOCAL_RANK", 0))
@@ -147,8 +140,6 @@ class StopSignal:
         return norm, asked > 0
 
 
-# ------------------------------------------------------------------------------------------- the run's folder
-
 def check_batches(train_cfg, model_cfg, world):
     """Batch, micro-batch and processes must fit each other."""
     batch, micro, task = train_cfg.batch_size, train_cfg.micro_batch, model_cfg.task
@@ -168,9 +159,10 @@ def in_steps(train_cfg, run_cfg, samples):
                                                     save_every=run_cfg.save_every or every)
 
 
-def open_run(run_cfg, settings):
+def open_run(run_cfg, settings, place):
     """Start or continue the run in --out, locked against a second -> the newest checkpoint's path, or None.
-    settings: the dict of config.json; a run that goes on must keep all but those under "run" (device, …)."""
+    settings: the dict of config.json; a run that goes on must keep all but those under "run" (device, …).
+    Where --gpus asks for processes, they start here, as whatever can be wrong has been found by now."""
     out, config = Path(run_cfg.out), Path(run_cfg.out) / "config.json"
     settings = json.loads(json.dumps(settings))
     if config.is_file():
@@ -187,6 +179,11 @@ def open_run(run_cfg, settings):
     elif out.is_dir():
         ask(all(file.name == "lock" for file in out.iterdir()),
             f"{out} is not empty and holds no run: choose another --out")
+    if place.launching:
+        sys.stdout.flush()                                 # torchrun takes over with this command line
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // run_cfg.gpus)))
+        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                  "--nproc-per-node", str(run_cfg.gpus), *sys.argv])
     try:
         out.mkdir(parents=True, exist_ok=True)
         if sys.platform != "win32":
@@ -272,8 +269,6 @@ class Log:
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, "split": split, **plain}) + "\n")
 
-
-# ------------------------------------------------------------------------------------------- learning
 
 def learner(model, train, train_cfg, run_cfg, place, checkpoint):
     """What a loop over the samples `train` needs besides the model, as `checkpoint` (a path or None) left it

@@ -106,7 +106,8 @@ def attention(model, batch, words, path):
                batch["text_mask"][:1])
     hook.remove()
     looks = seen[0][0].mean(0)[:len(words), 1:]                                 # (T, L) no class token
-    looks = looks / looks.amax(1, keepdim=True)
+    low, high = looks.aminmax(dim=1, keepdim=True)
+    looks = (looks - low) / (high - low).clamp(min=1e-9)
     side, cell, columns = round(looks.shape[1] ** 0.5), 192, 6
     picture = visible(image[0]).resize((cell, cell), Image.Resampling.BICUBIC)
     sheet = Image.new("RGB", (columns * cell, -(-(1 + len(words)) // columns) * (cell + 20)), BACK)
@@ -117,7 +118,7 @@ def attention(model, batch, words, path):
             panel.paste((255, 40, 0), mask=heat.resize((cell, cell), Image.Resampling.BICUBIC))
         left, top = place % columns * cell, place // columns * (cell + 20)
         sheet.paste(panel, (left, top))
-        ImageDraw.Draw(sheet).text((left + 4, top + cell + 1), word.strip(), INK, FONT)
+        ImageDraw.Draw(sheet).text((left + 4, top + cell + 1), word.strip() or "(whole)", INK, FONT)
     sheet.save(path)
 
 

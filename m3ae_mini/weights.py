@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .config import ModelConfig, UserError
+from .config import ModelConfig, UserError, ask
 from .loop import run, write_whole
 from .objectives import M3AE
 
@@ -154,10 +154,10 @@ def read_torch(path):
                 raise ValueError(f"tensor {name} claims more numbers than the file has")
             tensors[name] = storages[entry, dtype].as_strided(shape, stride, offset)
 
-    with readable(path):
-        if not zipfile.is_zipfile(path):
+    with readable(path), open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
             raise ValueError("no whole zip archive; if PyTorch < 1.6 wrote it, load and save it again there")
-        archive = zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(file)
         (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         content = Unpickler(io.BytesIO(archive.read(pickled))).load()
         collect(next((content[key] for key in ("state_dict", "model") if key in content), content), "")
@@ -231,6 +231,7 @@ def load_clip(path, **given):
 
 def load_text(path, **given):
     """A Hugging Face folder of RoBERTa or BERT -> (fields of ModelConfig, State)"""
+    ask(Path(path).is_dir(), f"there is no folder {path}: give one with config.json and model.safetensors")
     file, safe = Path(path, "config.json"), Path(path, "model.safetensors")
     with readable(file):
         config = json.loads(file.read_bytes()) if file.exists() else {}
@@ -344,9 +345,11 @@ def sources(cfg, train_cfg, flags):
 
 def export(run_folder, out):
     """Write a run's weights under the released names."""
+    ask(not Path(out).exists(), f"{out} exists already: choose another name")
     cfg, state = load_m3ae(run_folder)
     content = {"state_dict": to_official(state, cfg), "model_config": asdict(cfg)}
     write_whole(out, lambda file: torch.save(content, file))
+    print(f"wrote {out}")
 
 
 def main():

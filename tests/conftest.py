@@ -9,6 +9,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)         # on tensors this small a second thread only waits for a busy core
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="ten times as many kills and mutations")
+
+
 @pytest.fixture
 def small_config():
     """A function: changes -> the ModelConfig of a model that runs in milliseconds, its widths all unequal."""

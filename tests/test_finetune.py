@@ -93,7 +93,8 @@ def test_it_learns_and_starts_where_it_was_told(packs, pretrained, tmp_path, mon
     monkeypatch.setattr(loop, "learner", lambda model, *rest: begun.append(
         {name: tensor.clone() for name, tensor in model.state_dict().items()}) or learner(model, *rest))
     started(monkeypatch, "cls", "--data", packs["cls"], "--init", pretrained, "--out", tmp_path / "run",
-            "--steps", 60, "--lr", 3e-3, "--dropout", 0, "--attn_dropout", 0)
+            "--steps", 60, "--lr", 3e-3, "--head_lr", 1, "--fusion_lr", 1, "--dropout", 0,
+            "--attn_dropout", 0)
     trunk = torch.load(pretrained / "best.pt", weights_only=True)["model"]
     shared = begun[0].keys() & trunk.keys()
     assert "fusion.text_layers.1.cross.q.weight" in shared and "vit.pos" in shared
@@ -219,7 +220,7 @@ def test_prediction(packs, pretrained, tmp_path, monkeypatch, capsys):
     assert len(answers) == 4 and {line.split()[-1] for line in answers} == set(FINDINGS)
     shares = [float(line.split("%")[0]) for line in answers]
     assert shares == sorted(shares, reverse=True)
-    assert Image.open(tmp_path / "chest-attention.png").width > 500 and "chest-attention.png" in last
+    assert Image.open(run / "pictures" / "chest-attention.png").width > 500 and "chest-attention.png" in last
 
     (tmp_path / "broken.png").write_bytes(picture.read_bytes()[:200])
     for shown, asked, sentence in ((tmp_path / "broken.png", "What?", "can't be read as a picture"),

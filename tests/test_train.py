@@ -294,10 +294,23 @@ def test_a_run_starts_from_clip_and_bert(pack, tmp_path, monkeypatch, capsys):
     # And from what this run left, at another picture size.
     other = tmp_path / "other"
     write_pack(other, CAPTIONS, {"train": 16, "val": 8}, size=24)
-    started(monkeypatch, *sizes, "--image_size", 24, "--data", other, "--out", tmp_path / "next", "--steps", 1,
-            "--init", tmp_path / "run")
+    started(monkeypatch, *sizes, "--image_size", 24, "--data", other, "--out", tmp_path / "next",
+            "--steps", 1, "--init", tmp_path / "run")
     best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["model"]
     name = "objectives.mlm.decoder.weight"
     assert torch.equal(begun[1][name], best[name])
     assert len(begun[1]["vit.pos"]) == 37
     assert Tokenizer.load(tmp_path / "next").hash == Tokenizer.load(tmp_path).hash
+
+
+def test_mistakes_are_found_before_processes_start(pack, tmp_path):
+    """With --gpus, too, a folder in use and other settings end in one sentence, not in torchrun's report."""
+    flags = [*SMALL, "--data", pack, "--out", tmp_path / "run", "--steps", 1, "--test_samples", 0]
+
+    def run(*more):
+        command = [sys.executable, "train.py", *flags, *more]
+        return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert run().returncode == 0
+    for more, sentence in (((), "holds another run"), (("--resume", "--lr", 1), "with other settings: lr")):
+        done = run("--gpus", 2, *more)
+        assert done.returncode == 2 and sentence in done.stderr and len(done.stderr.splitlines()) == 1
