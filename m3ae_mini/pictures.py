@@ -111,14 +111,14 @@ def attention(model, batch, words, path):
     side, cell, columns = round(looks.shape[1] ** 0.5), 192, 6
     picture = visible(image[0]).resize((cell, cell), Image.Resampling.BICUBIC)
     sheet = Image.new("RGB", (columns * cell, -(-(1 + len(words)) // columns) * (cell + 20)), BACK)
-    for place, word in enumerate(["", *words]):
+    for place, word in enumerate(["picture", *words]):
         panel = picture.copy()
         if place:
             heat = Image.fromarray((looks[place - 1].view(side, side) * 180).byte().cpu().numpy())
             panel.paste((255, 40, 0), mask=heat.resize((cell, cell), Image.Resampling.BICUBIC))
         left, top = place % columns * cell, place // columns * (cell + 20)
         sheet.paste(panel, (left, top))
-        ImageDraw.Draw(sheet).text((left + 4, top + cell + 1), word.strip() or "(whole)", INK, FONT)
+        ImageDraw.Draw(sheet).text((left + 4, top + cell + 1), word.strip() or "_", INK, FONT)
     sheet.save(path)
 
 
