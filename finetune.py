@@ -64,7 +64,7 @@ def main():
                 "data": {"packs": [pack.fingerprint() for pack in train.packs], "tokenizer": tokenizer.hash,
                          "choices": choices}}
     checkpoint = place.from_main(lambda: loop.open_run(run_cfg, settings, place))  # the path of one, or None
-    mean = mean_picture(train) if task_cfg.blind else None                     # (3, 1, 1) or None
+    mean = mean_picture(train, place.device) if task_cfg.blind else None       # (3, S, S) or None
     if place.main:
         loop.write_whole(out / "tokenizer.json", lambda file: file.write(tokenizer.json().encode()))
         print(f"{train.n:,} training and {val.n:,} validation samples; {train.cut:,} texts of more than "
@@ -208,10 +208,10 @@ def list_choices(packs, task, answers):
     return sorted(seen["train"])
 
 
-def mean_picture(samples):
+def mean_picture(samples, device):
     """What --blind shows: the mean of (at most 2,048 of) the training pictures, (3, S, S), normalised."""
     total, count = 0, 0
-    for _, _, _, batch in load(samples, validation_chunks(samples, 2048), VAL_SEED, "cpu"):
+    for _, _, _, batch in load(samples, validation_chunks(samples, 2048), VAL_SEED, device):
         total, count = total + batch["image"].sum(0), count + len(batch["image"])
     return total / count
 
@@ -246,12 +246,11 @@ def evaluate(model, samples, choices, mean, place, limit):
     return found
 
 
-
 def retrieval(model, samples, mean, place, limit):
     """Recall at 1, 5 and 10 in both directions among `limit` samples at most (paper, section 3.3).
 
-    Each picture and each text is encoded once; only the fusion runs for every pair. The processes share the
-    pictures."""
+    Each picture is encoded once, each text once a process; only the fusion runs for every pair. The processes
+    share the pictures."""
     numbers = np.concatenate([chunk for _, _, chunk in validation_chunks(samples, limit)])        # (n,)
     picture = numbered((which, int(samples.packs[which].samples["picture"][row]))
                        for which, row in samples.where[numbers])                                  # (n,)

@@ -7,11 +7,10 @@ Columns: picture (or image, path, file), relative to the table's folder; text (o
 where you have them answer, closed (is it a yes/no question or a choice?), label, group (pictures of one kind)
 and split. Without a split, a picture's name decides, the same way each time: one in ten goes to test, one in
 ten to val, the others to train."""
-import csv
 from pathlib import Path
 from typing import Iterator
 
-from data import Row, draw, lines, records
+from data import Row, csv_records, draw, records
 from m3ae_mini.config import UserError
 
 PICTURE = "picture", "image", "path", "file"
@@ -50,25 +49,13 @@ def _table(root: Path) -> Path:
 
 def _fields(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """(line number, {column in small letters: what stands there})"""
-    for number, record in _csv(path) if path.suffix == ".csv" else records(path):
+    for number, record in csv_records(path) if path.suffix == ".csv" else records(path):
         fields = {}
         for key, value in record.items():
             if isinstance(value, (list, dict)):
                 raise UserError(f"{path}, line {number}: {key} is not plain text")
             fields[key.strip().lower()] = "" if value is None else str(value).strip()
         yield number, fields
-
-
-def _csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    table = csv.reader(lines(path), strict=True)
-    try:
-        header = next(table, [])
-        for values in filter(None, table):   # empty lines are left out
-            if len(values) != len(header):
-                raise UserError(f"{path}, line {table.line_num}: {len(values)} fields, not {len(header)}")
-            yield table.line_num, dict(zip(header, values))
-    except csv.Error as error:
-        raise UserError(f"{path}, line {table.line_num}: not valid CSV ({error})") from None
 
 
 def _first(fields: dict[str, str], names: tuple[str, ...], where: str) -> str:
