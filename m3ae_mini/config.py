@@ -96,7 +96,8 @@ class TrainConfig:
     train_samples: int = opt(0, "use only so many of the training samples; 0: all")
     batch_size: int = opt(256, "samples a step, over all processes")
     micro_batch: int = opt(32, "samples of one forward pass: the chunk, the unit of all randomness")
-    lr: float = opt(1e-5, "peak learning rate of the two encoders")
+    lr: float = opt(1e-5, "peak learning rate of the text encoder")
+    image_lr: float = opt(1.0, "rate of the image encoder, as a multiple of --lr; the paper: 1")
     head_lr: float = opt(5.0, "rate of the heads, as a multiple of --lr")
     fusion_lr: float = opt(5.0, "rate of projections, modality embedding, fusion, poolers: multiple of --lr")
     warmup: float = opt(0.1, "share of the steps in which the rate rises; then it falls to 0 on a line")
@@ -145,8 +146,8 @@ PRESETS = {
     "tiny": SCRATCH | dict(
         image_size=48, patch_size=12, max_text_len=32, text_max_positions=66, vit_width=128, vit_blocks=3,
         vit_heads=4, text_width=128, text_layers=2, text_heads=4, fusion_width=128, fusion_layers=2,
-        fusion_heads=4, decoder_width=64, dropout=0.0, steps=900, lr=1e-3, kin=0.75, vocab=1024,
-        eval_every=225, save_every=225, eval_samples=512)}
+        fusion_heads=4, decoder_width=64, dropout=0.0, steps=1500, lr=1e-3, kin=0.75, vocab=1024,
+        eval_every=375, save_every=375, eval_samples=512)}
 
 # Fine-tuning: what differs from the preset in each task; for base as in the paper.
 EACH_EPOCH = dict(eval_every=0, save_every=0)

@@ -304,8 +304,8 @@ def freeze_unread(model, batch):
 
 
 def parameter_groups(model, train_cfg):
-    """AdamW's groups: three rates (encoders, fusion, heads), and decay for matrices alone."""
-    scales, groups = {"vit": 1.0, "text": 1.0, "objectives": train_cfg.head_lr}, {}
+    """AdamW's groups: four rates (text encoder, image encoder, fusion, heads), and decay for matrices alone."""
+    scales, groups = {"vit": train_cfg.image_lr, "text": 1.0, "objectives": train_cfg.head_lr}, {}
     for name, parameter in model.named_parameters():
         scale = scales.get(name.split(".")[0], train_cfg.fusion_lr)
         decay = train_cfg.weight_decay if parameter.ndim > 1 else 0.0
