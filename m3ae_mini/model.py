@@ -16,24 +16,41 @@ def attend(q, k, v, heads, mask=None, dropout=0.0):
     """Multi-head attention of q (B, Q, W) over k, v (B, N, W) -> (B, Q, W). mask: bool (B, 1, 1, N), False
     where a key is padding. dropout: share of attention weights set to zero."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))      # (B, H, Q | N, W/H)
-    if fused_is_faster(q):
+    if fused_is_faster(q, dropout):
         x = F.scaled_dot_product_attention(q, k, v, mask, dropout)
     else:
-        x = F.dropout(attention_weights(q, k, mask), dropout) @ v
+        x = drop(attention_weights(q, k, mask), dropout) @ v
     return x.transpose(1, 2).flatten(2)                                              # (B, Q, W)
 
 
 def attention_weights(q, k, mask=None):
     """Who looks where: q (B, H, Q, W/H), k (B, H, N, W/H) -> (B, H, Q, N), each row sums to 1."""
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5                           # (B, H, Q, N)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                         # (B, H, Q, N)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(-1)
 
 
-def fused_is_faster(q):
-    """The rule of one line. On a CPU it is not settled: in bf16 plain softmax won at width 32."""
-    return q.is_cuda or q.shape[-1] >= 64
+def fused_is_faster(q, dropout):
+    """On a CPU the fused kernel knows no dropout, and its way back is slow in bf16 (README, Speed)."""
+    return q.is_cuda or not dropout and (q.dtype == torch.float32 or not q.requires_grad)
+
+
+def drop(x, share):
+    """Dropout: `share` of x set to zero, the rest scaled up. On a CPU F.dropout draws an integer for every
+    number and keeps a float for the way back; 16 random bits and a bool kept do the same in half the time."""
+    if x.device.type != "cpu" or not share:
+        return F.dropout(x, share)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
+    keep = bits[:x.numel()].view(x.shape) >= round(share * 2 ** 16) - 2 ** 15
+    return (x * keep).mul_(1 / (1 - share))
+
+
+class Dropout(nn.Dropout):
+    """drop(), in training alone"""
+
+    def forward(self, x):
+        return drop(x, self.p if self.training else 0.0)
 
 
 class SelfAttention(nn.Module):
@@ -76,6 +93,11 @@ class CrossAttention(nn.Module):
 
 # -------------------------------------------------------------------------------- the two kinds of layer
 
+def quick_gelu(x):
+    """x·σ(1.702x); written so, one tensor is kept for the way back, not two"""
+    return F.silu(1.702 * x) / 1.702
+
+
 class PreNormBlock(nn.Module):
     """CLIP's block: norm, self-attention, norm, feed-forward with QuickGELU. Image encoder, pixel decoder."""
 
@@ -90,8 +112,7 @@ class PreNormBlock(nn.Module):
     def forward(self, x):
         """x (B, N, W) -> (B, N, W)"""
         x = x + self.attn(self.norm1(x))
-        h = self.up(self.norm2(x))                                                   # (B, N, 4W)
-        return x + self.down(h * torch.sigmoid(1.702 * h))
+        return x + self.down(quick_gelu(self.up(self.norm2(x))))
 
 
 class PostNormLayer(nn.Module):
@@ -107,7 +128,7 @@ class PostNormLayer(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
         self.down_norm = nn.LayerNorm(width, eps=eps)
-        self.drop = nn.Dropout(cfg.dropout)
+        self.drop = Dropout(cfg.dropout)
 
     def forward(self, x, mask=None, other=None, other_mask=None, queries=None):
         """x (B, N, W), other (B, M, W) or None -> (B, N, W), or (B, queries, W) for the first tokens alone"""
@@ -166,7 +187,7 @@ class TextEncoder(nn.Module):
         self.position = nn.Embedding(cfg.text_max_positions, cfg.text_width)
         self.token_type = nn.Embedding(1 if self.roberta else 2, cfg.text_width)
         self.norm = nn.LayerNorm(cfg.text_width, eps=eps)
-        self.drop = nn.Dropout(cfg.dropout)
+        self.drop = Dropout(cfg.dropout)
         self.layers = nn.ModuleList(PostNormLayer(cfg, cfg.text_width, cfg.text_heads, eps)
                                     for _ in range(cfg.text_layers))
 

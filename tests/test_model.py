@@ -71,7 +71,7 @@ def test_fused_attention_is_plain_attention(width, heads, masked, monkeypatch):
     mask = mask if masked else None
     results = []
     for fused in (True, False):
-        monkeypatch.setattr(model_module, "fused_is_faster", lambda _: fused)
+        monkeypatch.setattr(model_module, "fused_is_faster", lambda *_: fused)
         out = attend(q, k, v, heads, mask)
         results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
     for fused, plain in zip(*results):
@@ -83,7 +83,7 @@ def test_dropout_of_attention_has_the_right_share(monkeypatch):
     torch.manual_seed(0)
     q, v = torch.zeros(1, 4, 8), torch.ones(1, 2000, 8)                        # equal weights on 2000 keys
     for fused in (True, False):
-        monkeypatch.setattr(model_module, "fused_is_faster", lambda _: fused)
+        monkeypatch.setattr(model_module, "fused_is_faster", lambda *_: fused)
         out = attend(q, torch.zeros_like(v), v, 2, dropout=0.3)
         assert 0.001 < out.std() and (out - 1).abs().max() < 0.1
 
