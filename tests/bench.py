@@ -171,7 +171,8 @@ def times(way, keep, cfg, args):
     runs = [learner.step(way) for _ in range(1 + args.repeats)][1:]
     if args.device == "cuda":
         return runs, torch.cuda.max_memory_allocated()
-    return runs, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return runs, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def compare(cfg, args):
@@ -193,26 +194,28 @@ def operations(way, cfg, args):
 
 
 def step(args):
-    """A training step both ways. The plain one has memory as torch and glibc give it, and (on a CPU) once
-    more as train.py keeps it: that shows what of the gain is memory's."""
+    """A training step both ways. The plain one has memory as torch and glibc give it; plain-kept has it as
+    train.py keeps it on a CPU, and shows what of the gain is memory's."""
     table, notes = [], []
     in_fresh_process(compare, ModelConfig.preset(args.preset, vocab_size=VOCAB[args.preset]), args)
     for share in args.attn_dropout:
-        cfg, medians = ModelConfig.preset(args.preset, vocab_size=VOCAB[args.preset], attn_dropout=share), {}
-        for name, way, keep in (("plain", "plain", False), ("plain, memory kept", "plain", True),
-                                ("fast", "fast", True))[::1 if args.device == "cpu" else 2]:
+        cfg, figures = ModelConfig.preset(args.preset, vocab_size=VOCAB[args.preset], attn_dropout=share), {}
+        for name in args.ways:
+            way, keep = name.split("-")[0], name != "plain"
             runs, memory = in_fresh_process(times, way, keep, cfg, args)
             found = {part: median(run[part] for run in runs) for part in runs[0]}
-            medians[name] = found["step"], memory
+            fastest, slowest = (pick(run["step"] for run in runs) for pick in (min, max))
+            figures[name] = found["step"], fastest, memory
             table.append({"attn_dropout": share, "way": name, "memory GB": memory / 1e9,
                           "samples/s": args.batch_size / found["step"],
                           "TFLOP": operations(way, cfg, args) / 1e12,
                           **{f"{part} s": seconds for part, seconds in found.items()},
-                          "fastest, slowest": ", ".join(f"{pick(run['step'] for run in runs):.4g}"
-                                                        for pick in (min, max))})
-        for name, (seconds, memory) in list(medians.items())[:-1]:
-            speed, held = seconds / medians["fast"][0], medians["fast"][1] / memory
-            notes.append(f"attn_dropout {share}: {speed:.2f} times as fast as {name}, {held:.2f} of its memory")
+                          "fastest, slowest": f"{fastest:.4g}, {slowest:.4g}"})
+        for name in [name for name in args.ways if name != "fast"]:
+            speed, best, memory = (plain / fast for plain, fast in zip(figures[name], figures["fast"]))
+            held = 1 / memory
+            notes.append(f"attn_dropout {share}: {speed:.2f} times as fast as {name} (the fastest steps alone: "
+                         f"{best:.2f}), {held:.2f} of its memory")
             if (args.preset, args.batch_size, name) == ("base", 8, "plain"):
                 bars = BARS[args.dtype]
                 met = ["met" if good else "MISSED" for good in (speed >= bars[0], held <= bars[1])]
@@ -464,6 +467,7 @@ def main():
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of matrix products [float32]")
     add("--attn_dropout", type=float, nargs="+", default=(0.1, 0.0), help="step: on attention weights [0.1 0]")
+    add("--ways", nargs="+", default=("plain", "plain-kept", "fast"), help="step: fast and others [all]")
     add("--repeats", type=count, default=5, help="timed runs, whose median is shown [5]")
     add("--pictures", type=count, default=2000, help="loader: how many are drawn [2000]")
     add("--pairs", type=count, default=1024, help="retrieval: rounded down to a square [1024]")
