@@ -206,6 +206,7 @@ def step(args):
             found = {part: median(run[part] for run in runs) for part in runs[0]}
             fastest, slowest = (pick(run["step"] for run in runs) for pick in (min, max))
             figures[name] = found["step"], fastest, memory
+            print(f"attn_dropout {share}, {name}: {found['step']:.4g} s, {memory / 1e9:.4g} GB", flush=True)
             table.append({"attn_dropout": share, "way": name, "memory GB": memory / 1e9,
                           "samples/s": args.batch_size / found["step"],
                           "TFLOP": operations(way, cfg, args) / 1e12,
