@@ -124,12 +124,11 @@ def pick_dtype(name, kind):
 
 
 def keep_memory():
-    """On a CPU under Linux: what is freed stays with this process. By default glibc gives large tensors back
-    at once, and each step pays for fresh pages of zeros, with a third of its time on a 2-core machine."""
+    """What is freed stays with this process. By default glibc gives large tensors back at once, and every
+    step on a CPU pays for fresh pages of zeros (README, Speed)."""
     if sys.platform == "linux":
-        libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4       # as malloc.h numbers them
-        libc.mallopt(M_MMAP_MAX, 0)                        # no tensor gets a mapping of its own
-        libc.mallopt(M_TRIM_THRESHOLD, -1)                 # and the heap never shrinks
+        for option, value in ((-4, 0), (-1, -1)):          # M_MMAP_MAX 0, M_TRIM_THRESHOLD -1: see malloc.h
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 class StopSignal:
@@ -285,8 +284,7 @@ def learner(model, train, train_cfg, run_cfg, place, checkpoint):
     -> net (the model as it is called: compiled, wrapped), optimizer, gradient scaler, step, best score."""
     freeze_unread(model, next(load(train, iter([(0, 0, [0, 1 % train.n])]), 0, "cpu"))[3])
     model.to(place.device)
-    if place.device.type == "cpu":
-        keep_memory()
+    keep_memory()
     optimizer = torch.optim.AdamW(parameter_groups(model, train_cfg), lr=train_cfg.lr, eps=1e-8,
                                   betas=(0.9, train_cfg.beta2), fused=place.device.type != "mps")
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)

@@ -1,8 +1,7 @@
 """The trunk of M³AE, in the order data meets it: patches → ViT, tokens → BERT-style encoder, both → fusion.
 
 Shapes: B rows of a batch, L patches of a picture, K of them kept, T tokens of a text, D the fusion's width,
-P the side of a patch. The heads and losses stand in objectives.py.
-"""
+P the side of a patch. The heads and losses stand in objectives.py."""
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -36,21 +35,13 @@ def fused_is_faster(q, dropout):
     return q.is_cuda or not dropout and (q.dtype == torch.float32 or not q.requires_grad)
 
 
-def drop(x, share):
-    """Dropout: `share` of x set to zero, the rest scaled up. On a CPU F.dropout draws an integer for every
-    number and keeps a float for the way back; 16 random bits and a bool kept do the same in half the time."""
-    if x.device.type != "cpu" or not share:
-        return F.dropout(x, share)
+def drop(x, share, training=True):
+    """Dropout. On a CPU, by 16 random bits a number where F.dropout draws 32: half the time, less kept."""
+    if x.device.type != "cpu" or not share or not training:
+        return F.dropout(x, share, training)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
     keep = bits[:x.numel()].view(x.shape) >= round(share * 2 ** 16) - 2 ** 15
     return (x * keep).mul_(1 / (1 - share))
-
-
-class Dropout(nn.Dropout):
-    """drop(), in training alone"""
-
-    def forward(self, x):
-        return drop(x, self.p if self.training else 0.0)
 
 
 class SelfAttention(nn.Module):
@@ -128,17 +119,16 @@ class PostNormLayer(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
         self.down_norm = nn.LayerNorm(width, eps=eps)
-        self.drop = Dropout(cfg.dropout)
+        self.dropout = cfg.dropout
 
     def forward(self, x, mask=None, other=None, other_mask=None, queries=None):
         """x (B, N, W), other (B, M, W) or None -> (B, N, W), or (B, queries, W) for the first tokens alone"""
-        x = self.attn_norm(x[:, :queries] + self.drop(self.attn(x, mask, queries)))
+        share = self.dropout, self.training
+        x = self.attn_norm(x[:, :queries] + drop(self.attn(x, mask, queries), *share))
         if other is not None:
-            x = self.cross_norm(x + self.drop(self.cross(x, other, other_mask)))
-        return self.down_norm(x + self.drop(self.down(F.gelu(self.up(x)))))
+            x = self.cross_norm(x + drop(self.cross(x, other, other_mask), *share))
+        return self.down_norm(x + drop(self.down(F.gelu(self.up(x))), *share))
 
-
-# -------------------------------------------------------------------------------- image encoder
 
 def patchify(image, size):
     """image (B, 3, S, S) -> patches (B, L, 3·size²), in reading order, each flattened row, column, channel"""
@@ -174,8 +164,6 @@ class ViT(nn.Module):
         return self.norm_post(x)
 
 
-# -------------------------------------------------------------------------------- text encoder
-
 class TextEncoder(nn.Module):
     """RoBERTa or BERT: word + position + token type, then post-norm layers."""
 
@@ -187,7 +175,7 @@ class TextEncoder(nn.Module):
         self.position = nn.Embedding(cfg.text_max_positions, cfg.text_width)
         self.token_type = nn.Embedding(1 if self.roberta else 2, cfg.text_width)
         self.norm = nn.LayerNorm(cfg.text_width, eps=eps)
-        self.drop = Dropout(cfg.dropout)
+        self.dropout = cfg.dropout
         self.layers = nn.ModuleList(PostNormLayer(cfg, cfg.text_width, cfg.text_heads, eps)
                                     for _ in range(cfg.text_layers))
 
@@ -202,30 +190,26 @@ class TextEncoder(nn.Module):
     def forward(self, ids, mask):
         """ids, mask (B, T), mask 1 where a token is real -> (B, T, W)"""
         x = self.word(ids) + self.position(self.positions(ids)) + self.token_type.weight[0]
-        x = self.drop(self.norm(x))                                                  # (B, T, W)
+        x = drop(self.norm(x), self.dropout, self.training)                          # (B, T, W)
         mask = mask.bool()[:, None, None]                                            # (B, 1, 1, T)
         for layer in self.layers:
             x = layer(x, mask)
         return x
 
 
-# -------------------------------------------------------------------------------- fusion
-
 class Fusion(nn.Module):
     """Pairs of layers. In each, both streams read the previous pair's outputs: side by side, not in turn."""
 
     def __init__(self, cfg):
         super().__init__()
-        def layers():
-            return nn.ModuleList(PostNormLayer(cfg, cfg.fusion_width, cfg.fusion_heads, 1e-12, cross=True)
-                                 for _ in range(cfg.fusion_layers))
-        self.text_layers, self.image_layers = layers(), layers()
+        self.text_layers, self.image_layers = (
+            nn.ModuleList(PostNormLayer(cfg, cfg.fusion_width, cfg.fusion_heads, 1e-12, cross=True)
+                          for _ in range(cfg.fusion_layers)) for _ in range(2))
 
     def forward(self, text, image, text_mask, depth=None, want=("text", "image"), queries=None):
-        """text (B, T, D), image (B, N, D), text_mask (B, T) -> both, after `depth` pairs (default: all)
-
-        Only what somebody reads is computed: the last pair makes the streams in `want` (the other comes back
-        as None), and of those only the first `queries` tokens. Depth 0 returns both streams as they came."""
+        """text (B, T, D), image (B, N, D), text_mask (B, T) -> both, after `depth` pairs (default: all). Only
+        what somebody reads is computed: the last pair makes the streams in `want` (the other comes back as
+        None), and of those only the first `queries` tokens. Depth 0 returns both streams as they came."""
         mask = text_mask.bool()[:, None, None]                                       # (B, 1, 1, T)
         pairs = list(zip(self.text_layers, self.image_layers))[:depth]
         for text_layer, image_layer in pairs[:-1]:
@@ -236,8 +220,6 @@ class Fusion(nn.Module):
                            image_layer(image, None, text, mask, queries) if "image" in want else None)
         return text, image
 
-
-# -------------------------------------------------------------------------------- all together
 
 class Trunk(nn.Module):
     """What all objectives share: two encoders, two projections, fusion, two poolers (paper, section 2.1)."""
@@ -256,10 +238,9 @@ class Trunk(nn.Module):
         self.image_pooler = nn.Linear(cfg.fusion_width, cfg.fusion_width)
 
     def encode_image(self, image, noise=None):
-        """image (B, 3, S, S), normalised -> (B, 1+L, D), class token first.
-
-        With noise (B, L), the patches of high noise are hidden: -> kept tokens (B, 1+K, D), and restore
-        (B, L), the place of every patch among the kept, then the hidden (masking.split_patches)."""
+        """image (B, 3, S, S), normalised -> (B, 1+L, D), class token first. With noise (B, L), the patches of
+        high noise are hidden: -> kept tokens (B, 1+K, D), and restore (B, L), the place of every patch among
+        the kept, then the hidden (masking.split_patches)."""
         patches = patchify(image, self.cfg.patch_size)                               # (B, L, 3·P²)
         if noise is None:
             return self.image_proj(self.vit(patches)) + self.modality[1]             # (B, 1+L, D)
@@ -271,8 +252,7 @@ class Trunk(nn.Module):
         return self.text_proj(self.text(ids, mask)) + self.modality[0]
 
     def fuse(self, text, image, text_mask, **limits):
-        """text (B, T, D), image (B, N, D), text_mask (B, T) -> both streams after the last layer, (B, T, D),
-        (B, N, D). `limits` (depth, want, queries) leave out what nobody reads: see Fusion.forward."""
+        """-> both streams after the last layer; for shapes and `limits` see Fusion.forward"""
         return self.fusion(text, image, text_mask, **limits)
 
     def joint(self, text, image, text_mask):
@@ -287,8 +267,8 @@ class Trunk(nn.Module):
 def initialise(model):
     """Initial values: matrices normal, biases 0, norms 1 and 0; the image encoder as CLIP does from scratch.
 
-    The paper's 0.02 suits its width of 768. A narrower model gets more, so that a sub-layer's output keeps
-    its size beside the residual: at width 128 words were then learned nearly twice as fast (one run each)."""
+    The paper's 0.02 suits its width of 768. A narrower model gets more, so that a sub-layer keeps its size
+    beside the residual: at width 128 words were then learned nearly twice as fast (one run each)."""
     std = 0.02 * (768 / model.cfg.fusion_width) ** 0.5
     for module in model.modules():
         if isinstance(module, nn.Linear):

@@ -206,7 +206,7 @@ def step(args):
             found = {part: median(run[part] for run in runs) for part in runs[0]}
             fastest, slowest = (pick(run["step"] for run in runs) for pick in (min, max))
             figures[name] = found["step"], fastest, memory
-            print(f"attn_dropout {share}, {name}: {found['step']:.4g} s, {memory / 1e9:.4g} GB", flush=True)
+            print(f"attn_dropout {share}, {name}: {found['step']:.4g} s", flush=True)
             table.append({"attn_dropout": share, "way": name, "memory GB": memory / 1e9,
                           "samples/s": args.batch_size / found["step"],
                           "TFLOP": operations(way, cfg, args) / 1e12,
@@ -215,8 +215,8 @@ def step(args):
         for name in [name for name in args.ways if name != "fast"]:
             speed, best, memory = (plain / fast for plain, fast in zip(figures[name], figures["fast"]))
             held = 1 / memory
-            notes.append(f"attn_dropout {share}: {speed:.2f} times as fast as {name} (the fastest steps alone: "
-                         f"{best:.2f}), {held:.2f} of its memory")
+            notes.append(f"attn_dropout {share}: {speed:.2f} times as fast as {name} "
+                         f"(the fastest steps alone: {best:.2f}), {held:.2f} of its memory")
             if (args.preset, args.batch_size, name) == ("base", 8, "plain"):
                 bars = BARS[args.dtype]
                 met = ["met" if good else "MISSED" for good in (speed >= bars[0], held <= bars[1])]
@@ -467,7 +467,7 @@ def main():
     add("--batch_size", type=count, default=8, help="rows of a batch, or texts of a block in retrieval [8]")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of matrix products [float32]")
-    add("--attn_dropout", type=float, nargs="+", default=(0.1, 0.0), help="step: on attention weights [0.1 0]")
+    add("--attn_dropout", type=float, nargs="+", default=(0.1, 0.0), help="step: each in turn [0.1 0]")
     add("--ways", nargs="+", default=("plain", "plain-kept", "fast"), help="step: fast and others [all]")
     add("--repeats", type=count, default=5, help="timed runs, whose median is shown [5]")
     add("--pictures", type=count, default=2000, help="loader: how many are drawn [2000]")
