@@ -282,6 +282,7 @@ def loader(args):
     """Pictures of 288 pixels from a pack, beside a DataLoader (0 workers) that decodes JPEGs of 824 x 829,
     one a sample: that the release opens two is not counted."""
     torch.set_num_threads(1)                           # normalising is all that torch does here
+    loop.keep_memory()                                 # for both ways
     cfg, rows, draw, table = ModelConfig(image_size=288), args.batch_size, np.random.default_rng(0), []
     train_cfg = TrainConfig(steps=args.pictures // rows, batch_size=rows, micro_batch=rows)
     if not train_cfg.steps:
