@@ -159,7 +159,7 @@ def crop_box(side, smallest, numbers):
 def normalise(image):
     """uint8 (B, 3, S, S) -> float32, by CLIP's mean and deviation."""
     mean, std = (255 * torch.tensor(values, device=image.device).view(3, 1, 1) for values in (MEAN, STD))
-    return (image.float() - mean) / std
+    return image.to(torch.float32, copy=True).sub_(mean).div_(std)
 
 
 # ------------------------------------------------------------------------------------------- the loader

@@ -1,8 +1,7 @@
 """Which patches, which words, which wrong picture: pure functions of (seed, step, chunk, position).
 
 No generator is ever carried from one draw to the next. Each draw names the place it is for, so a run resumes
-by its step number alone, and how many processes share the work changes nothing.
-"""
+by its step number alone, and how many processes share the work changes nothing."""
 import numpy as np
 import torch
 
@@ -29,8 +28,6 @@ def epoch_order(seed, epoch, size):
     return np.argsort(uniform(seed, ORDER, epoch, 0, size), kind="stable")
 
 
-# -------------------------------------------------------------------------------- patches
-
 def split_patches(noise, ratio):
     """noise (B, L) -> keep (B, K), restore (B, L). The int(L·(1 - ratio)) patches of least noise stay
     visible, ordered by their noise. restore[b, l] is the place of patch l in [kept ; hidden]."""
@@ -38,8 +35,6 @@ def split_patches(noise, ratio):
     restore = order.argsort(dim=1)                                                     # (B, L)
     return order[:, :int(noise.shape[1] * (1 - ratio))], restore
 
-
-# -------------------------------------------------------------------------------- words
 
 def choose_words(starts, real, numbers, ratio, whole_word=True):
     """Which tokens are hidden. starts, real: bool (B, T), where a word starts and which tokens may be hidden;
@@ -63,8 +58,6 @@ def hide_words(ids, chosen, numbers, mask_id, ordinary):
     put = np.where(numbers[..., 0] < 0.8, mask_id, np.where(numbers[..., 0] < 0.9, random_ids, ids))
     return np.where(chosen, put, ids)
 
-
-# -------------------------------------------------------------------------------- wrong pictures
 
 def wrong_rows(picture, text, numbers, amount, group=None):
     """For every row of a chunk, `amount` (at most B) other rows that differ from it in picture *and* in text,

@@ -1,8 +1,7 @@
 """The trunk of M³AE, in the order data meets it: patches → ViT, tokens → BERT-style encoder, both → fusion.
 
 Shapes: B rows of a batch, L patches of a picture, K of them kept, T tokens of a text, D the fusion's width,
-P the side of a patch. The heads and losses stand in objectives.py.
-"""
+P the side of a patch. The heads and losses stand in objectives.py."""
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,24 +15,33 @@ def attend(q, k, v, heads, mask=None, dropout=0.0):
     """Multi-head attention of q (B, Q, W) over k, v (B, N, W) -> (B, Q, W). mask: bool (B, 1, 1, N), False
     where a key is padding. dropout: share of attention weights set to zero."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))      # (B, H, Q | N, W/H)
-    if fused_is_faster(q):
+    if fused_is_faster(q, dropout):
         x = F.scaled_dot_product_attention(q, k, v, mask, dropout)
     else:
-        x = F.dropout(attention_weights(q, k, mask), dropout) @ v
+        x = drop(attention_weights(q, k, mask), dropout) @ v
     return x.transpose(1, 2).flatten(2)                                              # (B, Q, W)
 
 
 def attention_weights(q, k, mask=None):
     """Who looks where: q (B, H, Q, W/H), k (B, H, N, W/H) -> (B, H, Q, N), each row sums to 1."""
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5                           # (B, H, Q, N)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                         # (B, H, Q, N)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(-1)
 
 
-def fused_is_faster(q):
-    """The rule of one line. On a CPU it is not settled: in bf16 plain softmax won at width 32."""
-    return q.is_cuda or q.shape[-1] >= 64
+def fused_is_faster(q, dropout):
+    """On a CPU the fused kernel knows no dropout, and its way back is slow in bf16 (README, Speed)."""
+    return q.is_cuda or not dropout and (q.dtype == torch.float32 or not q.requires_grad)
+
+
+def drop(x, share, training=True):
+    """Dropout. On a CPU, by 16 random bits a number where F.dropout draws 32: half the time, less kept."""
+    if x.device.type != "cpu" or not share or not training:
+        return F.dropout(x, share, training)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
+    keep = bits[:x.numel()].view(x.shape) >= round(share * 2 ** 16) - 2 ** 15
+    return (x * keep).mul_(1 / (1 - share))
 
 
 class SelfAttention(nn.Module):
@@ -76,6 +84,11 @@ class CrossAttention(nn.Module):
 
 # -------------------------------------------------------------------------------- the two kinds of layer
 
+def quick_gelu(x):
+    """x·σ(1.702x); written so, one tensor is kept for the way back, not two"""
+    return F.silu(1.702 * x) / 1.702
+
+
 class PreNormBlock(nn.Module):
     """CLIP's block: norm, self-attention, norm, feed-forward with QuickGELU. Image encoder, pixel decoder."""
 
@@ -90,8 +103,7 @@ class PreNormBlock(nn.Module):
     def forward(self, x):
         """x (B, N, W) -> (B, N, W)"""
         x = x + self.attn(self.norm1(x))
-        h = self.up(self.norm2(x))                                                   # (B, N, 4W)
-        return x + self.down(h * torch.sigmoid(1.702 * h))
+        return x + self.down(quick_gelu(self.up(self.norm2(x))))
 
 
 class PostNormLayer(nn.Module):
@@ -107,17 +119,16 @@ class PostNormLayer(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
         self.down_norm = nn.LayerNorm(width, eps=eps)
-        self.drop = nn.Dropout(cfg.dropout)
+        self.dropout = cfg.dropout
 
     def forward(self, x, mask=None, other=None, other_mask=None, queries=None):
         """x (B, N, W), other (B, M, W) or None -> (B, N, W), or (B, queries, W) for the first tokens alone"""
-        x = self.attn_norm(x[:, :queries] + self.drop(self.attn(x, mask, queries)))
+        share = self.dropout, self.training
+        x = self.attn_norm(x[:, :queries] + drop(self.attn(x, mask, queries), *share))
         if other is not None:
-            x = self.cross_norm(x + self.drop(self.cross(x, other, other_mask)))
-        return self.down_norm(x + self.drop(self.down(F.gelu(self.up(x)))))
+            x = self.cross_norm(x + drop(self.cross(x, other, other_mask), *share))
+        return self.down_norm(x + drop(self.down(F.gelu(self.up(x))), *share))
 
-
-# -------------------------------------------------------------------------------- image encoder
 
 def patchify(image, size):
     """image (B, 3, S, S) -> patches (B, L, 3·size²), in reading order, each flattened row, column, channel"""
@@ -153,8 +164,6 @@ class ViT(nn.Module):
         return self.norm_post(x)
 
 
-# -------------------------------------------------------------------------------- text encoder
-
 class TextEncoder(nn.Module):
     """RoBERTa or BERT: word + position + token type, then post-norm layers."""
 
@@ -166,7 +175,7 @@ class TextEncoder(nn.Module):
         self.position = nn.Embedding(cfg.text_max_positions, cfg.text_width)
         self.token_type = nn.Embedding(1 if self.roberta else 2, cfg.text_width)
         self.norm = nn.LayerNorm(cfg.text_width, eps=eps)
-        self.drop = nn.Dropout(cfg.dropout)
+        self.dropout = cfg.dropout
         self.layers = nn.ModuleList(PostNormLayer(cfg, cfg.text_width, cfg.text_heads, eps)
                                     for _ in range(cfg.text_layers))
 
@@ -181,30 +190,26 @@ class TextEncoder(nn.Module):
     def forward(self, ids, mask):
         """ids, mask (B, T), mask 1 where a token is real -> (B, T, W)"""
         x = self.word(ids) + self.position(self.positions(ids)) + self.token_type.weight[0]
-        x = self.drop(self.norm(x))                                                  # (B, T, W)
+        x = drop(self.norm(x), self.dropout, self.training)                          # (B, T, W)
         mask = mask.bool()[:, None, None]                                            # (B, 1, 1, T)
         for layer in self.layers:
             x = layer(x, mask)
         return x
 
 
-# -------------------------------------------------------------------------------- fusion
-
 class Fusion(nn.Module):
     """Pairs of layers. In each, both streams read the previous pair's outputs: side by side, not in turn."""
 
     def __init__(self, cfg):
         super().__init__()
-        def layers():
-            return nn.ModuleList(PostNormLayer(cfg, cfg.fusion_width, cfg.fusion_heads, 1e-12, cross=True)
-                                 for _ in range(cfg.fusion_layers))
-        self.text_layers, self.image_layers = layers(), layers()
+        self.text_layers, self.image_layers = (
+            nn.ModuleList(PostNormLayer(cfg, cfg.fusion_width, cfg.fusion_heads, 1e-12, cross=True)
+                          for _ in range(cfg.fusion_layers)) for _ in range(2))
 
     def forward(self, text, image, text_mask, depth=None, want=("text", "image"), queries=None):
-        """text (B, T, D), image (B, N, D), text_mask (B, T) -> both, after `depth` pairs (default: all)
-
-        Only what somebody reads is computed: the last pair makes the streams in `want` (the other comes back
-        as None), and of those only the first `queries` tokens. Depth 0 returns both streams as they came."""
+        """text (B, T, D), image (B, N, D), text_mask (B, T) -> both, after `depth` pairs (default: all). Only
+        what somebody reads is computed: the last pair makes the streams in `want` (the other comes back as
+        None), and of those only the first `queries` tokens. Depth 0 returns both streams as they came."""
         mask = text_mask.bool()[:, None, None]                                       # (B, 1, 1, T)
         pairs = list(zip(self.text_layers, self.image_layers))[:depth]
         for text_layer, image_layer in pairs[:-1]:
@@ -215,8 +220,6 @@ class Fusion(nn.Module):
                            image_layer(image, None, text, mask, queries) if "image" in want else None)
         return text, image
 
-
-# -------------------------------------------------------------------------------- all together
 
 class Trunk(nn.Module):
     """What all objectives share: two encoders, two projections, fusion, two poolers (paper, section 2.1)."""
@@ -235,10 +238,9 @@ class Trunk(nn.Module):
         self.image_pooler = nn.Linear(cfg.fusion_width, cfg.fusion_width)
 
     def encode_image(self, image, noise=None):
-        """image (B, 3, S, S), normalised -> (B, 1+L, D), class token first.
-
-        With noise (B, L), the patches of high noise are hidden: -> kept tokens (B, 1+K, D), and restore
-        (B, L), the place of every patch among the kept, then the hidden (masking.split_patches)."""
+        """image (B, 3, S, S), normalised -> (B, 1+L, D), class token first. With noise (B, L), the patches of
+        high noise are hidden: -> kept tokens (B, 1+K, D), and restore (B, L), the place of every patch among
+        the kept, then the hidden (masking.split_patches)."""
         patches = patchify(image, self.cfg.patch_size)                               # (B, L, 3·P²)
         if noise is None:
             return self.image_proj(self.vit(patches)) + self.modality[1]             # (B, 1+L, D)
@@ -250,8 +252,7 @@ class Trunk(nn.Module):
         return self.text_proj(self.text(ids, mask)) + self.modality[0]
 
     def fuse(self, text, image, text_mask, **limits):
-        """text (B, T, D), image (B, N, D), text_mask (B, T) -> both streams after the last layer, (B, T, D),
-        (B, N, D). `limits` (depth, want, queries) leave out what nobody reads: see Fusion.forward."""
+        """-> both streams after the last layer; for shapes and `limits` see Fusion.forward"""
         return self.fusion(text, image, text_mask, **limits)
 
     def joint(self, text, image, text_mask):
@@ -266,8 +267,8 @@ class Trunk(nn.Module):
 def initialise(model):
     """Initial values: matrices normal, biases 0, norms 1 and 0; the image encoder as CLIP does from scratch.
 
-    The paper's 0.02 suits its width of 768. A narrower model gets more, so that a sub-layer's output keeps
-    its size beside the residual: at width 128 words were then learned nearly twice as fast (one run each)."""
+    The paper's 0.02 suits its width of 768. A narrower model gets more, so that a sub-layer keeps its size
+    beside the residual: at width 128 words were then learned nearly twice as fast (one run each)."""
     std = 0.02 * (768 / model.cfg.fusion_width) ** 0.5
     for module in model.modules():
         if isinstance(module, nn.Linear):

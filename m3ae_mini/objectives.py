@@ -1,8 +1,7 @@
 """What M³AE learns from: each objective is one module with its head, its pass through the trunk and its loss.
 
 An objective is called with the model, the batch, and the whole text and the whole image encoded once for all
-that want them. It returns a dict with `NAME_loss` and what it predicted. Another loss is another class here.
-"""
+that want them. It returns a dict with `NAME_loss` and what it predicted: another loss is another class."""
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,6 @@ class MLM(nn.Module):
         where = batch.get("mlm_positions")
         if where is None:
             where = (labels != -100).nonzero()[:, 0]                                   # (M,)
-
         text = model.encode_text(batch["mlm_ids"], batch["text_mask"])                 # (B, T, D)
         text, _ = model.fuse(text, image, batch["text_mask"], want=("text",))          # (B, T, D)
 
@@ -71,7 +69,6 @@ class MIM(nn.Module):
     def decode(self, kept, restore):
         """kept (B, 1+K, D), restore (B, L) -> predicted patches (B, L, 3·P²)"""
         x = self.embed(kept)                                                           # (B, 1+K, W)
-
         # Mask tokens fill up the row behind the kept patches; then every patch goes back to its place.
         filler = self.mask_token.to(x.dtype).expand(len(x), restore.shape[1] + 1 - x.shape[1], -1)
         patches = torch.cat([x[:, 1:], filler], dim=1)                                 # (B, L, W)
@@ -170,7 +167,6 @@ class Retrieval(nn.Module):
         feature = model.joint(text.index_select(0, pairs), image.repeat_interleave(texts.shape[1], dim=0),
                               batch["text_mask"].index_select(0, pairs))               # (B·(1+F), 2D)
         logits = self.fc(feature).float().view(texts.shape)                            # (B, 1+F)
-
         # Where a row had too few partners its own text fills up the false ones: no choice at all.
         logits = logits.masked_fill(F.pad(false == own, (1, 0)), -torch.inf)           # (B, 1+F)
         return {"irtr_loss": F.cross_entropy(logits, torch.zeros_like(own[:, 0])), "irtr_logits": logits}

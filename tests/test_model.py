@@ -71,7 +71,7 @@ def test_fused_attention_is_plain_attention(width, heads, masked, monkeypatch):
     mask = mask if masked else None
     results = []
     for fused in (True, False):
-        monkeypatch.setattr(model_module, "fused_is_faster", lambda _: fused)
+        monkeypatch.setattr(model_module, "fused_is_faster", lambda *_: fused)
         out = attend(q, k, v, heads, mask)
         results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
     for fused, plain in zip(*results):
@@ -83,7 +83,7 @@ def test_dropout_of_attention_has_the_right_share(monkeypatch):
     torch.manual_seed(0)
     q, v = torch.zeros(1, 4, 8), torch.ones(1, 2000, 8)                        # equal weights on 2000 keys
     for fused in (True, False):
-        monkeypatch.setattr(model_module, "fused_is_faster", lambda _: fused)
+        monkeypatch.setattr(model_module, "fused_is_faster", lambda *_: fused)
         out = attend(q, torch.zeros_like(v), v, 2, dropout=0.3)
         assert 0.001 < out.std() and (out - 1).abs().max() < 0.1
 
@@ -503,13 +503,23 @@ def test_dropout_is_for_training(small_config, random_batch):
         assert torch.equal(model(batch)["loss"], model(batch)["loss"])
 
 
-def test_places_of_dropout(small_config, random_batch):
+def test_dropout_zeroes_its_share_and_keeps_the_mean():
+    torch.manual_seed(0)
+    x = torch.rand(999, 101, requires_grad=True)
+    for share in (0.1, 0.5):
+        y = model_module.drop(x, share)
+        kept = y != 0
+        assert abs((~kept).float().mean() - share) < 5e-3
+        close(y[kept], (x / (1 - share))[kept])
+        close(torch.autograd.grad(y.sum(), x)[0], kept / (1 - share))          # the same numbers on the way back
+    assert model_module.drop(x, 0.0) is x and model_module.drop(x, 0.1, training=False) is x
+
+
+def test_places_of_dropout(small_config, random_batch, monkeypatch):
     """Text: on the embeddings and after both sub-layers of a layer. Fusion: after all three."""
     cfg = small_config(dropout=0.1)
     model, batch, calls = seeded(cfg), random_batch(cfg), []
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.register_forward_hook(lambda module, *_: calls.append(module.p))
+    monkeypatch.setattr(model_module, "drop", lambda x, share, training: calls.append(share) or x)
     text = model.encode_text(batch["text_ids"], batch["text_mask"])
     assert calls == [0.1] * (1 + 2 * cfg.text_layers)
     calls.clear()
