@@ -158,7 +158,7 @@ TASKS = {
              "irtr": dict(image_size=384, max_text_len=40, epochs=10.0, lr=5e-6, crop=0.9)},
     "small": {"vqa": dict(epochs=30.0, lr=3e-4), "cls": dict(epochs=30.0, lr=3e-4),
               "irtr": dict(epochs=10.0, lr=2e-4)},
-    "tiny": {"vqa": dict(epochs=40.0, lr=3e-4, head_lr=10.0, fusion_lr=3.0),
+    "tiny": {"vqa": dict(epochs=40.0, lr=3e-5, head_lr=50.0, fusion_lr=3.0),
              "cls": dict(epochs=40.0, lr=3e-4, head_lr=10.0, fusion_lr=3.0),
              "irtr": dict(epochs=15.0, lr=3e-4, eval_samples=128, test_samples=256)}}
 
