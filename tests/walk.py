@@ -102,7 +102,7 @@ def walk(model, batch):
 
 
 def tables(preset):
-    """-> the batch and the walk, each as the lines of a Markdown table, the model's config and its outputs."""
+    """-> the batch and the walk, each as lines of a Markdown table; the model's config and its outputs."""
     cfg, batch = batch_of_phantoms(preset)
     torch.manual_seed(0)
     with torch.device("meta" if preset == "base" else "cpu"):
@@ -116,9 +116,10 @@ def tables(preset):
     total = sum(p.numel() for p in model.parameters())
     operations = sum(row["operations"] for row in found)
     second = ["| for | stage | reads | makes | parameters | Mflop | share |", "|---|---|---|---|--:|--:|--:|"]
-    second += [f"| {row['for']} | `{row['stage']}` | {row['reads']} | {row['makes']} | "
-               + (f"{row['parameters']:,}" if row["parameters"] else "as above")
-               + f" | {row['operations'] / 1e6:,.1f} | {row['operations'] / operations:.1%} |" for row in found]
+    for row in found:
+        new = f"{row['parameters']:,}" if row["parameters"] else "as above"
+        second.append(f"| {row['for']} | `{row['stage']}` | {row['reads']} | {row['makes']} | {new} | "
+                      f"{row['operations'] / 1e6:,.1f} | {row['operations'] / operations:.1%} |")
     rest = total - sum(row["parameters"] for row in found)
     second += [f"| all | modality embedding, mask token | | | {rest:,} | | |",
                f"| | all | | | {total:,} | {operations / 1e6:,.1f} | 100.0% |"]
@@ -126,7 +127,8 @@ def tables(preset):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=("tiny", "base"), default="tiny")
     first, second, cfg, out = tables(parser.parse_args().preset)
     print("\n".join(["", f"{LETTERS}.", "", *first, "", *second, ""]))
