@@ -1,9 +1,9 @@
 """Draws the pictures of the README from a run on phantoms: the front picture, reconstructions at growing mask
-ratios, where words look, and the curves.
+ratios, where words look, the curves, and one picture to ask about.
 
     python tests/figures.py runs/pretrain              into tests/figures
 
-No picture is chosen by hand: they are the first test samples of which a rule, said in each function, is true.
+No picture is chosen by hand: each is the first test sample of which a rule, said in its function, is true.
 """
 import argparse
 import json
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from data import phantoms
 from data.pack import open_packs
 from m3ae_mini import M3AE, loop, weights
 from m3ae_mini.config import TrainConfig, ask
@@ -169,6 +170,12 @@ def probabilities(model, batch, ids, place):
     return found[0], found[1:]
 
 
+def chest(path):
+    """A picture to ask about: the first effusion among the test pictures of question answering."""
+    rows = phantoms.rows(None, "vqa", {"test": phantoms.LABELLED["test"]})
+    next(row for row in rows if row.group == "chest x-ray" and "effusion" in row.answer).picture(192).save(path)
+
+
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
@@ -181,6 +188,7 @@ def main():
     front(model, samples, args.out / "front.png")
     ratios(model, samples, args.out / "ratios.png")
     looks(model, samples, args.out / "looks.png")
+    chest(args.out / "chest.png")
     lines = (Path(args.run) / "metrics.jsonl").read_text().splitlines()
     curves([json.loads(line) for line in lines], args.out / "curves.png")
 
