@@ -172,7 +172,7 @@ def probabilities(model, batch, ids, place):
 
 def chest(path):
     """A picture to ask about: the first effusion among the test pictures of question answering."""
-    rows = phantoms.rows(None, "vqa", {"test": phantoms.LABELLED["test"]})
+    rows = phantoms.rows(None, "vqa", {"test": 100})
     next(row for row in rows if row.group == "chest x-ray" and "effusion" in row.answer).picture(192).save(path)
 
 

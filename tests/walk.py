@@ -8,7 +8,7 @@ import argparse
 import math
 import sys
 import tempfile
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data import phantoms, prepare
 from data.pack import Pack
 from m3ae_mini import M3AE, ModelConfig
-from m3ae_mini.config import TrainConfig
+from m3ae_mini.config import PRESETS, TrainConfig
 from m3ae_mini.data import Samples, load
 from m3ae_mini.text import Tokenizer
 
@@ -40,12 +40,17 @@ MEANING = {
 LETTERS = "B rows, S pixels a side, T tokens, L patches, K of them kept, M hidden tokens and filler"
 
 
+@cache
+def usual_tokenizer():
+    """That of the default pre-training."""
+    rows = phantoms.rows(None, "pretrain", {"train": phantoms.COUNTS["train"]})
+    return Tokenizer.train((row.text for row in rows), PRESETS["tiny"]["vocab"])
+
+
 def batch_of_phantoms(preset):
     """-> (ModelConfig, the first chunk of phantoms in the size of this preset: a dict of tensors)"""
-    rows = phantoms.rows(None, "pretrain", {"train": phantoms.COUNTS["train"]})
-    tokenizer = Tokenizer.train((row.text for row in rows), 1024)      # that of the default pre-training
-    cfg, settings = ModelConfig.preset(preset), TrainConfig()
-    if preset != "base":                                               # which keeps the size of RoBERTa's
+    cfg, settings, tokenizer = ModelConfig.preset(preset), TrainConfig(), usual_tokenizer()
+    if preset != "base":                                   # which keeps the size of RoBERTa's vocabulary
         cfg.vocab_size = tokenizer.vocab_size
     with tempfile.TemporaryDirectory() as folder:
         rows = phantoms.rows(None, "pretrain", {"train": ROWS})
