@@ -1,6 +1,4 @@
-"""Pictures of what was learned: reconstructions and curves, as PNG files. Pillow draws them."""
-from pathlib import Path
-
+"""Pictures of what was learned, drawn by Pillow as PNG files: reconstructions, attention, curves."""
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
