@@ -173,7 +173,8 @@ def probabilities(model, batch, ids, place):
 def chest(path):
     """A picture to ask about: the first effusion among the test pictures of question answering."""
     rows = phantoms.rows(None, "vqa", {"test": 100})
-    next(row for row in rows if row.group == "chest x-ray" and "effusion" in row.answer).picture(192).save(path)
+    row = next(row for row in rows if row.group == "chest x-ray" and "effusion" in row.answer)
+    row.picture(192).save(path)
 
 
 @torch.no_grad()

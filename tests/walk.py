@@ -68,7 +68,7 @@ def stages(model):
         for name, part in module.named_children():
             if isinstance(part, torch.nn.ModuleList):
                 found += [(f"{owner}.{name}[{i}]", layer) for i, layer in enumerate(part)]
-            else:
+            elif not isinstance(part, torch.nn.LayerNorm):             # no operations that are counted
                 found += [(f"{owner}.{name}", part)]
     return found
 
@@ -126,7 +126,7 @@ def tables(preset):
         second.append(f"| {row['for']} | `{row['stage']}` | {row['reads']} | {row['makes']} | {new} | "
                       f"{row['operations'] / 1e6:,.1f} | {row['operations'] / operations:.1%} |")
     rest = total - sum(row["parameters"] for row in found)
-    second += [f"| all | modality embedding, mask token | | | {rest:,} | | |",
+    second += [f"| all | modality embedding, mask token, norms of heads | | | {rest:,} | | |",
                f"| | all | | | {total:,} | {operations / 1e6:,.1f} | 100.0% |"]
     return first, second, cfg, out
 
