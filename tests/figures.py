@@ -38,6 +38,7 @@ def open_run(run):
     settings = json.loads((Path(run) / "config.json").read_text())
     ask(settings["run"]["data"] == "phantoms", f"{run} has not learned from phantoms: give one that has")
     cfg, state = weights.load_m3ae(run)
+    ask(cfg.mlm and cfg.mim, f"{run} has not learned both words and pixels: give one that has")
     model = M3AE(cfg).eval()
     model.load_state_dict(state)
     packs, tokenizer = open_packs("phantoms", cfg.image_size), Tokenizer.load(run)
