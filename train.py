@@ -64,7 +64,7 @@ def main():
     batches = load(train, training_chunks(train, train_cfg, step, place.rank, place.world), train_cfg.seed,
                    place.device, crop=train_cfg.crop < 1)
     bar = tqdm(total=train_cfg.steps, initial=step, unit="step", disable=not place.main, dynamic_ncols=True)
-    sums, since, skipped, clock = {}, 0, 0, time.perf_counter()
+    sums, since, skipped, clock = {}, 0, 0, time.perf_counter()        # sums, since: of steps not logged yet
     stop, stopping = loop.StopSignal(), False
     model.train()
 

@@ -64,8 +64,10 @@ class Samples:
         return self.packs[which].line(row)
 
     def batch(self, numbers, seed, step, chunk, images, crop=False):
-        """The chunk made of samples `numbers` (B,): a dict of arrays. images, uint8 (B, 3, S, S), is filled
-        in place. All that is random follows from (seed, step, chunk) and the place in the chunk."""
+        """The chunk made of samples `numbers` (B,): a dict of arrays; for "pretrain" text_ids, text_mask,
+        mlm_ids, mlm_labels (B, T), mlm_positions (M,), mim_noise (B, L), itm_index, other_index, kin_index
+        (B,). images, uint8 (B, 3, S, S), is filled in place. All that is random follows from (seed, step,
+        chunk) and the place in the chunk."""
         cfg, tok, size = self.cfg, self.tokenizer, len(numbers)
 
         def uniform(purpose, *shape):

@@ -314,7 +314,7 @@ def freeze_unread(model, batch):
 
 
 def parameter_groups(model, train_cfg):
-    """AdamW's groups: four rates (text encoder, image encoder, fusion, heads), and decay for matrices alone."""
+    """AdamW's groups: four rates (text and image encoder, fusion, heads), and decay for matrices alone."""
     scales, groups = {"vit": train_cfg.image_lr, "text": 1.0, "objectives": train_cfg.head_lr}, {}
     for name, parameter in model.named_parameters():
         scale = scales.get(name.split(".")[0], train_cfg.fusion_lr)

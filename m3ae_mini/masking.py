@@ -1,9 +1,8 @@
-"""Which patches, which words, which wrong picture: pure functions of (seed, step, chunk, position).
+"""Which patches, which words, which wrong picture: the paper's asymmetric masking, and matching's other rows.
 
-No generator is ever carried from one draw to the next. Each draw names the place it is for, so a run resumes
-by its step number alone, and how many processes share the work changes nothing."""
+No generator is carried from draw to draw. Each is a pure function of seed, step, chunk (the samples of one
+forward pass) and row: a run resumes by its step number alone, and the number of processes changes nothing."""
 import numpy as np
-import torch
 
 # What a draw is for. Two purposes never share numbers.
 ORDER, PATCHES, WORDS, WRONG, CROP, DROPOUT = range(6)
@@ -14,7 +13,7 @@ def uniform(seed, purpose, step, chunk, shape):
     """Uniform numbers in [0, 1) of `shape`, float64. Row i depends on (seed, purpose, step, chunk, i) alone,
     as long as a row's own shape stays the same: rows are filled one after the other."""
     key = np.array([seed, purpose], dtype=np.uint64)
-    counter = np.array([0, 0, chunk, step], dtype=np.uint64)
+    counter = np.array([0, 0, chunk, step], dtype=np.uint64)       # the two zeros count the numbers drawn
     return np.random.Generator(np.random.Philox(key=key, counter=counter)).random(shape)
 
 

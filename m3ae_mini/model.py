@@ -137,7 +137,7 @@ def patchify(image, size):
 
 
 class ViT(nn.Module):
-    """CLIP's vision transformer. Where patches are hidden, it never sees them: they are dropped before it."""
+    """The paper's vision encoder, CLIP's ViT. Hidden patches are dropped before it, so it never sees them."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -165,7 +165,7 @@ class ViT(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """RoBERTa or BERT: word + position + token type, then post-norm layers."""
+    """The paper's language encoder, RoBERTa or BERT: word + position + token type, then post-norm layers."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -198,7 +198,7 @@ class TextEncoder(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Pairs of layers. In each, both streams read the previous pair's outputs: side by side, not in turn."""
+    """The paper's fusion: in a pair of layers both streams read the previous pair's outputs, side by side."""
 
     def __init__(self, cfg):
         super().__init__()

@@ -1,7 +1,7 @@
 """What M³AE learns from: each objective is one module with its head, its pass through the trunk and its loss.
 
-An objective is called with the model, the batch, and the whole text and the whole image encoded once for all
-that want them. It returns a dict with `NAME_loss` and what it predicted: another loss is another class."""
+An objective is called with the model, the batch and, if it `reads` them, the whole text and the whole image,
+encoded once for all. It returns a dict with `NAME_loss` and what it predicted. Another loss is another class."""
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -100,7 +100,7 @@ def sine_cosine_positions(width, side):
 
 
 class ITM(nn.Module):
-    """Image-text matching: does the picture belong to the text? Half the rows get another row's picture."""
+    """The third objective, image-text matching: half the rows get another row's picture; which ones?"""
     reads = ("text", "image")
 
     def __init__(self, cfg):

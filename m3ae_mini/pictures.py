@@ -1,6 +1,4 @@
-"""Pictures of what was learned: reconstructions and curves, as PNG files. Pillow draws them."""
-from pathlib import Path
-
+"""Pictures of what was learned, drawn by Pillow as PNG files: reconstructions, attention, curves."""
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -88,26 +86,31 @@ def caption(tokenizer, batch, row, guesses, width):
                 text, colour = f"{text} (not {words[place].strip()})", RED
         text = text.replace("\n", " ")            # a model that has learned nothing yet writes anything
         if x and x + FONT.getlength(text) > width:
-            x, y, text = 0, y + 18, text.lstrip()
+            x, y = 0, y + 18
+        text = text if x else text.lstrip()
         placed.append((x, y, text, colour))
         x += FONT.getlength(text)
     return placed
 
 
+def word_to_patch(model, ids, mask, image):
+    """ids, mask (B, T), image (B, 3, S, S) -> (B, T, L): how much each token looks at each patch in the last
+    fusion layer, the mean of its heads; what goes to the class token is left out."""
+    seen, cross = [], model.fusion.text_layers[-1].cross
+    hook = cross.register_forward_pre_hook(lambda cross, args: seen.append(cross.weights(*args)))
+    model.fuse(model.encode_text(ids, mask), model.encode_image(image), mask)
+    hook.remove()
+    return seen[0].mean(1)[:, :, 1:]
+
+
 @torch.no_grad()
 def attention(model, batch, words, path):
-    """The picture of a batch's first row; then, in red over it, where each of the first tokens `words` looks
-    in the last fusion layer, mean of its heads. (The first token's feature goes to the task's head.)"""
-    seen, model = [], model.eval()
-    cross = model.fusion.text_layers[-1].cross
-    hook = cross.register_forward_pre_hook(lambda cross, args: seen.append(cross.weights(*args)))
+    """The picture of a batch's first row; then, in red over it, where each of the first tokens `words` looks.
+    (The first token's feature goes to the task's head.)"""
     image = batch["image"][:1].float()                                          # (1, 3, S, S)
-    model.fuse(model.encode_text(batch["text_ids"][:1], batch["text_mask"][:1]), model.encode_image(image),
-               batch["text_mask"][:1])
-    hook.remove()
-    looks = seen[0][0].mean(0)[:len(words), 1:]                                 # (T, L) no class token
+    looks = word_to_patch(model.eval(), batch["text_ids"][:1], batch["text_mask"][:1], image)[0, :len(words)]
     low, high = looks.aminmax(dim=1, keepdim=True)
-    looks = (looks - low) / (high - low).clamp(min=1e-9)
+    looks = (looks - low) / (high - low).clamp(min=1e-9)                        # (T, L)
     side, cell, columns = round(looks.shape[1] ** 0.5), 192, 6
     picture = visible(image[0]).resize((cell, cell), Image.Resampling.BICUBIC)
     sheet = Image.new("RGB", (columns * cell, -(-(1 + len(words)) // columns) * (cell + 20)), BACK)
@@ -137,9 +140,9 @@ def curves(lines, path):
         values, end = [line[name] for line in found], max(line["step"] for line in found)
         low, up = min(0.0, *values), max(*values, 1e-9)
         draw.rectangle((left, top, left + wide, top + high), outline=GREY)
-        for x, y, text in ((0, -22, name), (-46, -8, f"{up:.3g}"), (-46, high - 8, f"{low:.3g}"),
-                           (wide - 80, high + 4, f"step {end:,}")):
-            draw.text((left + x, top + y), text, INK, FONT)
+        for x, y, text, anchor in ((0, -12, name, "lm"), (wide, high + 12, f"step {end:,}", "rm"),
+                                   (-5, 6, f"{up:.2g}", "rm"), (-5, high - 6, f"{low:.1g}", "rm")):
+            draw.text((left + x, top + y), text, INK, FONT, anchor)
         for split, colour in splits.items():
             points = [(left + wide * line["step"] / end, top + high * (up - line[name]) / (up - low))
                       for line in found if line["split"] == split]

@@ -172,10 +172,9 @@ class State(dict):
 def translate(tensors, path, released, anchor):
     """Tensors under a file's names -> State. `released` replaces the prefix that the name in `anchor` has."""
     prefixes = [name.removesuffix(anchor) for name in tensors if name.endswith(anchor)]
-    if len(prefixes) != 1:
-        raise UserError(f"{path} has no tensor {anchor}, or several: is it the right kind of file?")
+    ask(len(prefixes) == 1, f"{path} has no tensor {anchor}, or several: is it the right kind of file?")
     names = {re.sub(f"^{re.escape(prefixes[0])}", released, name): name for name in tensors}
-    deep = ModelConfig(vit_blocks=99, text_layers=99, fusion_layers=99, decoder_layers=99)     # as no file is
+    deep = ModelConfig(vit_blocks=99, text_layers=99, fusion_layers=99, decoder_layers=99)  # deeper than any
     with readable(path):
         state = State(from_official({new: tensors[old] for new, old in names.items()}, deep))
     used = {name for mine, theirs in name_table(deep) if mine in state for name in theirs}
