@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 import zipfile
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -21,9 +21,7 @@ from .data import load
 # What torch says in a RuntimeError where it is nobody's bug, and what a user should read instead.
 TROUBLES = {"MemoryError|out of memory|can't allocate": "out of memory: use a smaller --micro_batch",
             "[Tt]imed out|[Tt]imeout|[Cc]onnection (closed|reset)":
-                "another process of this run is gone or hangs: look at its messages, then --resume",
-            "PytorchStreamWriter|unexpected pos":
-                "the checkpoint can't be written, perhaps the disk is full: make room, then --resume"}
+                "another process of this run is gone or hangs: look at its messages, then --resume"}
 LOCKS = []                             # the open files that lock a run's folder until this process ends
 
 
@@ -170,14 +168,14 @@ def open_run(run_cfg, settings, place):
             f"{out} holds another run: go on with it by --resume, or choose another --out")
         try:
             old = json.loads(config.read_text())
-            changed = [f"{name} {was} (now {now})" for part in settings if part != "run"
+            changed = [f"{name} {was!r:.60} (now {now!r:.60})" for part in settings if part != "run"
                        for name, now in settings[part].items() if (was := old.get(part, {}).get(name)) != now]
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             raise UserError(f"{config} is damaged: choose another --out") from None
         ask(not changed, f"{out} was started with other settings: {', '.join(changed)}; give the same, or "
                          "choose another --out")
     elif out.is_dir():
-        ask(all(file.name == "lock" for file in out.iterdir()),
+        ask({file.name for file in out.iterdir()} <= {"lock", "config.json.tmp"},      # killed at its start
             f"{out} is not empty and holds no run: choose another --out")
     if place.launching:
         sys.stdout.flush()                                 # torchrun takes over with this command line
@@ -185,7 +183,7 @@ def open_run(run_cfg, settings, place):
         os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                   "--nproc-per-node", str(run_cfg.gpus), *sys.argv])
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        (out / "pictures").mkdir(parents=True, exist_ok=True)
         if sys.platform != "win32":
             import fcntl                                   # Windows has none
             LOCKS.append(open(out / "lock", "w"))
@@ -207,6 +205,9 @@ def write_whole(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except (OSError, RuntimeError) as error:               # the latter is torch.save's for a full disk
+        raise UserError(f"{path} can't be written ({getattr(error, 'strerror', None) or error}): what the run "
+                        "saved before is whole; make room, then --resume") from None
     finally:
         beside.unlink(missing_ok=True)                     # a disk that is full needs the room
 
@@ -216,9 +217,15 @@ def save_checkpoint(out, model, optimizer, scaler, step, best):
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
              "step": step, "best": best, "model_config": asdict(model.cfg)}
     write_whole(out / "next.pt", lambda file: torch.save(state, file))
-    if (out / "last.pt").exists():
-        os.replace(out / "last.pt", out / "prev.pt")
-    os.replace(out / "next.pt", out / "last.pt")
+    move_up(out)
+
+
+def move_up(out):
+    """next.pt becomes last.pt, and that prev.pt. It begins and ends again after a kill at any moment of it."""
+    if (out / "next.pt").exists():
+        if (out / "last.pt").exists():
+            os.replace(out / "last.pt", out / "prev.pt")
+        os.replace(out / "next.pt", out / "last.pt")
 
 
 def save_best(out, model, step):
@@ -238,9 +245,27 @@ def load_checkpoint(path):
         raise UserError(f"{path} is damaged or no checkpoint ({error})") from None
 
 
+def restore(path, model, optimizer, scaler):
+    """Load a checkpoint into the three -> its step, its best score. UserError where it is of another model."""
+    try:
+        state = load_checkpoint(path)
+        state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]    # of these very settings
+        for name, part in ("model", model), ("optimizer", optimizer), ("scaler", scaler):
+            part.load_state_dict(state[name])
+        for parameter, moments in optimizer.state.items():
+            ask(moments.keys() == {"step", "exp_avg", "exp_avg_sq"}, "no moments of AdamW")
+            ask(all(moment.shape in ((), parameter.shape) for moment in moments.values()), "other shapes")
+        ask(state["step"] >= 0, "no such step")
+        return int(state["step"]), float(state["best"])
+    except Exception as error:
+        raise UserError(f"{path} doesn't hold what this run needs ({str(error)[:200]!r}): was it made by it?"
+                        ) from None
+
+
 def newest_checkpoint(out):
     """The path of a run's newest checkpoint that is whole, or None where none was written yet."""
-    paths = [path for name in ("last.pt", "prev.pt") if (path := Path(out) / name).exists()]
+    move_up(out)
+    paths = [path for name in ("last.pt", "prev.pt") if (path := out / name).exists()]
     for path in paths:
         try:
             load_checkpoint(path)
@@ -260,9 +285,13 @@ class Log:
         write_whole(self.path, lambda file: file.write(text.encode()))
 
     def lines(self):
-        """All whole lines, as dicts: a kill can leave half a line at the end."""
-        text = self.path.read_text() if self.path.is_file() else ""
-        return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        """All whole lines, as dicts: a kill leaves half a line at the end, a power cut whatever it likes."""
+        whole = []
+        for line in self.path.read_bytes().splitlines() if self.path.is_file() else ():
+            with suppress(ValueError, AttributeError, RecursionError):
+                line = json.loads(line)
+                whole += [line] if line.get("split") and type(line.get("step")) is int else []
+        return whole
 
     def write(self, step, split, **values):
         plain = {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
@@ -278,18 +307,14 @@ def learner(model, train, train_cfg, run_cfg, place, checkpoint):
     optimizer = torch.optim.AdamW(parameter_groups(model, train_cfg), lr=train_cfg.lr, eps=1e-8,
                                   betas=(0.9, train_cfg.beta2), fused=place.device.type != "mps")
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
-    step, best = 0, -math.inf
-    if checkpoint:
-        state = load_checkpoint(checkpoint)
-        for name, part in ("model", model), ("optimizer", optimizer), ("scaler", scaler):
-            part.load_state_dict(state[name])
-        step, best = state["step"], state["best"]
+    step, best = restore(checkpoint, model, optimizer, scaler) if checkpoint else (0, -math.inf)
     net = torch.compile(model) if run_cfg.compile else model
     if place.world > 1:
         net = DistributedDataParallel(net, gradient_as_bucket_view=True)
     if place.main:
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters on {place.world} × "
-              f"{place.device.type} in {str(place.dtype)[6:]}; steps {step:,} to {train_cfg.steps:,}")
+              f"{place.device.type} in {str(place.dtype)[6:]}; steps {step:,} to {train_cfg.steps:,}",
+              f"from {checkpoint}" if checkpoint else "")
     return net, optimizer, scaler, step, best
 
 

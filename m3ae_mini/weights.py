@@ -131,6 +131,7 @@ class Inert(dict):
 class Unpickler(pickle._Unpickler):
     """Reads a pickle as data and imports nothing. (The C unpickler reserves what a pickle claims to need.)"""
     persistent_load = lambda self, storage: storage         # ("storage", dtype, entry in the archive, …)
+    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: None}       # reserves what is claimed, too
 
     def find_class(self, module, name):
         known = {"torch._utils._rebuild_tensor_v2": lambda storage, *view: Stored(*storage[1:3], *view[:3]),
@@ -140,26 +141,34 @@ class Unpickler(pickle._Unpickler):
 
 def read_torch(path):
     """A file of torch.save or torch.jit.save -> (all it holds, as data; {dotted name: float32 tensor})."""
-    tensors, storages = {}, {}
+    tensors, storages, seen = {}, {}, set()
 
-    def collect(node, name):                                # the tensors in nested dicts
-        for key, item in node.items() if isinstance(node, dict) else ():
+    def entry(name):
+        info = archive.getinfo(name)
+        if info.file_size > info.compress_size:             # it could fill the memory; torch compresses none
+            raise ValueError(f"{name} in it is compressed")
+        return archive.read(info)
+
+    def collect(node, name):                                # the tensors in nested dicts, each dict once
+        items = node.items() if isinstance(node, dict) and id(node) not in seen else ()
+        seen.add(id(node))
+        for key, item in items:
             collect(item, f"{name}.{key}" if name else f"{key}")
         if isinstance(node, Stored) and node.dtype in DTYPES.values():
-            dtype, entry, offset, shape, stride = node
-            if (entry, dtype) not in storages:
-                data = bytearray(archive.read(f"{pickled.removesuffix('.pkl')}/{entry}"))
-                storages[entry, dtype] = torch.frombuffer(data, dtype=dtype).float()
-            if math.prod(shape) > len(storages[entry, dtype]):      # an endless view of a few numbers
+            dtype, key, offset, shape, stride = node
+            if (key, dtype) not in storages:
+                data = bytearray(entry(f"{pickled.removesuffix('.pkl')}/{key}"))
+                storages[key, dtype] = torch.frombuffer(data, dtype=dtype).float()
+            if math.prod(shape) > len(storages[key, dtype]):        # an endless view of a few numbers
                 raise ValueError(f"tensor {name} claims more numbers than the file has")
-            tensors[name] = storages[entry, dtype].as_strided(shape, stride, offset)
+            tensors[name] = storages[key, dtype].as_strided(shape, stride, offset)
 
     with readable(path), open(path, "rb") as file:
         if not zipfile.is_zipfile(file):
             raise ValueError("no whole zip archive; if PyTorch < 1.6 wrote it, load and save it again there")
         archive = zipfile.ZipFile(file)
         (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        content = Unpickler(io.BytesIO(archive.read(pickled))).load()
+        content = Unpickler(io.BytesIO(entry(pickled))).load()
         collect(next((content[key] for key in ("state_dict", "model") if key in content), content), "")
     return content, tensors
 
@@ -264,6 +273,7 @@ def load_m3ae(path, **given):
         config = config.get("config", config)
         if "num_heads" in config:                           # the released name of fusion_heads
             config["fusion_heads"] = config["num_heads"]
+        config = {name: value for name, value in config.items() if isinstance(value, (bool, int, float, str))}
         known = {f.name: f.type(config[f.name]) for f in fields(ModelConfig) if f.name in config} | given
         cfg = ModelConfig(**known | infer(state, path, known))
         check(cfg, {path: state}, needed=("vit", "text", "fusion"))

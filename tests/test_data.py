@@ -392,4 +392,4 @@ def test_tokens_are_kept_beside_the_pack(made, tmp_path):
     file.write_bytes(file.read_bytes()[:-8])
     again = pack.tokens(tokenizer)                                            # damaged: made again
     assert (again[0] == offsets).all() and (again[1] == tokens).all()
-    assert np.load(file).size == len(offsets) + len(tokens)
+    assert np.load(file).size == len(offsets) + len(tokens) + 1               # their check sum
