@@ -160,7 +160,7 @@ def prepare(cfg, train_cfg, run_cfg, task_cfg, sources):
     """Open the packs and the tokenizer and fit the configuration to them -> the samples of the three
     splits, the names of the answers or classes (none in retrieval), tokenizer, configuration. UserError
     where they, or the weights to start from, don't fit each other."""
-    packs = open_packs(run_cfg.data, cfg.image_size, cfg.task)
+    packs = open_packs(run_cfg.data, cfg.image_size, train_cfg.crop, cfg.task)
     texts = (line["text"] for pack in packs for line in pack.lines("train"))
     tokenizer = Tokenizer.choose(train_cfg, run_cfg, texts)
     if task_cfg.zero_shot and (cfg.task != "irtr" or train_cfg.init == "none"):

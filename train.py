@@ -137,7 +137,7 @@ def main():
 def prepare(cfg, train_cfg, run_cfg, sources):
     """Open the packs and the tokenizer, fit the configuration to it -> packs, tokenizer, configuration.
     UserError where they, or the weights to start from, don't fit each other."""
-    packs = open_packs(run_cfg.data, cfg.image_size)
+    packs = open_packs(run_cfg.data, cfg.image_size, train_cfg.crop)
     captions = (line["text"] for pack in packs for line in pack.lines("train"))
     tokenizer = Tokenizer.choose(train_cfg, run_cfg, captions)
     cfg = replace(cfg, vocab_size=tokenizer.vocab_size, text_kind=tokenizer.kind)

@@ -25,7 +25,7 @@ PHANTOM = re.compile(r"Phantom\(seed=\d{1,9}, number=\d{1,9}\)")
 
 
 class Pack:
-    """A folder made by data/prepare.py, opened by its version, the sizes of its files and whether they fit each
+    """A folder made by data/prepare.py, opened by its version, its files' sizes and whether they fit each
     other. A pack may be damaged or come from a stranger: what can be known without reading pictures and texts
     is known when it is opened, the rest when it is read. UserError names the file.
 
@@ -47,8 +47,7 @@ class Pack:
             if not (names and numbers and 0 < self.size < 2 ** 15):
                 raise ValueError("a number or a name is not what it must be")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{folder}/meta.json is damaged ({repr(error)[:200]}): prepare the pack again"
-                            ) from None
+            self.damaged("meta.json", f"is not what was written ({repr(error)[:200]})")
         if version != PACK_VERSION:
             raise UserError(f"{folder} is a pack of version {version}, this code reads {PACK_VERSION}: "
                             "prepare it again")
@@ -173,8 +172,9 @@ class Pack:
         return hashlib.sha256(sums.encode()).hexdigest()[:16]
 
 
-def open_packs(names, size, task="pretrain"):
-    """--data -> the packs. The name `phantoms` stands for the embedded data set, drawn on first use."""
+def open_packs(names, size, crop, task="pretrain"):
+    """--data -> the packs, of pictures of `size` pixels, or larger ones where crops are taken (crop < 1). The
+    name `phantoms` stands for the embedded data set, drawn on first use."""
     packs = []
     for name in names.split(","):
         if name == "phantoms":
@@ -183,4 +183,7 @@ def open_packs(names, size, task="pretrain"):
                 from data import phantoms, prepare         # they read packs, too: imported when needed
                 prepare.pack(phantoms.rows(None, task), out=name, name="phantoms", task=task, size=size)
         packs.append(Pack(name))
+        if packs[-1].size != size and not (packs[-1].size > size and crop < 1):
+            raise UserError(f"{name} holds pictures of {packs[-1].size} pixels, not {size}: prepare it with "
+                            f"--size {size}, or use --image_size {packs[-1].size}")
     return packs

@@ -5,8 +5,9 @@ import os
 import re
 import signal
 import sys
+import time
 import zipfile
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -15,13 +16,16 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .config import UserError, ask
+from .config import UserError, ask, readable
 from .data import load
 
 # What torch says in a RuntimeError where it is nobody's bug, and what a user should read instead.
 TROUBLES = {"MemoryError|out of memory|can't allocate": "out of memory: use a smaller --micro_batch",
             "[Tt]imed out|[Tt]imeout|[Cc]onnection (closed|reset)":
                 "another process of this run is gone or hangs: look at its messages, then --resume"}
+# A line of metrics.jsonl.
+NUMBER = r"-?\d{1,20}(\.\d+)?(e[+-]\d+)?|null"
+LINE = re.compile(rf'{{"step": \d{{1,9}}, "split": "\w+"(, "(\\.|[^"\\])*": ({NUMBER}))*}}')
 LOCKS = []                             # the open files that lock a run's folder until this process ends
 
 
@@ -44,6 +48,7 @@ def run(main):
         if dist.is_initialized():
             dist.destroy_process_group()
     print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+    time.sleep("another process" in sentence)              # torchrun is to find the one that is gone first
     sys.exit(2)
 
 
@@ -52,8 +57,12 @@ def begin(train_cfg, model_cfg, run_cfg, prepare):
     place = Place(run_cfg)
     check_batches(train_cfg, model_cfg, run_cfg.gpus if place.launching else place.world)
     if place.under_torchrun and not dist.is_initialized():
-        backend = "nccl" if place.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=run_cfg.timeout))
+        backend, timeout = "nccl" if place.device.type == "cuda" else "gloo", timedelta(seconds=run_cfg.timeout)
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun keeps this store through --max-restarts, and with it the addresses of those that are gone.
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(life if os.environ.get("GROUP_WORLD_SIZE") == "1" else "", store)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
     place.from_main(lambda: prepare() and None)            # files that are made on first use: by one process
     return place, prepare()
 
@@ -166,12 +175,10 @@ def open_run(run_cfg, settings, place):
     if config.is_file():
         ask(run_cfg.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
             f"{out} holds another run: go on with it by --resume, or choose another --out")
-        try:
+        with readable(config):
             old = json.loads(config.read_text())
             changed = [f"{name} {was!r:.60} (now {now!r:.60})" for part in settings if part != "run"
                        for name, now in settings[part].items() if (was := old.get(part, {}).get(name)) != now]
-        except (ValueError, AttributeError, RecursionError):
-            raise UserError(f"{config} is damaged: choose another --out") from None
         ask(not changed, f"{out} was started with other settings: {', '.join(changed)}; give the same, or "
                          "choose another --out")
     elif out.is_dir():
@@ -183,12 +190,13 @@ def open_run(run_cfg, settings, place):
         os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                   "--nproc-per-node", str(run_cfg.gpus), *sys.argv])
     try:
-        (out / "pictures").mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         if sys.platform != "win32":
             import fcntl                                   # Windows has none
             LOCKS.append(open(out / "lock", "w"))
             fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         write_whole(config, lambda file: file.write(json.dumps(settings, indent=1).encode()))
+        (out / "pictures").mkdir(exist_ok=True)
         return newest_checkpoint(out)
     except BlockingIOError:
         raise UserError(f"another run is at work in {out}: wait for it, or choose another --out") from None
@@ -206,7 +214,7 @@ def write_whole(path, write):
             os.fsync(file.fileno())
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:               # the latter is torch.save's for a full disk
-        raise UserError(f"{path} can't be written ({getattr(error, 'strerror', None) or error}): what the run "
+        raise UserError(f"{path} can't be written ({getattr(error, 'strerror', None) or error}): what was "
                         "saved before is whole; make room, then --resume") from None
     finally:
         beside.unlink(missing_ok=True)                     # a disk that is full needs the room
@@ -221,11 +229,10 @@ def save_checkpoint(out, model, optimizer, scaler, step, best):
 
 
 def move_up(out):
-    """next.pt becomes last.pt, and that prev.pt. It begins and ends again after a kill at any moment of it."""
-    if (out / "next.pt").exists():
-        if (out / "last.pt").exists():
-            os.replace(out / "last.pt", out / "prev.pt")
-        os.replace(out / "next.pt", out / "last.pt")
+    """next.pt becomes last.pt, and that prev.pt. After a kill in between, once more does the rest."""
+    for old, new in ("last.pt", "prev.pt"), ("next.pt", "last.pt"):
+        if (out / "next.pt").exists() and (out / old).exists():
+            os.replace(out / old, out / new)
 
 
 def save_best(out, model, step):
@@ -246,20 +253,16 @@ def load_checkpoint(path):
 
 
 def restore(path, model, optimizer, scaler):
-    """Load a checkpoint into the three -> its step, its best score. UserError where it is of another model."""
-    try:
+    """Load a checkpoint into the three -> its step, its best score. UserError where it is not of this run."""
+    with readable(path):
         state = load_checkpoint(path)
-        state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]    # of these very settings
+        state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]    # from the settings
         for name, part in ("model", model), ("optimizer", optimizer), ("scaler", scaler):
             part.load_state_dict(state[name])
-        for parameter, moments in optimizer.state.items():
-            ask(moments.keys() == {"step", "exp_avg", "exp_avg_sq"}, "no moments of AdamW")
-            ask(all(moment.shape in ((), parameter.shape) for moment in moments.values()), "other shapes")
-        ask(state["step"] >= 0, "no such step")
+        fits = all(moments["exp_avg"].shape == moments["exp_avg_sq"].shape == parameter.shape
+                   and moments["step"].ndim == 0 for parameter, moments in optimizer.state.items())
+        ask(fits and state["step"] >= 0, f"{path} was written by another run: choose another --out")
         return int(state["step"]), float(state["best"])
-    except Exception as error:
-        raise UserError(f"{path} doesn't hold what this run needs ({str(error)[:200]!r}): was it made by it?"
-                        ) from None
 
 
 def newest_checkpoint(out):
@@ -286,12 +289,8 @@ class Log:
 
     def lines(self):
         """All whole lines, as dicts: a kill leaves half a line at the end, a power cut whatever it likes."""
-        whole = []
-        for line in self.path.read_bytes().splitlines() if self.path.is_file() else ():
-            with suppress(ValueError, AttributeError, RecursionError):
-                line = json.loads(line)
-                whole += [line] if line.get("split") and type(line.get("step")) is int else []
-        return whole
+        text = self.path.read_text(errors="replace") if self.path.is_file() else ""
+        return [json.loads(line) for line in text.splitlines() if LINE.fullmatch(line)]
 
     def write(self, step, split, **values):
         plain = {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
@@ -313,8 +312,8 @@ def learner(model, train, train_cfg, run_cfg, place, checkpoint):
         net = DistributedDataParallel(net, gradient_as_bucket_view=True)
     if place.main:
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters on {place.world} × "
-              f"{place.device.type} in {str(place.dtype)[6:]}; steps {step:,} to {train_cfg.steps:,}",
-              f"from {checkpoint}" if checkpoint else "")
+              f"{place.device.type} in {str(place.dtype)[6:]}; steps {step:,} to {train_cfg.steps:,}"
+              + (f", from {checkpoint}" if checkpoint else ""))
     return net, optimizer, scaler, step, best
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from .config import UserError
+from .config import ask, readable
 
 # Special tokens by name: start, padding, end, unknown, mask.
 SPECIAL = {"roberta": ("<s>", "<pad>", "</s>", "<unk>", "<mask>"),
@@ -25,14 +25,12 @@ class Tokenizer:
         self.backend.no_truncation()
         self.kind = next((kind for kind, names in SPECIAL.items()
                           if all(backend.token_to_id(name) is not None for name in names)), None)
-        if self.kind is None:
-            raise UserError(f"{source} has neither RoBERTa's special tokens {' '.join(SPECIAL['roberta'])} "
-                            f"nor BERT's {' '.join(SPECIAL['bert'])}: give another with --tokenizer")
+        ask(self.kind, f"{source} has neither RoBERTa's special tokens {' '.join(SPECIAL['roberta'])} "
+                       f"nor BERT's {' '.join(SPECIAL['bert'])}: give another with --tokenizer")
         ids = [backend.token_to_id(name) for name in SPECIAL[self.kind]]
         self.cls_id, self.pad_id, self.sep_id, _, self.mask_id = ids
-        if self.pad_id != PAD_ID[self.kind]:
-            raise UserError(f"{source} has its padding token at {self.pad_id}, a {self.kind} model needs it "
-                            f"at {PAD_ID[self.kind]}: give another with --tokenizer")
+        ask(self.pad_id == PAD_ID[self.kind], f"{source} has its padding token at {self.pad_id}, a model of "
+            f"{self.kind}'s kind needs it at {PAD_ID[self.kind]}: give another with --tokenizer")
 
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         special = set(ids) | {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
@@ -43,13 +41,9 @@ class Tokenizer:
     def load(cls, path):
         """path: a tokenizer.json, or a folder that holds one."""
         path = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else str(path)
-        if not os.path.isfile(path):
-            raise UserError(f"there is no tokenizer at {path}: give a tokenizer.json, or a folder with one")
-        try:
-            backend = tokenizers.Tokenizer.from_file(path)
-        except Exception as error:             # the library raises bare Exception for whatever is wrong
-            raise UserError(f"{path} is no tokenizer file that can be read ({error})") from None
-        return cls(backend, path)
+        ask(os.path.isfile(path), f"no tokenizer at {path}: give a tokenizer.json, or a folder with one")
+        with readable(path):
+            return cls(tokenizers.Tokenizer.from_file(path), path)
 
     @classmethod
     def choose(cls, train_cfg, run_cfg, texts):
