@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data.pack import open_packs
 from data.prepare import open_picture, square
 from m3ae_mini import M3AE, ModelConfig, loop, masking, metrics, pictures, weights
-from m3ae_mini.config import RunConfig, TrainConfig, UserError, opt, parse
+from m3ae_mini.config import RunConfig, TrainConfig, UserError, ask, opt, parse
 from m3ae_mini.data import VAL_SEED, Samples, load, normalise, numbered, training_chunks, validation_chunks
 from m3ae_mini.text import Tokenizer
 
@@ -116,7 +116,7 @@ def main():
             skipped = 0
         else:
             skipped += 1
-            loop.give_up(skipped, step, out)
+            ask(skipped < 20, loop.DIVERGED)
         optimizer.zero_grad()
         step, since = step + 1, since + 1
 
@@ -141,7 +141,7 @@ def main():
                 tqdm.write(f"step {step:,}  {shown}")
                 pictures.curves(log.lines(), out / "pictures" / "curves.png")
                 if score > best:
-                    loop.save_best(out, model, step)
+                    loop.save(out / "best.pt", model, step)
             best = max(best, score)
 
         if (step % run_cfg.save_every == 0 or last or stopping) and place.main:

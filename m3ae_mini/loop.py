@@ -23,9 +23,10 @@ from .data import load
 TROUBLES = {"MemoryError|out of memory|can't allocate": "out of memory: use a smaller --micro_batch",
             "[Tt]imed out|[Tt]imeout|[Cc]onnection (closed|reset)":
                 "another process of this run is gone or hangs: look at its messages, then --resume"}
-# A line of metrics.jsonl.
 NUMBER = r"-?\d{1,20}(\.\d+)?(e[+-]\d+)?|null"
 LINE = re.compile(rf'{{"step": \d{{1,9}}, "split": "\w+"(, "(\\.|[^"\\])*": ({NUMBER}))*}}')
+DIVERGED = ("the gradient was not finite in 20 steps in a row; what the run has saved is from before: try a "
+            "lower --lr, a longer --warmup or --dtype float32")
 LOCKS = []                             # the open files that lock a run's folder until this process ends
 
 
@@ -57,11 +58,11 @@ def begin(train_cfg, model_cfg, run_cfg, prepare):
     place = Place(run_cfg)
     check_batches(train_cfg, model_cfg, run_cfg.gpus if place.launching else place.world)
     if place.under_torchrun and not dist.is_initialized():
-        backend, timeout = "nccl" if place.device.type == "cuda" else "gloo", timedelta(seconds=run_cfg.timeout)
+        timeout = timedelta(seconds=run_cfg.timeout)
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-        # torchrun keeps this store through --max-restarts, and with it the addresses of those that are gone.
-        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(life if os.environ.get("GROUP_WORLD_SIZE") == "1" else "", store)
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":      # torchrun's restarts share it, and old addresses
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        backend = "nccl" if place.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
     place.from_main(lambda: prepare() and None)            # files that are made on first use: by one process
     return place, prepare()
@@ -220,36 +221,27 @@ def write_whole(path, write):
         beside.unlink(missing_ok=True)                     # a disk that is full needs the room
 
 
+def save(path, model, step, **more):
+    """The weights, and what else is given, whole or not at all."""
+    state = {"model": model.state_dict(), "step": step, "model_config": asdict(model.cfg)} | more
+    write_whole(path, lambda file: torch.save(state, file))
+
+
 def save_checkpoint(out, model, optimizer, scaler, step, best):
-    """last.pt, whole or not at all; the one before stays as prev.pt."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-             "step": step, "best": best, "model_config": asdict(model.cfg)}
-    write_whole(out / "next.pt", lambda file: torch.save(state, file))
-    move_up(out)
-
-
-def move_up(out):
-    """next.pt becomes last.pt, and that prev.pt. After a kill in between, once more does the rest."""
-    for old, new in ("last.pt", "prev.pt"), ("next.pt", "last.pt"):
-        if (out / "next.pt").exists() and (out / old).exists():
-            os.replace(out / old, out / new)
-
-
-def save_best(out, model, step):
-    """best.pt: the weights alone."""
-    state = {"model": model.state_dict(), "step": step, "model_config": asdict(model.cfg)}
-    write_whole(out / "best.pt", lambda file: torch.save(state, file))
+    """last.pt; the one before stays as prev.pt."""
+    save(out / "new.pt", model, step, best=best, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    if (out / "last.pt").exists():
+        os.replace(out / "last.pt", out / "prev.pt")
+    os.replace(out / "new.pt", out / "last.pt")
 
 
 def load_checkpoint(path):
     """A checkpoint: tensors and plain containers, nothing else. UserError where it is missing or damaged."""
-    try:
+    with readable(path):
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} does not have its check sum")
+            damaged = archive.testzip()
+        ask(not damaged, f"{path} is damaged: its entry {damaged} does not have its check sum")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise UserError(f"{path} is damaged or no checkpoint ({error})") from None
 
 
 def restore(path, model, optimizer, scaler):
@@ -266,16 +258,16 @@ def restore(path, model, optimizer, scaler):
 
 
 def newest_checkpoint(out):
-    """The path of a run's newest checkpoint that is whole, or None where none was written yet."""
-    move_up(out)
-    paths = [path for name in ("last.pt", "prev.pt") if (path := out / name).exists()]
+    """The path of a run's newest checkpoint that is whole, or None where none was written yet. (new.pt is
+    there when a kill came between the renames.)"""
+    paths = [path for name in ("new.pt", "last.pt", "prev.pt") if (path := out / name).exists()]
     for path in paths:
         try:
             load_checkpoint(path)
             return path
         except UserError as error:
             ask(path != paths[-1], f"no checkpoint in {out} can be read: {error}")
-            print(f"warning: {error}; going on from {paths[-1]}", file=sys.stderr)
+            print(f"warning: {error}; an older one is taken", file=sys.stderr)
 
 
 class Log:
@@ -288,7 +280,7 @@ class Log:
         write_whole(self.path, lambda file: file.write(text.encode()))
 
     def lines(self):
-        """All whole lines, as dicts: a kill leaves half a line at the end, a power cut whatever it likes."""
+        """Its lines as dicts, where they are as `write` left them: a power cut leaves anything."""
         text = self.path.read_text(errors="replace") if self.path.is_file() else ""
         return [json.loads(line) for line in text.splitlines() if LINE.fullmatch(line)]
 
@@ -346,9 +338,3 @@ def set_rate(optimizer, step, train_cfg):
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
     return rate
-
-
-def give_up(skipped, step, out):
-    """Called when a step was skipped because its gradient was not finite; the 20th in a row ends the run."""
-    ask(skipped < 20, f"the gradient was not finite in {skipped} steps up to {step}; what {out} holds is "
-                      "from before: try a lower --lr, a longer --warmup or --dtype float32")

@@ -264,8 +264,7 @@ def load_m3ae(path, **given):
 def resize_positions(pos, patches):
     """Learned positions of a square grid (1+L, W) -> (1+patches, W), bicubic; the class position is kept."""
     old, new = math.isqrt(max(1, len(pos)) - 1), math.isqrt(patches)
-    ask(len(pos) - 1 == old ** 2 > 0,
-        f"vit.pos has {len(pos)} positions: not one for the class and a square grid")
+    ask(len(pos) - 1 == old ** 2 > 0, f"vit.pos has {len(pos)} positions, not those of a class and a square")
     grid = pos[1:].T.reshape(1, -1, old, old)                                          # (1, W, √L, √L)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False, antialias=False)
     return torch.cat([pos[:1], grid.flatten(2)[0].T])                                  # (1+patches, W)
@@ -284,9 +283,8 @@ def check(cfg, sources, needed=()):
             tensor, shape = state[name], shapes[name]
             if name == "vit.pos" and tensor.ndim == 2 and len(tensor) != shape[0]:
                 tensor = resize_positions(tensor, shape[0] - 1)
-            hint = "; is --tokenizer the one of these weights?" if "word" in name or "mlm" in name else ""
-            ask(tensor.shape == shape,
-                f"{source}: {name} has shape {(*tensor.shape,)}, not {(*shape,)}{hint}")
+            ask(tensor.shape == shape, f"{source}: {name} has shape {(*tensor.shape,)}, not {(*shape,)}: "
+                                       "were --preset, --tokenizer and the sizes those of these weights?")
             taken[source][name] = tensor
     return taken
 
@@ -343,8 +341,7 @@ def export(run_folder, out):
 
 
 def main():
-    ask(sys.argv[1:2] == ["export"] and len(sys.argv) == 4,
-        "usage: python -m m3ae_mini.weights export RUN OUT.ckpt")
+    ask(len(sys.argv) == 4 and sys.argv[1] == "export", "usage: python -m m3ae_mini.weights export RUN OUT")
     export(*sys.argv[2:])
 
 

@@ -494,6 +494,30 @@ def test_an_endless_view(tmp_path):
         load_m3ae(path)
 
 
+def test_files_that_would_fill_the_memory_or_never_end(tmp_path):
+    """A zip that unpacks to a thousand times its size; a pickle that asks for 64 GB; dicts in dicts, each
+    twice, 60 deep."""
+    bomb = tmp_path / "bomb.ckpt"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a/data.pkl", bytes(10 ** 7))
+    with pytest.raises(UserError, match="bomb.ckpt .*ten times as large"):
+        load_m3ae(bomb)
+
+    with zipfile.ZipFile(bomb, "w") as file:
+        file.writestr("a/data.pkl", b"\x80\x05\x96" + struct.pack("<Q", 2 ** 36) + b".")
+    with pytest.raises(UserError, match="bomb.ckpt can't be read"):
+        load_m3ae(bomb)
+
+    nested = {}
+    for _ in range(60):
+        nested = {"a": nested, "b": nested}
+    weights = {"state_dict": released(), "hyper_parameters": {"config": {"text_kind": nested}}, "more": nested}
+    path = saved(bomb, weights | nested)
+    assert same(load_m3ae(path, mim_layer=1, max_text_len=14)[1], own())
+    with pytest.raises(UserError, match="bomb.ckpt has no tensor"):
+        load_m3ae(saved(bomb, nested))
+
+
 def test_almost_nothing_in_a_file(tmp_path):
     path = saved(tmp_path / "ViT.pt", {"class_embedding": torch.ones(128)})
     fields, state = load_clip(path)
