@@ -311,9 +311,9 @@ def predict(run, picture, text):
     with the text's attention over it among the run's pictures."""
     run, picture = Path(run), Path(picture)
     try:
-        choices = json.loads((run / "config.json").read_text())["data"]["choices"]
+        choices = [str(name) for name in json.loads((run / "config.json").read_text())["data"]["choices"]]
         tokenizer, (cfg, state) = Tokenizer.load(run), weights.load_m3ae(run)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{run} is no run of finetune.py: give one by --init") from None
     if cfg.task not in ("vqa", "cls"):
         raise UserError(f"{run} has learned {cfg.task}, which predicts nothing: give a run of vqa or cls")
@@ -331,7 +331,7 @@ def predict(run, picture, text):
     image = normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None])                          # (1, 3, S, S)
     batch = {"image": image, "text_ids": ids, "text_mask": torch.ones_like(ids),
              f"{cfg.task}_labels": torch.zeros(1, dtype=torch.long)}
-    logits = model(batch)[f"{cfg.task}_logits"][0]                                                # (A,)
+    logits = model(batch)[f"{cfg.task}_logits"][0, :len(choices)]                                 # (A,)
     likely = (logits.sigmoid() if cfg.task == "vqa" else logits.softmax(0)).topk(min(5, len(choices)))
     for share, i in zip(likely.values.tolist(), likely.indices.tolist()):
         print(f"{share:7.1%}  {choices[i]}")

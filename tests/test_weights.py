@@ -511,8 +511,8 @@ def test_files_that_would_fill_the_memory_or_never_end(tmp_path):
     nested = {}
     for _ in range(60):
         nested = {"a": nested, "b": nested}
-    weights = {"state_dict": released(), "hyper_parameters": {"config": {"text_kind": nested}}, "more": nested}
-    path = saved(bomb, weights | nested)
+    hyper = {"config": {"text_kind": nested}}
+    path = saved(bomb, {"state_dict": released(), "hyper_parameters": hyper, "more": nested})
     assert same(load_m3ae(path, mim_layer=1, max_text_len=14)[1], own())
     with pytest.raises(UserError, match="bomb.ckpt has no tensor"):
         load_m3ae(saved(bomb, nested))
