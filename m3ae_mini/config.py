@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, fields
 
 
 class UserError(Exception):
-    """A mistake of the user's making: one sentence that says what is wrong and how to mend it. It may quote a
-    stranger's file: no line break in it, and nothing that a terminal obeys."""
+    """A mistake of the user's making: one sentence on what is wrong and how to mend it, safe to print."""
 
     def __init__(self, sentence):
         super().__init__("".join(c if c.isprintable() else " " for c in sentence[:1500]))

@@ -258,8 +258,7 @@ def restore(path, model, optimizer, scaler):
 
 
 def newest_checkpoint(out):
-    """The path of a run's newest checkpoint that is whole, or None where none was written yet. (new.pt is
-    there when a kill came between the renames.)"""
+    """The path of a run's newest whole checkpoint, or None. (new.pt: a kill came between the renames.)"""
     paths = [path for name in ("new.pt", "last.pt", "prev.pt") if (path := out / name).exists()]
     for path in paths:
         try:
@@ -276,8 +275,7 @@ class Log:
     def __init__(self, out, step):
         self.path = Path(out) / "metrics.jsonl"
         kept = [line for line in self.lines() if line["step"] <= step and line["split"] != "test"]
-        text = "".join(f"{json.dumps(line)}\n" for line in kept)
-        write_whole(self.path, lambda file: file.write(text.encode()))
+        write_whole(self.path, lambda file: file.writelines(f"{json.dumps(x)}\n".encode() for x in kept))
 
     def lines(self):
         """Its lines as dicts, where they are as `write` left them: a power cut leaves anything."""

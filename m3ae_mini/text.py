@@ -32,9 +32,11 @@ class Tokenizer:
         ask(self.pad_id == PAD_ID[self.kind], f"{source} has its padding token at {self.pad_id}, a model of "
             f"{self.kind}'s kind needs it at {PAD_ID[self.kind]}: give another with --tokenizer")
 
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values()) + 1
+        ask(self.vocab_size <= 2 * len(vocab), f"{source} has large gaps in its ids: use another --tokenizer")
         special = set(ids) | {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        self.ordinary = np.array(sorted(set(backend.get_vocab().values()) - special))
+        self.ordinary = np.array(sorted(set(vocab.values()) - special))
         self.hash = hashlib.sha256(self.json().encode()).hexdigest()[:16]
 
     @classmethod
@@ -72,6 +74,7 @@ class Tokenizer:
         """The tokenizer as the text of a tokenizer.json."""
         return self.backend.to_str()
 
+    @readable("the tokenizer")
     def encode(self, texts):
         """texts, a list -> a list of (ids (n,), starts (n,)), special tokens left out: starts is true where a
         word begins, as the tokenizer itself split them."""
@@ -83,7 +86,7 @@ class Tokenizer:
 
     def words(self, ids):
         """ids -> the text of each token, for pictures: a leading blank where a word begins."""
-        tokens = [self.backend.id_to_token(int(i)) or "" for i in ids]
         if self.kind == "bert":
+            tokens = [self.backend.id_to_token(int(i)) or "" for i in ids]
             return [token[2:] if token.startswith("##") else " " + token for token in tokens]
-        return [self.backend.decoder.decode([token]) for token in tokens]
+        return [self.backend.decode([int(i)], skip_special_tokens=False) for i in ids]

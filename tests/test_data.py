@@ -131,6 +131,16 @@ def test_tokenizer_errors(tmp_path):
     tokenizers.Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="special tokens"):
         Tokenizer.load(tmp_path)
+    bert_tokenizer(CAPTIONS, tmp_path / "tokenizer.json")
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["unk_token"] = "[NONE]"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="the tokenizer can.t be read.*WordPiece"):
+        Tokenizer.load(tmp_path).encode(["漢"])
+    content["model"]["vocab"]["nodule"] = 2 ** 31                  # to write it again would take 8 GB
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="large gaps"):
+        Tokenizer.load(tmp_path)
 
 
 def test_long_captions_are_counted_and_cut(made):
