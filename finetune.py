@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data.pack import open_packs
 from data.prepare import open_picture, square
 from m3ae_mini import M3AE, ModelConfig, loop, masking, metrics, pictures, weights
-from m3ae_mini.config import RunConfig, TrainConfig, UserError, opt, parse
+from m3ae_mini.config import RunConfig, TrainConfig, UserError, ask, opt, parse
 from m3ae_mini.data import VAL_SEED, Samples, load, normalise, numbered, training_chunks, validation_chunks
 from m3ae_mini.text import Tokenizer
 
@@ -116,7 +116,7 @@ def main():
             skipped = 0
         else:
             skipped += 1
-            loop.give_up(skipped, step, out)
+            ask(skipped < 20, loop.DIVERGED)
         optimizer.zero_grad()
         step, since = step + 1, since + 1
 
@@ -141,7 +141,7 @@ def main():
                 tqdm.write(f"step {step:,}  {shown}")
                 pictures.curves(log.lines(), out / "pictures" / "curves.png")
                 if score > best:
-                    loop.save_best(out, model, step)
+                    loop.save(out / "best.pt", model, step)
             best = max(best, score)
 
         if (step % run_cfg.save_every == 0 or last or stopping) and place.main:
@@ -160,7 +160,7 @@ def prepare(cfg, train_cfg, run_cfg, task_cfg, sources):
     """Open the packs and the tokenizer and fit the configuration to them -> the samples of the three
     splits, the names of the answers or classes (none in retrieval), tokenizer, configuration. UserError
     where they, or the weights to start from, don't fit each other."""
-    packs = open_packs(run_cfg.data, cfg.image_size, cfg.task)
+    packs = open_packs(run_cfg.data, cfg.image_size, train_cfg.crop, cfg.task)
     texts = (line["text"] for pack in packs for line in pack.lines("train"))
     tokenizer = Tokenizer.choose(train_cfg, run_cfg, texts)
     if task_cfg.zero_shot and (cfg.task != "irtr" or train_cfg.init == "none"):
@@ -311,9 +311,9 @@ def predict(run, picture, text):
     with the text's attention over it among the run's pictures."""
     run, picture = Path(run), Path(picture)
     try:
-        choices = json.loads((run / "config.json").read_text())["data"]["choices"]
+        choices = [str(name) for name in json.loads((run / "config.json").read_text())["data"]["choices"]]
         tokenizer, (cfg, state) = Tokenizer.load(run), weights.load_m3ae(run)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{run} is no run of finetune.py: give one by --init") from None
     if cfg.task not in ("vqa", "cls"):
         raise UserError(f"{run} has learned {cfg.task}, which predicts nothing: give a run of vqa or cls")
@@ -331,7 +331,7 @@ def predict(run, picture, text):
     image = normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None])                          # (1, 3, S, S)
     batch = {"image": image, "text_ids": ids, "text_mask": torch.ones_like(ids),
              f"{cfg.task}_labels": torch.zeros(1, dtype=torch.long)}
-    logits = model(batch)[f"{cfg.task}_logits"][0]                                                # (A,)
+    logits = model(batch)[f"{cfg.task}_logits"][0, :len(choices)]                                 # (A,)
     likely = (logits.sigmoid() if cfg.task == "vqa" else logits.softmax(0)).topk(min(5, len(choices)))
     for share, i in zip(likely.values.tolist(), likely.indices.tolist()):
         print(f"{share:7.1%}  {choices[i]}")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from data import phantoms
 from data.pack import open_packs
 from m3ae_mini import M3AE, loop, masking, metrics, pictures, weights
-from m3ae_mini.config import parse
+from m3ae_mini.config import ask, parse
 from m3ae_mini.data import VAL_SEED, Samples, load, normalise, training_chunks, validation_chunks
 from m3ae_mini.model import patchify
 from m3ae_mini.objectives import MIM
@@ -92,7 +92,7 @@ def main():
             skipped = 0
         else:
             skipped += 1
-            loop.give_up(skipped, step, out)
+            ask(skipped < 20, loop.DIVERGED)
         optimizer.zero_grad()
         step, since = step + 1, since + 1
 
@@ -120,7 +120,7 @@ def main():
                 pictures.reconstructions(model, val, place, out / "pictures" / f"step{step:06d}.png")
                 pictures.curves(log.lines(), out / "pictures" / "curves.png")
                 if score > best:
-                    loop.save_best(out, model, step)
+                    loop.save(out / "best.pt", model, step)
             best = max(best, score)
 
         if (step % run_cfg.save_every == 0 or last or stopping) and place.main:
@@ -137,7 +137,7 @@ def main():
 def prepare(cfg, train_cfg, run_cfg, sources):
     """Open the packs and the tokenizer, fit the configuration to it -> packs, tokenizer, configuration.
     UserError where they, or the weights to start from, don't fit each other."""
-    packs = open_packs(run_cfg.data, cfg.image_size)
+    packs = open_packs(run_cfg.data, cfg.image_size, train_cfg.crop)
     captions = (line["text"] for pack in packs for line in pack.lines("train"))
     tokenizer = Tokenizer.choose(train_cfg, run_cfg, captions)
     cfg = replace(cfg, vocab_size=tokenizer.vocab_size, text_kind=tokenizer.kind)

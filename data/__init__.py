@@ -37,24 +37,18 @@ def lines(path: Path) -> Iterator[str]:
 
 
 def records(path: Path, *keys: str) -> Iterator[tuple[int, dict]]:
-    """(line number, object) for every line of a JSON lines file; each object must have `keys`."""
+    """(line number, object) for every line of a JSON lines file; each object must have `keys`, and under them
+    plain text, numbers, true, false or null."""
     for number, line in enumerate(lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
-        yield number, _with_keys(record, keys, f"{path}, line {number}")
+        if line.strip():
+            record = _json(line, path, number)
+            yield number, _with_keys(record, keys, f"{path}, line {number}")
 
 
 def elements(path: Path, *keys: str) -> Iterator[tuple[int, dict]]:
     """(number, counted from 1, and object) for every element of a JSON file that is one list; each object
-    must have `keys`."""
-    try:
-        entries = json.loads("".join(lines(path)))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    must have `keys`, as in `records`."""
+    entries = _json("".join(lines(path)), path, 1)
     if not isinstance(entries, list):
         raise UserError(f"{path}: not a JSON list")
     for number, record in enumerate(entries, start=1):
@@ -74,12 +68,41 @@ def csv_records(path: Path, *columns: str) -> Iterator[tuple[int, dict[str, str]
         raise UserError(f"{path}, line {table.line_num}: not valid CSV ({error})") from None
 
 
+def _json(text: str, path: Path, line: int) -> Any:
+    """What the text, which begins at a line of the file, says in JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line, why = line + error.lineno - 1, error.msg
+    except RecursionError:
+        why = "too deep"
+    except ValueError:
+        why = "a number of thousands of digits"
+    raise UserError(f"{path}, line {line}: not valid JSON ({why})")
+
+
 def _with_keys(record: Any, keys: tuple[str, ...], where: str) -> dict:
     if not isinstance(record, dict):
         raise UserError(f"{where}: not a JSON object")
     if missing := [key for key in keys if key not in record]:
         raise UserError(f"{where}: has no {' and no '.join(missing)}")
-    return record
+    return record | {key: plain(record[key], key, where) for key in keys}
+
+
+def plain(value: Any, key: str, where: str) -> str | bool | None:
+    """The value of a key: text, true, false or null as they are, numbers as text. UserError on lists and
+    objects."""
+    if isinstance(value, (list, dict)):
+        raise UserError(f"{where}: the {key} is not plain text")
+    return value if value is None or isinstance(value, bool) else str(value)
+
+
+def texts(record: dict, key: str, where: str) -> list[str]:
+    """The list of texts under a key; nothing where it is null."""
+    found = record.get(key) or []
+    if not isinstance(found, list):
+        raise UserError(f"{where}: the {key} are not a list")
+    return [str(plain(text, key, where) or "") for text in found]
 
 
 def draw(name: str) -> float:

@@ -43,9 +43,6 @@ def normalise_answer(text: str) -> str:
 def question_row(split: str, picture: Path, record: dict, where: str, group: str | None = None) -> Row:
     """The row of a record with "question", "answer" (text or a number) and "answer_type" (OPEN or CLOSED, in
     any case, blanks around it). UserError, which begins with `where`, on anything else."""
-    for key in "question", "answer":
-        if isinstance(record[key], (dict, list)):
-            raise UserError(f"{where}: the {key} is not plain text")
     kind = str(record["answer_type"]).strip().upper()
     if kind not in ("OPEN", "CLOSED"):
         raise UserError(f"{where}: the answer_type is '{record['answer_type']}', it must be OPEN or CLOSED")

@@ -6,7 +6,7 @@
 from pathlib import Path
 from typing import Iterator
 
-from data import Row, draw, records, too_short
+from data import Row, draw, records, texts, too_short
 from m3ae_mini.config import UserError
 
 ANNOTATIONS = "s2_full_figures_oa_nonroco_combined_medical_top4_public.jsonl"
@@ -23,16 +23,18 @@ def rows(root: Path, task: str) -> Iterator[Row]:
         raise UserError(f"medicat has nothing for the task {task}: choose --task pretrain")
 
     figures = []   # (paper, picture's file name, texts)
-    keys = "radiology", "pdf_hash", "fig_uri", "s2_caption", "s2orc_references"
-    for _, record in records(root / "release" / ANNOTATIONS, *keys):
+    path, keys = root / "release" / ANNOTATIONS, ("radiology", "pdf_hash", "fig_uri", "s2_caption")
+    for number, record in records(path, *keys):
         if record["radiology"]:
-            texts = [record["s2_caption"] or ""] + (record["s2orc_references"] or [])
-            figures.append((record["pdf_hash"], f"{record['pdf_hash']}_{record['fig_uri']}", texts))
+            paper = str(record["pdf_hash"])
+            captions = texts(record, "s2orc_references", f"{path}, line {number}")
+            captions.insert(0, str(record["s2_caption"] or ""))
+            figures.append((paper, f"{paper}_{record['fig_uri']}", captions))
     figures.sort(key=lambda figure: (draw(figure[0]), figure[1]))
 
     held = 0
-    for _, name, texts in figures:
+    for _, name, captions in figures:
         split = "val" if held < HELD_OUT else "test" if held < 2 * HELD_OUT else "train"
-        held += any(too_short(text) is None for text in texts)   # a picture without a text takes no place
-        for text in texts:
+        held += any(too_short(text) is None for text in captions)   # a picture without a text takes no place
+        for text in captions:
             yield Row(split, root / "release" / "figures" / name, text, skip=too_short(text))

@@ -6,7 +6,7 @@
 from pathlib import Path
 from typing import Iterator
 
-from data import Row, records
+from data import Row, plain, records
 from m3ae_mini.config import UserError
 
 PLACEHOLDER = "Replace this - DESCRIPTION OF THE IMAGE"   # left as it was by whoever entered the case
@@ -22,11 +22,11 @@ def rows(root: Path, task: str) -> Iterator[Row]:
 
     for split, name in ("train", "train"), ("val", "dev"), ("test", "test"):
         path = root / "splitted_dataset" / f"descriptions_{name}.jsonl"
-        for number, record in records(path, "Type", "image", "Description", "Location Category"):
-            description = record["Description"]
+        for number, record in records(path, "Type", "image", "Location Category"):
+            description = record.get("Description")
             if not isinstance(description, dict) or "Caption" not in description:
                 raise UserError(f"{path}, line {number}: its Description has no Caption")
-            caption = description["Caption"] or ""
+            caption = str(plain(description["Caption"], "Caption", f"{path}, line {number}") or "")
             part = record["Location Category"]
             yield Row(split, root / "images" / f"{record['image']}.png", caption, label=part,
                       group=f"{record['Type']} {part}",

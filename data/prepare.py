@@ -43,6 +43,8 @@ from m3ae_mini.config import UserError
 READERS = "medicat medpix melinda phantoms roco slake table vqa_med_2019 vqa_rad".split()
 BAD_SHARE = 0.05   # of the pictures may be missing or unreadable before preparation gives up
 CHUNK = 16         # pictures a worker decodes at a time
+# Pillow's other formats are left alone: for PostScript it starts a program, and none of them is medical.
+FORMATS = "BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP".split()
 
 
 # ---------------------------------------------------------------------------------------------- one picture
@@ -54,7 +56,7 @@ def open_picture(path: Path) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                  # odd tags, which no pixel depends on
         warnings.simplefilter("error", Image.DecompressionBombWarning)   # the 89 megapixels
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             picture = ImageOps.exif_transpose(file)   # decodes it whole
 
         if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
@@ -193,10 +195,11 @@ def unusable(source: Any, root: Path | None) -> str | None:
     annotations (an absolute one, one with "..", a link) leads out of the data set's folder."""
     if callable(source):
         return None
-    if "\0" in str(source):   # no system call takes such a name
+    try:
+        if root is not None and not Path(os.path.realpath(source)).is_relative_to(root):
+            return "outside the data set's folder"
+    except ValueError:   # a name that no system call takes: with a NUL, or half a surrogate pair
         return "missing picture"
-    if root is not None and not Path(os.path.realpath(source)).is_relative_to(root):
-        return "outside the data set's folder"
     return None if os.path.isfile(source) else "missing picture"
 
 

@@ -10,10 +10,11 @@ folder or in medicat/release beside it.
     {train,validation|val,test}/radiology/dlinks.txt         ROCO_00001 … …/PMC123.tar.gz figure.jpg
     roco_files/roco_{train,val,test}_references.jsonl        {"roco_image_id": "PMC123_figure.jpg", …}
 """
+import os
 from pathlib import Path
 from typing import Iterator
 
-from data import Row, draw, lines, records, too_short
+from data import Row, draw, lines, records, texts, too_short
 from m3ae_mini.config import UserError
 
 FOLDERS = {"train": ["train"], "val": ["validation", "val"], "test": ["test"]}
@@ -68,7 +69,7 @@ def _retrieval_pairs(split: str, folder: Path, captions: list[tuple[str, str]]) 
         if taken == RETRIEVAL_PAIRS:
             return
         row = _row(split, folder, name, caption)
-        taken += row.skip is None and row.picture.is_file()
+        taken += row.skip is None and os.path.isfile(row.picture)
         yield row
 
 
@@ -83,11 +84,12 @@ def _references(root: Path, folder: Path, split: str) -> dict[str, list[str]]:
     names = {}   # "PMC123_figure.jpg": "ROCO_00001"
     for line in lines(links):
         link, archive, figure = line.partition(".tar.gz")
-        if archive:
+        if archive and link.strip():
             names[f"{link.rsplit('/', 1)[-1]}_{figure.strip()}"] = link.split()[0]
 
     references: dict[str, list[str]] = {}
-    for _, record in records(paths[0], "roco_image_id", "gorc_references"):
+    for number, record in records(paths[0], "roco_image_id"):
         if name := names.get(record["roco_image_id"]):
-            references.setdefault(name, []).extend(record["gorc_references"] or [])
+            found = texts(record, "gorc_references", f"{paths[0]}, line {number}")
+            references.setdefault(name, []).extend(found)
     return references

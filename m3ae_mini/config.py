@@ -2,17 +2,33 @@
 `parse` turns all the fields below into command-line flags: a new setting is one new line."""
 import math
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 
 
 class UserError(Exception):
-    """A mistake of the user's making: one sentence that says what is wrong and how to mend it."""
+    """A mistake of the user's making: one sentence on what is wrong and how to mend it, safe to print."""
+
+    def __init__(self, sentence):
+        super().__init__("".join(c if c.isprintable() else " " for c in sentence[:1500]))
 
 
 def ask(right, sentence):
     """UserError with this sentence where something is not right."""
     if not right:
         raise UserError(sentence)
+
+
+@contextmanager
+def readable(path):
+    """Whatever goes wrong while a file is read is the file's fault, and said so."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} can't be read: is the path right, the file whole and of the right kind? "
+                        f"({type(error).__name__}: {str(error)[:200]})") from error
 
 
 def opt(default, help):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from . import masking
-from .config import UserError
+from .config import ask
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)         # CLIP's, of R, G, B in 0 … 1
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -37,17 +37,11 @@ class Samples:
         rows = [np.array(pack.split[split], dtype=np.int64) for pack in packs]
         which = np.repeat(np.arange(len(packs)), [len(part) for part in rows])
         self.where = np.stack([which, np.concatenate(rows)], axis=1)                   # (n, 2) pack, its row
-        if not len(self.where):
-            raise UserError(f"{', '.join(str(pack.folder) for pack in packs)} holds no {split} samples: "
-                            "prepare a pack that has some")
+        ask(len(self.where), f"{', '.join(str(pack.folder) for pack in packs)} holds no {split} samples: "
+                             "prepare a pack that has some")
         if 0 < limit < len(self.where):
             self.where = self.where[np.arange(limit) * len(self.where) // limit]
         self.n, self.labels = len(self.where), None
-        for pack in packs:
-            larger = pack.size > cfg.image_size and train_cfg.crop < 1  # crops are taken from larger ones
-            if pack.size != cfg.image_size and not larger:
-                raise UserError(f"{pack.folder} holds pictures of {pack.size} pixels, not {cfg.image_size}: "
-                                f"prepare it with --size {cfg.image_size}, or use --image_size {pack.size}")
         lengths = [np.diff(offsets.astype(np.int64)) for offsets, _ in self.tokens]
         self.cut = sum(int((lengths[i][self.where[self.where[:, 0] == i, 1]] > cfg.max_text_len - 2).sum())
                        for i in range(len(packs)))

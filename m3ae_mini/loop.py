@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import time
 import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -16,15 +17,16 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .config import UserError, ask
+from .config import UserError, ask, readable
 from .data import load
 
 # What torch says in a RuntimeError where it is nobody's bug, and what a user should read instead.
 TROUBLES = {"MemoryError|out of memory|can't allocate": "out of memory: use a smaller --micro_batch",
             "[Tt]imed out|[Tt]imeout|[Cc]onnection (closed|reset)":
-                "another process of this run is gone or hangs: look at its messages, then --resume",
-            "PytorchStreamWriter|unexpected pos":
-                "the checkpoint can't be written, perhaps the disk is full: make room, then --resume"}
+                "another process of this run is gone or hangs: look at its messages, then --resume"}
+LINE = re.compile(r'{"step": \d{1,9}, "split": "\w+"'
+                  r'(, "(\\.|[^"\\])*": (-?\d{1,20}(\.\d+)?(e[+-]\d+)?|null))*}')
+DIVERGED = "no finite gradient in 20 steps in a row: try a lower --lr, a longer --warmup or --dtype float32"
 LOCKS = []                             # the open files that lock a run's folder until this process ends
 
 
@@ -47,6 +49,7 @@ def run(main):
         if dist.is_initialized():
             dist.destroy_process_group()
     print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+    time.sleep("another process" in sentence)              # torchrun is to find the one that is gone first
     sys.exit(2)
 
 
@@ -55,8 +58,12 @@ def begin(train_cfg, model_cfg, run_cfg, prepare):
     place = Place(run_cfg)
     check_batches(train_cfg, model_cfg, run_cfg.gpus if place.launching else place.world)
     if place.under_torchrun and not dist.is_initialized():
+        timeout = timedelta(seconds=run_cfg.timeout)
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":      # torchrun's restarts share it, and old addresses
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         backend = "nccl" if place.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=run_cfg.timeout))
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
     place.from_main(lambda: prepare() and None)            # files that are made on first use: by one process
     return place, prepare()
 
@@ -177,16 +184,14 @@ def open_run(run_cfg, settings, place):
     if config.is_file():
         ask(run_cfg.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
             f"{out} holds another run: go on with it by --resume, or choose another --out")
-        try:
+        with readable(config):
             old = json.loads(config.read_text())
-            changed = [f"{name} {was} (now {now})" for part in settings if part != "run"
+            changed = [f"{name} {was!r:.60} (now {now!r:.60})" for part in settings if part != "run"
                        for name, now in settings[part].items() if (was := old.get(part, {}).get(name)) != now]
-        except (ValueError, AttributeError):
-            raise UserError(f"{config} is damaged: choose another --out") from None
         ask(not changed, f"{out} was started with other settings: {', '.join(changed)}; give the same, or "
                          "choose another --out")
     elif out.is_dir():
-        ask(all(file.name == "lock" for file in out.iterdir()),
+        ask({file.name for file in out.iterdir()} <= {"lock", "config.json.tmp"},      # killed at its start
             f"{out} is not empty and holds no run: choose another --out")
     if place.launching:
         sys.stdout.flush()                                 # torchrun takes over with this command line
@@ -200,6 +205,7 @@ def open_run(run_cfg, settings, place):
             LOCKS.append(open(out / "lock", "w"))
             fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         write_whole(config, lambda file: file.write(json.dumps(settings, indent=1).encode()))
+        (out / "pictures").mkdir(exist_ok=True)
         return newest_checkpoint(out)
     except BlockingIOError:
         raise UserError(f"another run is at work in {out}: wait for it, or choose another --out") from None
@@ -216,47 +222,59 @@ def write_whole(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except (OSError, RuntimeError) as error:               # the latter is torch.save's for a full disk
+        raise UserError(f"{path} can't be written ({getattr(error, 'strerror', None) or error}): what was "
+                        "saved before is whole; make room, then --resume") from None
     finally:
         beside.unlink(missing_ok=True)                     # a disk that is full needs the room
 
 
+def save(path, model, step, **more):
+    """The weights, and what else is given, whole or not at all."""
+    state = {"model": model.state_dict(), "step": step, "model_config": asdict(model.cfg)} | more
+    write_whole(path, lambda file: torch.save(state, file))
+
+
 def save_checkpoint(out, model, optimizer, scaler, step, best):
-    """last.pt, whole or not at all; the one before stays as prev.pt."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-             "step": step, "best": best, "model_config": asdict(model.cfg)}
-    write_whole(out / "next.pt", lambda file: torch.save(state, file))
+    """last.pt; the one before stays as prev.pt."""
+    save(out / "new.pt", model, step, best=best, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
     if (out / "last.pt").exists():
         os.replace(out / "last.pt", out / "prev.pt")
-    os.replace(out / "next.pt", out / "last.pt")
-
-
-def save_best(out, model, step):
-    """best.pt: the weights alone."""
-    state = {"model": model.state_dict(), "step": step, "model_config": asdict(model.cfg)}
-    write_whole(out / "best.pt", lambda file: torch.save(state, file))
+    os.replace(out / "new.pt", out / "last.pt")
 
 
 def load_checkpoint(path):
     """A checkpoint: tensors and plain containers, nothing else. UserError where it is missing or damaged."""
-    try:
+    with readable(path):
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} does not have its check sum")
+            damaged = archive.testzip()
+        ask(not damaged, f"{path} is damaged: its entry {damaged} does not have its check sum")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise UserError(f"{path} is damaged or no checkpoint ({error})") from None
+
+
+def restore(path, model, optimizer, scaler):
+    """Load a checkpoint into the three -> its step, its best score. UserError where it is not of this run."""
+    with readable(path):
+        state = load_checkpoint(path)
+        state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]    # from the settings
+        for name, part in ("model", model), ("optimizer", optimizer), ("scaler", scaler):
+            part.load_state_dict(state[name])
+        fits = all(moments["exp_avg"].shape == moments["exp_avg_sq"].shape == parameter.shape
+                   and moments["step"].ndim == 0 for parameter, moments in optimizer.state.items())
+        ask(fits and state["step"] >= 0, f"{path} was written by another run: choose another --out")
+        return int(state["step"]), float(state["best"])
 
 
 def newest_checkpoint(out):
-    """The path of a run's newest checkpoint that is whole, or None where none was written yet."""
-    paths = [path for name in ("last.pt", "prev.pt") if (path := Path(out) / name).exists()]
+    """The path of a run's newest whole checkpoint, or None. (new.pt: a kill came between the renames.)"""
+    paths = [path for name in ("new.pt", "last.pt", "prev.pt") if (path := out / name).exists()]
     for path in paths:
         try:
             load_checkpoint(path)
             return path
         except UserError as error:
             ask(path != paths[-1], f"no checkpoint in {out} can be read: {error}")
-            print(f"warning: {error}; going on from {paths[-1]}", file=sys.stderr)
+            print(f"warning: {error}; an older one is taken", file=sys.stderr)
 
 
 class Log:
@@ -265,13 +283,12 @@ class Log:
     def __init__(self, out, step):
         self.path = Path(out) / "metrics.jsonl"
         kept = [line for line in self.lines() if line["step"] <= step and line["split"] != "test"]
-        text = "".join(f"{json.dumps(line)}\n" for line in kept)
-        write_whole(self.path, lambda file: file.write(text.encode()))
+        write_whole(self.path, lambda file: file.writelines(f"{json.dumps(x)}\n".encode() for x in kept))
 
     def lines(self):
-        """All whole lines, as dicts: a kill can leave half a line at the end."""
-        text = self.path.read_text() if self.path.is_file() else ""
-        return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        """Its lines as dicts, where they are as `write` left them: a power cut leaves anything."""
+        text = self.path.read_text(errors="replace") if self.path.is_file() else ""
+        return [json.loads(line) for line in text.splitlines() if LINE.fullmatch(line)]
 
     def write(self, step, split, **values):
         plain = {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
@@ -288,18 +305,14 @@ def learner(model, train, train_cfg, run_cfg, place, checkpoint):
     optimizer = torch.optim.AdamW(parameter_groups(model, train_cfg), lr=train_cfg.lr, eps=1e-8,
                                   betas=(0.9, train_cfg.beta2), fused=place.device.type != "mps")
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
-    step, best = 0, -math.inf
-    if checkpoint:
-        state = load_checkpoint(checkpoint)
-        for name, part in ("model", model), ("optimizer", optimizer), ("scaler", scaler):
-            part.load_state_dict(state[name])
-        step, best = state["step"], state["best"]
+    step, best = restore(checkpoint, model, optimizer, scaler) if checkpoint else (0, -math.inf)
     net = torch.compile(model) if run_cfg.compile else model
     if place.world > 1:
         net = DistributedDataParallel(net, gradient_as_bucket_view=True)
     if place.main:
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters on {place.world} × "
-              f"{place.device.type} in {str(place.dtype)[6:]}; steps {step:,} to {train_cfg.steps:,}")
+              f"{place.device.type} in {str(place.dtype)[6:]}; steps {step:,} to {train_cfg.steps:,}"
+              + (f", from {checkpoint}" if checkpoint else ""))
     return net, optimizer, scaler, step, best
 
 
@@ -332,9 +345,3 @@ def set_rate(optimizer, step, train_cfg):
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
     return rate
-
-
-def give_up(skipped, step, out):
-    """Called when a step was skipped because its gradient was not finite; the 20th in a row ends the run."""
-    ask(skipped < 20, f"the gradient was not finite in {skipped} steps up to {step}; what {out} holds is "
-                      "from before: try a lower --lr, a longer --warmup or --dtype float32")

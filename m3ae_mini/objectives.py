@@ -1,7 +1,7 @@
 """What M³AE learns from: each objective is one module with its head, its pass through the trunk and its loss.
 
 An objective is called with the model, the batch and, if it `reads` them, the whole text and the whole image,
-encoded once for all. It returns a dict with `NAME_loss` and what it predicted. Another loss is another class."""
+encoded once for all. It returns a dict: `NAME_loss` and what it predicted. Another loss is another class."""
 import numpy as np
 import torch
 import torch.nn.functional as F

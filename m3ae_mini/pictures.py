@@ -67,7 +67,6 @@ def reconstructions(model, samples, place, path, count=8):
             sheet.paste(shown, (left + j * (cell + gap), top))
         for x, y, text, colour in words:
             draw.text((left + x, top + cell + 6 + y), text, colour, FONT)
-    path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
 
@@ -149,5 +148,4 @@ def curves(lines, path):
             draw.line(points, fill=colour, width=2)
             for x, y in points if split == "val" else ():
                 draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
-    path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

@@ -6,7 +6,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from .config import UserError, ask
+from .config import ask, readable
 
 # Special tokens by name: start, padding, end, unknown, mask.
 SPECIAL = {"roberta": ("<s>", "<pad>", "</s>", "<unk>", "<mask>"),
@@ -25,28 +25,27 @@ class Tokenizer:
         self.backend.no_truncation()
         self.kind = next((kind for kind, names in SPECIAL.items()
                           if all(backend.token_to_id(name) is not None for name in names)), None)
-        ask(self.kind, f"{source} has neither RoBERTa's special tokens {' '.join(SPECIAL['roberta'])} nor "
-            f"BERT's {' '.join(SPECIAL['bert'])}: give another with --tokenizer")
+        ask(self.kind, f"{source} has neither RoBERTa's special tokens {' '.join(SPECIAL['roberta'])} "
+                       f"nor BERT's {' '.join(SPECIAL['bert'])}: give another with --tokenizer")
         ids = [backend.token_to_id(name) for name in SPECIAL[self.kind]]
         self.cls_id, self.pad_id, self.sep_id, _, self.mask_id = ids
-        ask(self.pad_id == PAD_ID[self.kind], f"{source} has its padding token at {self.pad_id}, a "
-            f"{self.kind} model needs it at {PAD_ID[self.kind]}: give another with --tokenizer")
+        ask(self.pad_id == PAD_ID[self.kind], f"{source} has its padding token at {self.pad_id}, a model of "
+            f"{self.kind}'s kind needs it at {PAD_ID[self.kind]}: give another with --tokenizer")
 
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values()) + 1
+        ask(self.vocab_size <= 2 * len(vocab), f"{source} has large gaps in its ids: use another --tokenizer")
         special = set(ids) | {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        self.ordinary = np.array(sorted(set(backend.get_vocab().values()) - special))
+        self.ordinary = np.array(sorted(set(vocab.values()) - special))
         self.hash = hashlib.sha256(self.json().encode()).hexdigest()[:16]
 
     @classmethod
     def load(cls, path):
         """path: a tokenizer.json, or a folder that holds one."""
         path = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else str(path)
-        ask(os.path.isfile(path), f"there is no tokenizer at {path}: give a tokenizer.json or its folder")
-        try:
-            backend = tokenizers.Tokenizer.from_file(path)
-        except Exception as error:             # the library raises bare Exception for whatever is wrong
-            raise UserError(f"{path} is no tokenizer file that can be read ({error})") from None
-        return cls(backend, path)
+        ask(os.path.isfile(path), f"no tokenizer at {path}: give a tokenizer.json, or a folder with one")
+        with readable(path):
+            return cls(tokenizers.Tokenizer.from_file(path), path)
 
     @classmethod
     def choose(cls, train_cfg, run_cfg, texts):
@@ -75,6 +74,7 @@ class Tokenizer:
         """The tokenizer as the text of a tokenizer.json."""
         return self.backend.to_str()
 
+    @readable("the tokenizer")
     def encode(self, texts):
         """texts, a list -> a list of (ids (n,), starts (n,)), special tokens left out: starts is true where a
         word begins, as the tokenizer itself split them."""
@@ -86,7 +86,7 @@ class Tokenizer:
 
     def words(self, ids):
         """ids -> the text of each token, for pictures: a leading blank where a word begins."""
-        tokens = [self.backend.id_to_token(int(i)) or "" for i in ids]
         if self.kind == "bert":
+            tokens = [self.backend.id_to_token(int(i)) or "" for i in ids]
             return [token[2:] if token.startswith("##") else " " + token for token in tokens]
-        return [self.backend.decoder.decode([token]) for token in tokens]
+        return [self.backend.decode([int(i)], skip_special_tokens=False) for i in ids]

@@ -8,14 +8,13 @@ import re
 import sys
 import zipfile
 from collections import Counter, namedtuple
-from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from .config import ModelConfig, UserError, ask
+from .config import ModelConfig, ask, readable
 from .loop import run, write_whole
 from .objectives import M3AE
 
@@ -91,18 +90,6 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 Stored = namedtuple("Stored", "dtype entry offset shape stride")               # a tensor that is not read yet
 
 
-@contextmanager
-def readable(path):
-    """Whatever goes wrong while a file is read is the file's fault, and said so."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{path} can't be read: is the path right, the file whole and of the right kind? "
-                        f"({type(error).__name__}: {str(error)[:200]})") from error
-
-
 def read_safetensors(path):
     """-> {name: float32 tensor}. The format: the header's length, the header in JSON, tensors without gap."""
     tensors, here = {}, 0
@@ -112,8 +99,8 @@ def read_safetensors(path):
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = entry["data_offsets"]
             data = bytearray(file.read(end - start))
-            if start != here or len(data) != end - start:
-                raise ValueError(f"tensor {name} claims bytes {start} to {end}, which are not its own")
+            ask(start == here and len(data) == end - start,
+                f"{path} can't be read: tensor {name} claims bytes {start} to {end}, which are not its own")
             here = end
             if entry["dtype"] in DTYPES:
                 numbers = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]])
@@ -131,6 +118,7 @@ class Inert(dict):
 class Unpickler(pickle._Unpickler):
     """Reads a pickle as data and imports nothing. (The C unpickler reserves what a pickle claims to need.)"""
     persistent_load = lambda self, storage: storage         # ("storage", dtype, entry in the archive, …)
+    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: None}       # reserves what is claimed, too
 
     def find_class(self, module, name):
         known = {"torch._utils._rebuild_tensor_v2": lambda storage, *view: Stored(*storage[1:3], *view[:3]),
@@ -140,24 +128,28 @@ class Unpickler(pickle._Unpickler):
 
 def read_torch(path):
     """A file of torch.save or torch.jit.save -> (all it holds, as data; {dotted name: float32 tensor})."""
-    tensors, storages = {}, {}
+    tensors, storages, seen = {}, {}, set()
 
-    def collect(node, name):                                # the tensors in nested dicts
-        for key, item in node.items() if isinstance(node, dict) else ():
+    def collect(node, name):                                # the tensors in nested dicts, each dict once
+        items = node.items() if isinstance(node, dict) and id(node) not in seen else ()
+        seen.add(id(node))
+        for key, item in items:
             collect(item, f"{name}.{key}" if name else f"{key}")
         if isinstance(node, Stored) and node.dtype in DTYPES.values():
             dtype, entry, offset, shape, stride = node
             if (entry, dtype) not in storages:
                 data = bytearray(archive.read(f"{pickled.removesuffix('.pkl')}/{entry}"))
                 storages[entry, dtype] = torch.frombuffer(data, dtype=dtype).float()
-            if math.prod(shape) > len(storages[entry, dtype]):      # an endless view of a few numbers
-                raise ValueError(f"tensor {name} claims more numbers than the file has")
+            ask(math.prod(shape) <= len(storages[entry, dtype]),    # else an endless view of a few numbers
+                f"{path}: tensor {name} claims more numbers than the file has")
             tensors[name] = storages[entry, dtype].as_strided(shape, stride, offset)
 
     with readable(path), open(path, "rb") as file:
-        if not zipfile.is_zipfile(file):
-            raise ValueError("no whole zip archive; if PyTorch < 1.6 wrote it, load and save it again there")
+        ask(zipfile.is_zipfile(file), f"{path} can't be read: it is no whole zip archive; if PyTorch < 1.6 "
+                                      "wrote it, load and save it again there")
         archive = zipfile.ZipFile(file)
+        ask(sum(info.file_size for info in archive.infolist()) < 10 * Path(path).stat().st_size,
+            f"{path} can't be read: unpacked it would be more than ten times as large")
         (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         content = Unpickler(io.BytesIO(archive.read(pickled))).load()
         collect(next((content[key] for key in ("state_dict", "model") if key in content), content), "")
@@ -209,8 +201,8 @@ def infer(state, path, known):
     found = {field: value for field, value in found.items() if value}
     for width in [field for field in found if field.endswith("_width")]:
         heads = width.replace("width", "heads")
-        if heads not in known and found[width] % 64:
-            raise UserError(f"{path} does not tell the heads of a width of {found[width]}: give --{heads}")
+        ask(heads in known or found[width] % 64 == 0,
+            f"{path} does not tell the heads of a width of {found[width]}: give --{heads}")
         found[heads] = known.get(heads, found[width] // 64)
     parts = {part(name) for name in state}
     found.update({"task": task for task in ("vqa", "cls", "irtr") if task in parts})
@@ -233,10 +225,9 @@ def load_text(path, **given):
     ask(Path(path).is_dir(), f"there is no folder {path}: give one with config.json and model.safetensors")
     file, safe = Path(path, "config.json"), Path(path, "model.safetensors")
     with readable(file):
-        config = json.loads(file.read_bytes()) if file.exists() else {}
+        config = dict(json.loads(file.read_bytes())) if file.exists() else {}
         known = {"text_heads": int(config["num_attention_heads"])} if config else given
-    if not known.get("text_heads"):
-        raise UserError(f"{path} has no config.json, which tells the number of heads: give --text_heads")
+    ask(known.get("text_heads"), f"{path} has no config.json that tells how many heads: give --text_heads")
     tensors = read_safetensors(safe) if safe.exists() else read_torch(Path(path, "pytorch_model.bin"))[1]
     tensors = {name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias"): tensor
                for name, tensor in tensors.items()}         # gamma and beta: in old files
@@ -245,8 +236,8 @@ def load_text(path, **given):
     pad, eps = (1, 1e-5) if found.get("text_kind") == "roberta" else (0, 1e-12)
     needed = dict(hidden_act="gelu", position_embedding_type="absolute", pad_token_id=pad, layer_norm_eps=eps)
     for key, value in needed.items():
-        if config.get(key, value) != value:
-            raise UserError(f"{file}: {key} is {config[key]}, needed is {value}: use another text encoder")
+        ask(config.get(key, value) == value,
+            f"{file}: {key} is {config.get(key)}, needed is {value}: use another text encoder")
     return found, state
 
 
@@ -263,6 +254,7 @@ def load_m3ae(path, **given):
         config = config.get("config", config)
         if "num_heads" in config:                           # the released name of fusion_heads
             config["fusion_heads"] = config["num_heads"]
+        config = {name: value for name, value in config.items() if isinstance(value, (bool, int, float, str))}
         known = {f.name: f.type(config[f.name]) for f in fields(ModelConfig) if f.name in config} | given
         cfg = ModelConfig(**known | infer(state, path, known))
         check(cfg, {path: state}, needed=("vit", "text", "fusion"))
@@ -272,8 +264,7 @@ def load_m3ae(path, **given):
 def resize_positions(pos, patches):
     """Learned positions of a square grid (1+L, W) -> (1+patches, W), bicubic; the class position is kept."""
     old, new = math.isqrt(max(1, len(pos)) - 1), math.isqrt(patches)
-    if not len(pos) - 1 == old ** 2 > 0:
-        raise UserError(f"vit.pos has {len(pos)} positions: not one for the class and a square grid")
+    ask(len(pos) - 1 == old ** 2 > 0, f"vit.pos has {len(pos)} positions, not those of a class and a square")
     grid = pos[1:].T.reshape(1, -1, old, old)                                          # (1, W, √L, √L)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False, antialias=False)
     return torch.cat([pos[:1], grid.flatten(2)[0].T])                                  # (1+patches, W)
@@ -288,14 +279,12 @@ def check(cfg, sources, needed=()):
     for source, state in sources.items():
         parts, taken[source] = {*needed, *map(part, state)}, {}
         for name in [name for name in shapes if part(name) in parts]:
-            if name not in state:
-                raise UserError(f"{source} has no tensor {name} (as released: {', '.join(released[name])})")
+            ask(name in state, f"{source} has no tensor {name} (as released: {', '.join(released[name])})")
             tensor, shape = state[name], shapes[name]
             if name == "vit.pos" and tensor.ndim == 2 and len(tensor) != shape[0]:
                 tensor = resize_positions(tensor, shape[0] - 1)
-            if tensor.shape != shape:
-                hint = "; is --tokenizer the one of these weights?" if "word" in name or "mlm" in name else ""
-                raise UserError(f"{source}: {name} has shape {(*tensor.shape,)}, not {(*shape,)}{hint}")
+            ask(tensor.shape == shape, f"{source}: {name} has shape {(*tensor.shape,)}, not {(*shape,)}: "
+                                       "were --preset, --tokenizer and the sizes those of these weights?")
             taken[source][name] = tensor
     return taken
 
@@ -342,8 +331,10 @@ def sources(cfg, train_cfg, flags):
     return replace(cfg, **tied), states
 
 
-def export(run_folder, out):
-    """Write a run's weights under the released names."""
+def export():
+    """python -m m3ae_mini.weights export RUN OUT: writes a run's weights under the released names."""
+    ask(len(sys.argv) == 4 and sys.argv[1] == "export", "usage: python -m m3ae_mini.weights export RUN OUT")
+    run_folder, out = sys.argv[2:]
     ask(not Path(out).exists(), f"{out} exists already: choose another name")
     cfg, state = load_m3ae(run_folder)
     content = {"state_dict": to_official(state, cfg), "model_config": asdict(cfg)}
@@ -351,11 +342,5 @@ def export(run_folder, out):
     print(f"wrote {out}")
 
 
-def main():
-    if len(sys.argv) != 4 or sys.argv[1] != "export":
-        raise UserError("usage: python -m m3ae_mini.weights export RUN OUT.ckpt")
-    export(*sys.argv[2:])
-
-
 if __name__ == "__main__":
-    run(main)
+    run(export)

@@ -12,7 +12,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from data import Row, prepare
 from m3ae_mini import ModelConfig, masking
 from m3ae_mini.config import TrainConfig, UserError, of_preset
-from data.pack import Pack
+from data.pack import Pack, open_packs
 from m3ae_mini.data import VAL_CHUNK, Samples, load, normalise, training_chunks, validation_chunks
 from m3ae_mini.text import Tokenizer
 
@@ -126,10 +126,20 @@ def test_tokenizer_errors(tmp_path):
     with pytest.raises(UserError, match="no tokenizer at"):
         Tokenizer.load(tmp_path / "nothing")
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="can be read"):
+    with pytest.raises(UserError, match="can.t be read"):
         Tokenizer.load(tmp_path)
     tokenizers.Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="special tokens"):
+        Tokenizer.load(tmp_path)
+    bert_tokenizer(CAPTIONS, tmp_path / "tokenizer.json")
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["unk_token"] = "[NONE]"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="the tokenizer can.t be read.*WordPiece"):
+        Tokenizer.load(tmp_path).encode(["漢"])
+    content["model"]["vocab"]["nodule"] = 2 ** 31                  # to write it again would take 8 GB
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="large gaps"):
         Tokenizer.load(tmp_path)
 
 
@@ -234,7 +244,7 @@ def test_several_packs_are_one_stream(made, tmp_path):
 
     with pytest.raises(UserError, match="--size"):
         big, _ = write_pack(tmp_path / "big", CAPTIONS, {"train": 4}, size=20)
-        Samples([one, big], "train", tokenizer, cfg, train_cfg)
+        open_packs(f"{one.folder},{big.folder}", 16, crop=1)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -298,7 +308,8 @@ def test_crops_equal_pillows(made, tmp_path):
         assert (out[row].transpose(1, 2, 0) == wanted).all()
 
     with pytest.raises(UserError, match="--size 16"):
-        Samples([pack], "train", tokenizer, *settings(tokenizer))
+        open_packs(str(pack.folder), 16, crop=1)
+    assert open_packs(str(pack.folder), 16, crop=0.9)[0].size == 24
 
 
 def test_loader_stops_its_thread(made):
@@ -392,4 +403,4 @@ def test_tokens_are_kept_beside_the_pack(made, tmp_path):
     file.write_bytes(file.read_bytes()[:-8])
     again = pack.tokens(tokenizer)                                            # damaged: made again
     assert (again[0] == offsets).all() and (again[1] == tokens).all()
-    assert np.load(file).size == len(offsets) + len(tokens)
+    assert np.load(file).size == len(offsets) + len(tokens) + 1               # their check sum

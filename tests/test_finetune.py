@@ -231,6 +231,15 @@ def test_prediction(packs, pretrained, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="no run of finetune.py"):
         started(monkeypatch, "vqa", "--init", pretrained, "--predict", picture, "What?")
 
+    config = json.loads((run / "config.json").read_text())
+    for choices in "[" * 10 ** 5, json.dumps(config | {"data": {"choices": 3}}), json.dumps([config]):
+        (run / "config.json").write_text(choices)
+        with pytest.raises(UserError, match="no run of finetune.py"):
+            started(monkeypatch, "vqa", "--init", run, "--predict", picture, "What?")
+    (run / "config.json").write_text(json.dumps(config | {"data": {"choices": ["one", ["two"]]}}))
+    started(monkeypatch, "vqa", "--init", run, "--predict", picture, "What?")    # it has four answers
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
 
 # -------------------------------------------------------------------------------- metrics by hand
 

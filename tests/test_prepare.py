@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from data import Row, draw, medicat, medpix, prepare, roco, table
 from m3ae_mini.config import UserError
@@ -168,6 +168,16 @@ def test_a_picture_bomb_is_refused_before_it_is_decoded(tmp_path):
         prepare.open_picture(tmp_path / "bomb.png")
     with pytest.raises(ValueError, match="elongated"):   # it would be one only after resizing
         prepare.square(Image.new("L", (40_000, 1)), 288)
+
+
+def test_a_picture_that_would_start_a_program_is_refused(tmp_path):
+    """PostScript is drawn by a program beside Pillow, whatever the file's name says."""
+    noise(20, 20, 3).save(tmp_path / "0.eps")
+    os.rename(tmp_path / "0.eps", tmp_path / "0.png")
+    with Image.open(tmp_path / "0.png") as picture:          # Pillow would
+        assert picture.format == "EPS"
+    with pytest.raises(UnidentifiedImageError):
+        prepare.open_picture(tmp_path / "0.png")
 
 
 # ------------------------------------------------------------------------------------------------- the pack

@@ -192,6 +192,22 @@ def test_slake(tmp_path):
         list(slake.rows(root, "vqa"))
 
 
+def test_lists_that_are_hostile(tmp_path):
+    """Too deep, numbers too long, lists for texts: one sentence. Names that no system takes: a missing
+    picture. What is quoted on the terminal can't command it."""
+    rad_miniature(tmp_path)
+    for content, sentence in (("[" * 10 ** 5, "line 1: not valid JSON .too deep"),
+                              ("[" + "1" * 5000 + "]", "not valid JSON .a number of thousands"),
+                              (json.dumps([rad_entry(1) | {"image_name": ["a"]}]), "image_name is not plain"),
+                              (json.dumps([rad_entry(1, kind="\x1b[2J\n")]), r"answer_type is ' \[2J '")):
+        write(tmp_path / "trainset.json", content)
+        with pytest.raises(UserError, match=f"trainset.json, .*{sentence}") as error:
+            list(vqa_rad.rows(tmp_path, "vqa"))
+        assert str(error.value).isprintable()
+    for name in "\ud800.jpg", "a\0b.jpg", "x" * 5000:
+        assert prepare.unusable(tmp_path / name, tmp_path) == "missing picture"
+
+
 # ---------------------------------------------------------------------------------------------- VQA-Med-2019
 
 MED_TEST = "VQAMed2019_Test_Questions_w_Ref_Answers.txt"

@@ -245,7 +245,7 @@ def test_out_of_memory_names_the_flag(monkeypatch, capsys):
 
 def test_gradients_that_are_not_finite_are_skipped_then_the_run_ends(pack, tmp_path, monkeypatch):
     flags = [*SMALL, "--data", pack, "--steps", 40, "--lr", "1e30"]
-    with pytest.raises(UserError, match="not finite in 20 steps"):
+    with pytest.raises(UserError, match="no finite gradient in 20 steps"):
         started(monkeypatch, *flags, "--out", tmp_path / "run")
     assert max(line["skipped"] for line in logged(tmp_path / "run")) == 19
 

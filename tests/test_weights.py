@@ -151,12 +151,13 @@ def test_configuration_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize("cfg", VARIANTS.values(), ids=VARIANTS)
-def test_own_checkpoint_and_export(tmp_path, cfg):
+def test_own_checkpoint_and_export(tmp_path, monkeypatch, cfg):
     cfg = replace(cfg, vit_heads=4, dropout=0.0, mlm=2)
     saved(tmp_path / "last.pt", {
         "model": own(cfg), "model_config": asdict(cfg), "step": 7,
         "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1}]}})
-    export(tmp_path, tmp_path / "out.ckpt")
+    monkeypatch.setattr(sys, "argv", ["weights.py", "export", str(tmp_path), str(tmp_path / "out.ckpt")])
+    export()
 
     for path in tmp_path, tmp_path / "out.ckpt":
         found, state = load_m3ae(path)
@@ -490,8 +491,32 @@ def test_an_endless_view(tmp_path):
     """A view of one number that pretends to be a million million."""
     one = torch.ones(1)
     path = saved(tmp_path / "huge.ckpt", {"state_dict": released() | {"x": one.expand(2 ** 20, 2 ** 20)}})
-    with pytest.raises(UserError, match="huge.ckpt .*tensor x claims more numbers"):
+    with pytest.raises(UserError, match="huge.ckpt.*tensor x claims more numbers"):
         load_m3ae(path)
+
+
+def test_files_that_would_fill_the_memory_or_never_end(tmp_path):
+    """A zip that unpacks to a thousand times its size; a pickle that asks for 64 GB; dicts in dicts, each
+    twice, 60 deep."""
+    bomb = tmp_path / "bomb.ckpt"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a/data.pkl", bytes(10 ** 7))
+    with pytest.raises(UserError, match="bomb.ckpt .*ten times as large"):
+        load_m3ae(bomb)
+
+    with zipfile.ZipFile(bomb, "w") as file:
+        file.writestr("a/data.pkl", b"\x80\x05\x96" + struct.pack("<Q", 2 ** 36) + b".")
+    with pytest.raises(UserError, match="bomb.ckpt can't be read"):
+        load_m3ae(bomb)
+
+    nested = {}
+    for _ in range(60):
+        nested = {"a": nested, "b": nested}
+    hyper = {"config": {"text_kind": nested}}
+    path = saved(bomb, {"state_dict": released(), "hyper_parameters": hyper, "more": nested})
+    assert same(load_m3ae(path, mim_layer=1, max_text_len=14)[1], own())
+    with pytest.raises(UserError, match="bomb.ckpt has no tensor"):
+        load_m3ae(saved(bomb, nested))
 
 
 def test_almost_nothing_in_a_file(tmp_path):
