@@ -1,17 +1,14 @@
 """The README's tables: what pre-training brings to the three tasks, over several seeds.
 
-    python tests/tables.py phantoms                                         the embedded data set
-    python tests/tables.py vqa_rad --vqa_rad DIR --medpix DIR --text DIR    questions on real pictures
-    python tests/tables.py medpix --medpix DIR                              body parts, retrieval, real pictures
+    python tests/tables.py phantoms        the embedded data set
 
-A table is made of runs of train.py and finetune.py, `--jobs` of them at once with one thread each. A run that was
-stopped goes on and one that has finished is kept, so the same command goes on with a table. runs/tables/NAME.md and
-NAME.json hold it when it is whole.
+A table is made of runs of train.py and finetune.py, `--jobs` of them at once with one thread each. A run that
+was stopped goes on and one that has finished is kept, so the same command goes on with a table. When it is
+whole, runs/tables/NAME.md and NAME.json hold it.
 """
 import argparse
 import json
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -27,51 +24,29 @@ from m3ae_mini.config import UserError
 OUT = Path("runs/tables")
 
 
-def phantoms(args, seed):
+def phantoms(seed):
     """Few labels, each seed after the default pre-training by the same seed."""
     start = Run(f"phantoms/pretrain-{seed}", f"train.py --device cpu --seed {seed}")
     rates = "--lr 1e-3 --head_lr 3 --fusion_lr 1"          # random weights take higher ones
     for task, samples in ("vqa", 900), ("cls", 300), ("irtr", 400):
-        common = f"finetune.py {task} --device cpu --seed {seed} --train_samples {samples} --eval_every 100000"
+        common = (f"finetune.py {task} --device cpu --seed {seed} --train_samples {samples} "
+                  "--eval_every 100000")               # validation at the end alone
         pretrained, none = f"--init {start.out}", f"--init none --tokenizer {start.out}"
         for row, flags in (("pre-trained", pretrained), ("from scratch", f"{none} {rates}"),
                            ("blind", f"{pretrained} --blind")):
-            yield task, row, Run(f"phantoms/{task}-{row.replace(' ', '-')}-{seed}", f"{common} {flags}", start)
+            name = f"phantoms/{task}-{row.replace(' ', '-')}-{seed}"
+            yield task, row, Run(name, f"{common} {flags}", start)
 
 
-def vqa_rad(args, seed):
-    """VQA-RAD after pre-training on MedPix (without the pictures the two share) and on VQA-RAD's training questions
-    with their answers; with --text also from that text encoder. The seeds share the pre-training."""
-    folder, medpix = given(args, "vqa_rad"), given(args, "medpix")
-    packs = {"packs/medpix-96": f"medpix --root {medpix} --exclude {folder}/images --size 96",
-             "packs/rad-pretrain-96": f"vqa_rad --root {folder} --task pretrain --size 96",
-             "packs/rad-vqa-96": f"vqa_rad --root {folder} --task vqa --size 96"}
-    size = "--device cpu --image_size 96 --patch_size 16 --dropout 0.1"
-    learn = f"train.py {size} --data packs/medpix-96,packs/rad-pretrain-96 {RAD_PRETRAIN}"
-    start = Run("vqa_rad/pretrain", learn, packs=packs)
-    ask = f"finetune.py vqa {size} --data packs/rad-vqa-96 --seed {seed} {RAD_TUNE}"
-    none = f"--init none --tokenizer {start.out}"
-    yield "vqa", "pre-trained", Run(f"vqa_rad/pre-trained-{seed}", f"{ask} --init {start.out}", start)
-    yield "vqa", "from scratch", Run(f"vqa_rad/from-scratch-{seed}", f"{ask} {none}", start)
-    yield "vqa", "blind", Run(f"vqa_rad/blind-{seed}", f"{ask} {none} --blind", start)
-
-
-TABLES = {"phantoms": phantoms, "vqa_rad": vqa_rad}
-
-
-def given(args, name):
-    """The folder that --name says, quoted for a command line."""
-    if not getattr(args, name):
-        raise UserError(f"the table {args.name} needs --{name}, the folder of the data")
-    return shlex.quote(os.path.abspath(getattr(args, name)))
+TABLES = {"phantoms": phantoms}
 
 
 class Run:
-    """A run of train.py or finetune.py in its folder below runs/tables, after another whose weights or tokenizer it
-    needs, and after the packs it reads are there: {folder: flags of data.prepare}."""
+    """A run of train.py or finetune.py in its folder below runs/tables, after another whose weights or
+    tokenizer it needs."""
 
-    def __init__(self, name, command, after=None, packs=None):
-        self.out, self.command, self.after, self.packs = OUT / name, command, after, packs or {}
+    def __init__(self, name, command, after=None):
+        self.out, self.command, self.after = OUT / name, command, after
 
     def found(self):
         """The line of metrics.jsonl that the test split gave, or None where the run has not finished."""
@@ -80,26 +55,20 @@ class Run:
         return next((line for line in lines if line["split"] == "test"), None)
 
     def make(self):
-        """Run it to its end, unless it has got there before; what it prints stands in a file beside its folder."""
-        if not self.found():
-            call(f"{self.command} --out {self.out} --resume", f"{self.out}.log")
-
-
-def call(command, log):
-    """Run a script of the project with one thread. UserError, which names the log, where it fails."""
-    Path(ROOT / log).parent.mkdir(parents=True, exist_ok=True)
-    with open(ROOT / log, "ab") as file:
-        done = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, stdout=file, stderr=file,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise UserError(f"{command} failed: read {log}")
+        """Run it to its end, if it has not got there. What it prints goes to a file beside its folder."""
+        if self.found():
+            return
+        command, log = f"{self.command} --out {self.out} --resume", ROOT / f"{self.out}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as file:
+            done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, stdout=file, stderr=file,
+                                  env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            raise UserError(f"{command} failed: read {log}")
 
 
 def make_all(runs, jobs):
-    """Packs first, then the runs that others start from, then the rest, `jobs` at once."""
-    for pack, flags in {pack: flags for run in runs for pack, flags in run.packs.items()}.items():
-        if not (ROOT / pack).exists():
-            call(f"-m data.prepare {flags} --out {pack}", f"{pack}.log")
+    """The runs that others start from, then the rest, `jobs` at once."""
     starts = {run.after.out: run.after for run in runs if run.after}
     for wave in starts.values(), runs:
         with ThreadPoolExecutor(jobs) as pool:
@@ -107,8 +76,8 @@ def make_all(runs, jobs):
 
 
 def as_table(cells):
-    """[(task, row, run)] over all seeds -> Markdown, and the same as plain values. A cell is the mean over the seeds
-    with the least and the greatest."""
+    """[(task, row, run)] over all seeds -> Markdown, and the same as plain values. A cell is the mean over
+    the seeds with the least and the greatest."""
     found = {}
     for task, row, run in cells:
         for name, value in run.found().items():
@@ -126,15 +95,13 @@ def as_table(cells):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=TABLES)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, … [3]")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once [one a core]")
-    parser.add_argument("--vqa_rad", metavar="DIR", help="VQA-RAD's folder")
-    parser.add_argument("--medpix", metavar="DIR", help="MedPix 2.0's folder")
-    parser.add_argument("--text", metavar="DIR", help="a Hugging Face folder of a text encoder")
     args, start = parser.parse_args(), time.perf_counter()
-    cells = [cell for seed in range(args.seeds) for cell in TABLES[args.name](args, seed)]
+    cells = [cell for seed in range(args.seeds) for cell in TABLES[args.name](seed)]
     make_all([run for _, _, run in cells], args.jobs)
     text, found = as_table(cells)
     (ROOT / OUT / f"{args.name}.md").write_text(text)

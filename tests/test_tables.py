@@ -1,0 +1,44 @@
+"""tests/tables.py: a finished run is kept, a failed one is named, the table is the mean with its least and greatest."""
+import json
+
+import pytest
+
+import tables
+from m3ae_mini.config import UserError
+
+
+def finished(monkeypatch, folder, name, **found):
+    """A run whose log says that its test split gave `found`."""
+    monkeypatch.setattr(tables, "ROOT", folder)
+    run = tables.Run(name, "no_such_script.py")
+    (folder / run.out).mkdir(parents=True)
+    lines = [{"step": 1, "split": "val", "acc": 0.0}, {"step": 2, "split": "test", "score": 1.0, **found}]
+    (folder / run.out / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return run
+
+
+def test_a_cell_is_the_mean_with_its_least_and_greatest(tmp_path, monkeypatch):
+    cells = [("cls", row, finished(monkeypatch, tmp_path, f"{row}-{seed}", acc=acc))
+             for row, accs in (("pre-trained", (0.5, 0.7, 0.9)), ("blind", (0.25, 0.25, 0.25)))
+             for seed, acc in enumerate(accs)]
+    text, found = tables.as_table(cells)
+    assert "| cls | acc |" in text
+    assert "| pre-trained | 70.0 (50.0 to 90.0) |" in text and "| blind | 25.0 (25.0 to 25.0) |" in text
+    assert found["cls"]["pre-trained"]["acc"] == [0.5, 0.7, 0.9]
+
+
+def test_what_has_finished_is_kept_and_what_fails_is_named(tmp_path, monkeypatch):
+    done = finished(monkeypatch, tmp_path, "done", acc=1.0)
+    tables.make_all([done], 1)                             # its script does not exist: nothing was started
+    missing = tables.Run("missing", "no_such_script.py")
+    with pytest.raises(UserError, match="no_such_script.py.*missing.* failed: read .*missing.log"):
+        tables.make_all([done, missing], 2)
+    assert "no_such_script.py" in (tmp_path / tables.OUT / "missing.log").read_text()
+
+
+def test_rows_of_a_table_differ_in_their_start_alone():
+    cells = {(task, row): run for task, row, run in tables.phantoms(seed=7)}
+    assert {row for _, row in cells} == {"pre-trained", "from scratch", "blind"} and len(cells) == 9
+    assert len({run.out for run in cells.values()}) == 9
+    for run in cells.values():
+        assert "--seed 7" in run.command and str(run.after.out) in run.command
