@@ -1,4 +1,4 @@
-"""tests/tables.py: a finished run is kept, a failed one is named, the table is the mean with its least and greatest."""
+"""tests/tables.py: a finished run is kept, a failed one is named, a cell is a mean with its least and greatest."""
 import json
 
 import pytest
