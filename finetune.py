@@ -63,7 +63,7 @@ def main():
                 "task": asdict(task_cfg),
                 "data": {"packs": [pack.fingerprint() for pack in train.packs], "tokenizer": tokenizer.hash,
                          "choices": choices}}
-    checkpoint = place.from_main(lambda: loop.open_run(run_cfg, settings, place))  # the path of one, or None
+    checkpoint = place.from_main(lambda: loop.open_run(run_cfg, settings, place))  # --gpus starts torchrun
     mean = mean_picture(train, place.device) if task_cfg.blind else None       # (3, S, S) or None
     if place.main:
         loop.write_whole(out / "tokenizer.json", lambda file: file.write(tokenizer.json().encode()))
@@ -77,7 +77,6 @@ def main():
         table = weights.start(model, sources)
         print(table) if place.main else None
     net, optimizer, scaler, step, best = loop.learner(model, train, train_cfg, run_cfg, place, checkpoint)
-    parameters = [p for p in model.parameters() if p.requires_grad]
     log = loop.Log(out, step) if place.main else None
     del sources
     if task_cfg.zero_shot:
@@ -88,7 +87,7 @@ def main():
     batches = load(train, training_chunks(train, train_cfg, step, place.rank, place.world), train_cfg.seed,
                    place.device, crop=train_cfg.crop < 1)
     bar = tqdm(total=train_cfg.steps, initial=step, unit="step", disable=not place.main, dynamic_ncols=True)
-    sums, since, skipped, clock = 0, 0, 0, time.perf_counter()        # sums, since: of steps not logged yet
+    sums, since, skipped, in_a_row, clock = 0, 0, 0, 0, time.perf_counter()    # sums, since: not logged yet
     stop, stopping = loop.StopSignal(), False
     model.train()
 
@@ -108,15 +107,15 @@ def main():
 
         # Step. A gradient that is not finite is the same on all processes by now, so all of them skip it.
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, train_cfg.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train_cfg.clip or math.inf)
         norm, stopping = stop.agree(norm, place)                                       # one host read
         if math.isfinite(norm) or scaler.is_enabled():
             scaler.step(optimizer)
             scaler.update()
-            skipped = 0
+            in_a_row = 0
         else:
-            skipped += 1
-            ask(skipped < 20, loop.DIVERGED)
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+            ask(in_a_row < 20, loop.DIVERGED)
         optimizer.zero_grad()
         step, since = step + 1, since + 1
 
@@ -240,7 +239,7 @@ def evaluate(model, samples, choices, mean, place, limit):
                                    [line.get("closed") for line in lines])
             for name, pair in pairs.items():
                 sums[name] = sums.get(name, 0) + pair
-        found = {name: total / max(count, 1) for name, (total, count) in place.total(sums).items()}
+        found = {name: total / count for name, (total, count) in place.total(sums).items() if count}
         found["score"] = found["acc"]
     model.train()
     return found

@@ -42,7 +42,7 @@ def main():
 
     settings = {"model": asdict(cfg), "train": asdict(train_cfg), "run": asdict(run_cfg),
                 "data": {"packs": [pack.fingerprint() for pack in packs], "tokenizer": tokenizer.hash}}
-    checkpoint = place.from_main(lambda: loop.open_run(run_cfg, settings, place))  # the path of one, or None
+    checkpoint = place.from_main(lambda: loop.open_run(run_cfg, settings, place))  # --gpus starts torchrun
     if place.main:
         loop.write_whole(out / "tokenizer.json", lambda file: file.write(tokenizer.json().encode()))
         print(f"{train.n:,} training and {val.n:,} validation samples; {train.cut:,} captions of more than "
@@ -55,7 +55,6 @@ def main():
         table = weights.start(model, sources)
         print(table) if place.main else None
     net, optimizer, scaler, step, best = loop.learner(model, train, train_cfg, run_cfg, place, checkpoint)
-    parameters = [p for p in model.parameters() if p.requires_grad]
     log = loop.Log(out, step) if place.main else None
     del sources
 
@@ -64,7 +63,7 @@ def main():
     batches = load(train, training_chunks(train, train_cfg, step, place.rank, place.world), train_cfg.seed,
                    place.device, crop=train_cfg.crop < 1)
     bar = tqdm(total=train_cfg.steps, initial=step, unit="step", disable=not place.main, dynamic_ncols=True)
-    sums, since, skipped, clock = {}, 0, 0, time.perf_counter()        # sums, since: of steps not logged yet
+    sums, since, skipped, in_a_row, clock = {}, 0, 0, 0, time.perf_counter()   # sums, since: not logged yet
     stop, stopping = loop.StopSignal(), False
     model.train()
 
@@ -84,15 +83,15 @@ def main():
 
         # Step. A gradient that is not finite is the same on all processes by now, so all of them skip it.
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, train_cfg.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train_cfg.clip or math.inf)
         norm, stopping = stop.agree(norm, place)                                       # one host read
         if math.isfinite(norm) or scaler.is_enabled():
             scaler.step(optimizer)
             scaler.update()
-            skipped = 0
+            in_a_row = 0
         else:
-            skipped += 1
-            ask(skipped < 20, loop.DIVERGED)
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+            ask(in_a_row < 20, loop.DIVERGED)
         optimizer.zero_grad()
         step, since = step + 1, since + 1
 
@@ -150,7 +149,7 @@ def prepare(cfg, train_cfg, run_cfg, sources):
 
 @torch.no_grad()
 def evaluate(model, samples, place, limit):
-    """Mean of every validation figure over at most `limit` samples, each counted once, with fixed masks."""
+    """Means over at most `limit` samples, each counted once, masks fixed; what none tells is left out."""
     model.eval()
     sums = {}
     chunks = validation_chunks(samples, limit, place.rank, place.world)
@@ -159,7 +158,7 @@ def evaluate(model, samples, place, limit):
             for name, pair in figures(model, batch).items():
                 sums[name] = sums.get(name, 0) + pair
     model.train()
-    return {name: total / max(count, 1) for name, (total, count) in place.total(sums).items()}
+    return {name: total / count for name, (total, count) in place.total(sums).items() if count}
 
 
 def figures(model, batch):
@@ -186,9 +185,9 @@ def figures(model, batch):
         sums["mlm_acc"] = metrics.tally(right, counts)
         for name, index in (("other", other), ("kin", kin)):
             partner = counts & (index != own)[row]                            # (M,)
-            wrong = restored(index)[1]
-            sums[f"mlm_acc_{name}"] = metrics.tally(wrong, partner)
-            sums[f"mlm_gain_{name}"] = metrics.tally(right.float() - wrong.float(), partner)
+            swapped = restored(index)[1]
+            sums[f"mlm_acc_{name}"] = metrics.tally(swapped, partner)
+            sums[f"mlm_gain_{name}"] = metrics.tally(right.float() - swapped.float(), partner)
 
     if "mim" in model.objectives:
         def error(index):
@@ -197,9 +196,9 @@ def figures(model, batch):
             target = MIM.target(batch["image"], model.cfg)
             return (out["mim_pred"] - target).square().mean(-1), out["mim_hidden"].bool()   # (B, L) each
 
-        right, hidden = error(own)
-        sums["mim_loss"] = metrics.tally(right, hidden)
-        sums["mim_gain_other"] = metrics.tally(error(other)[0] - right, hidden & (other != own)[:, None])
+        least, hidden = error(own)
+        sums["mim_loss"] = metrics.tally(least, hidden)
+        sums["mim_gain_other"] = metrics.tally(error(other)[0] - least, hidden & (other != own)[:, None])
 
     if "itm" in model.objectives:
         def says_match(index):
@@ -240,11 +239,13 @@ def report(model, packs, tokenizer, cfg, train_cfg, limit, place, out):
         print(f"  masked tokens restored    {found['mlm_acc']:6.1%}   always the commonest token: "
               f"{found['commonest']:.1%}")
         print(f"    cross-modal gain        {100 * found['mlm_gain_other']:+6.1f} points over another image")
-        print(f"    within the kind         {100 * found['mlm_gain_kin']:+6.1f} points over one of its kind")
+        print(f"    within the kind        {100 * found['mlm_gain_kin']:+7.1f} points over one of its kind"
+              if "mlm_gain_kin" in found else "    within the kind: the data name no kinds")
     if cfg.itm:
         print(f"  matching, any picture     {found['itm_acc_other']:6.1%}   guessing: 50.0%; the kind alone: "
               f"{found['kind_alone']:.1%}")
-        print(f"    within the kind         {found['itm_acc_kin']:6.1%}   guessing and the kind alone: 50.0%")
+        print(f"    within the kind         {found['itm_acc_kin']:6.1%}   guessing and the kind alone: 50.0%"
+              if "itm_acc_kin" in found else "    within the kind: the data name no kinds")
     if cfg.mim:
         share = 1 - found["mim_loss"] / found["constant_patch"]
         print(f"  reconstruction error      {found['mim_loss']:6.3f}   the mean patch at each place: "
@@ -282,7 +283,7 @@ def ignorance(train, test, limit, device, drawn_clean=None, pictures=8192):
                 clean = (clean - middle) / (var + 1e-6).sqrt()
             pairs["noise_floor"] = metrics.tally((clean - target).square().mean(-1), hidden)
 
-        group = np.array([test.packs[pack].samples["group"][row] for pack, row in test.where[numbers]])
+        group = np.array([test.line(n).get("group", "") for n in numbers])
         other = batch["other_index"].cpu().numpy()
         partner = torch.from_numpy(other != np.arange(len(other)))
         told = torch.from_numpy(group != group[other])     # who knows the kind says "no" to these, else "yes"

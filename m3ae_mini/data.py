@@ -81,7 +81,7 @@ class Samples:
         real = np.zeros((size, length), dtype=bool)                                    # may be hidden
         for i, body in enumerate(bodies):
             end = len(body) + 1
-            ids[i, 0], ids[i, 1:end], ids[i, end] = tok.cls_id, body >> 1, tok.sep_id
+            ids[i, 0], ids[i, 1:end], ids[i, end] = tok.cls_id, body >> 1, tok.sep_id     # see Pack.tokens
             starts[i, 1:end], real[i, 1:end] = body & 1, True
         batch = {"text_ids": ids, "text_mask": (ids != tok.pad_id).astype(np.int64)}
 
@@ -188,7 +188,6 @@ def validation_chunks(samples, limit, rank=0, world=1):
 def load(samples, chunks, seed, device, crop=False, ahead=3):
     """Iterate over (step, chunk, numbers, batch): numbers (B,) says which samples the chunk holds, batch is a
     dict of tensors on `device`, its image float32 (B, 3, S, S), normalised.
-
     One thread works `ahead` of the caller. On a GPU it copies from pinned memory on a stream of its own,
     while the last step still computes, and refills a buffer only after its copy's event."""
     device, side = torch.device(device), samples.cfg.image_size

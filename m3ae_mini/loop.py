@@ -49,7 +49,7 @@ def run(main):
         if dist.is_initialized():
             dist.destroy_process_group()
     print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
-    time.sleep("another process" in sentence)              # torchrun is to find the one that is gone first
+    time.sleep(1 if "another process" in sentence else 0)  # torchrun is to find the one that is gone first
     sys.exit(2)
 
 
@@ -64,7 +64,7 @@ def begin(train_cfg, model_cfg, run_cfg, prepare):
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         backend = "nccl" if place.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
-    place.from_main(lambda: prepare() and None)            # files that are made on first use: by one process
+    place.from_main(lambda: prepare() and None)            # files of first use, by one process; sends nothing
     return place, prepare()
 
 
@@ -170,7 +170,8 @@ def check_batches(train_cfg, model_cfg, world):
 def in_steps(train_cfg, run_cfg, samples):
     """Lengths that were given in epochs, in steps -> both configurations, for so many training samples."""
     epoch = samples / train_cfg.batch_size
-    steps, every = round(train_cfg.epochs * epoch) or train_cfg.steps, max(1, round(epoch))
+    steps = max(1, round(train_cfg.epochs * epoch)) if train_cfg.epochs else train_cfg.steps
+    every = max(1, round(epoch))
     return replace(train_cfg, steps=steps), replace(run_cfg, eval_every=run_cfg.eval_every or every,
                                                     save_every=run_cfg.save_every or every)
 

@@ -6,7 +6,7 @@ import numpy as np
 
 # What a draw is for. Two purposes never share numbers.
 ORDER, PATCHES, WORDS, WRONG, CROP, DROPOUT = range(6)
-VALIDATION = 1 << 62        # added to a step number: validation's draws never meet training's
+VALIDATION = 1 << 62        # validation's step number: its draws never meet training's
 
 
 def uniform(seed, purpose, step, chunk, shape):
@@ -75,7 +75,8 @@ def mismatch(picture, text, numbers, group, kin=0.0):
     """Image-text matching: the picture each text goes with, int64 (B,). Half of the rows, rounded down, get
     another row's picture; one without a partner stays a match. A share `kin` of the wrong pictures is of the
     text's own group where there is one, so that the kind does not tell. numbers: uniform (B, B+2)."""
-    any_row, kin_row = (wrong_rows(picture, text, numbers[:, 2:], 1, only)[:, 0] for only in (None, group))
+    any_row = wrong_rows(picture, text, numbers[:, 2:], 1)[:, 0]                       # (B,)
+    kin_row = wrong_rows(picture, text, numbers[:, 2:], 1, group)[:, 0]                # (B,)
     own = np.arange(len(picture))
     wrong = np.where((numbers[:, 1] < kin) & (kin_row != own), kin_row, any_row)       # (B,)
     half = np.argsort(numbers[:, 0], kind="stable")[:len(own) // 2]                    # (B // 2,)

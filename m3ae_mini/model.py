@@ -31,16 +31,16 @@ def attention_weights(q, k, mask=None):
 
 
 def fused_is_faster(q, dropout):
-    """On a CPU the fused kernel knows no dropout, and its way back is slow in bf16 (README, Speed)."""
-    return q.is_cuda or not dropout and (q.dtype == torch.float32 or not q.requires_grad)
+    """On a CPU the fused kernel knows no dropout, and its backward pass is slow in bf16 (README, Speed)."""
+    return q.is_cuda or (not dropout and (q.dtype == torch.float32 or not q.requires_grad))
 
 
 def drop(x, share, training=True):
-    """Dropout. On a CPU, by 16 random bits a number where F.dropout draws 32: half the time, less kept."""
+    """Dropout. On a CPU by 16 random bits a number, where F.dropout draws 32: half the time, less memory."""
     if x.device.type != "cpu" or not share or not training:
         return F.dropout(x, share, training)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
-    keep = bits[:x.numel()].view(x.shape) >= round(share * 2 ** 16) - 2 ** 15
+    keep = bits[:x.numel()].view(x.shape) >= round(share * 2 ** 16) - 2 ** 15            # true of 1 - share
     return (x * keep).mul_(1 / (1 - share))
 
 
@@ -85,7 +85,7 @@ class CrossAttention(nn.Module):
 # -------------------------------------------------------------------------------- the two kinds of layer
 
 def quick_gelu(x):
-    """x·σ(1.702x); written so, one tensor is kept for the way back, not two"""
+    """x·σ(1.702x); written so, one tensor is kept for the backward pass, not two"""
     return F.silu(1.702 * x) / 1.702
 
 
@@ -202,9 +202,9 @@ class Fusion(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.text_layers, self.image_layers = (
-            nn.ModuleList(PostNormLayer(cfg, cfg.fusion_width, cfg.fusion_heads, 1e-12, cross=True)
-                          for _ in range(cfg.fusion_layers)) for _ in range(2))
+        size, depth = (cfg.fusion_width, cfg.fusion_heads, 1e-12), cfg.fusion_layers
+        self.text_layers = nn.ModuleList(PostNormLayer(cfg, *size, cross=True) for _ in range(depth))
+        self.image_layers = nn.ModuleList(PostNormLayer(cfg, *size, cross=True) for _ in range(depth))
 
     def forward(self, text, image, text_mask, depth=None, want=("text", "image"), queries=None):
         """text (B, T, D), image (B, N, D), text_mask (B, T) -> both, after `depth` pairs (default: all). Only
@@ -266,7 +266,6 @@ class Trunk(nn.Module):
 @torch.no_grad()
 def initialise(model):
     """Initial values: matrices normal, biases 0, norms 1 and 0; the image encoder as CLIP does from scratch.
-
     The paper's 0.02 suits its width of 768. A narrower model gets more, so that a sub-layer keeps its size
     beside the residual: at width 128 words were then learned nearly twice as fast (one run each)."""
     std = 0.02 * (768 / model.cfg.fusion_width) ** 0.5

@@ -28,11 +28,11 @@ class MLM(nn.Module):
         where = batch.get("mlm_positions")
         if where is None:
             where = (labels != -100).nonzero()[:, 0]                                   # (M,)
-        text = model.encode_text(batch["mlm_ids"], batch["text_mask"])                 # (B, T, D)
-        text, _ = model.fuse(text, image, batch["text_mask"], want=("text",))          # (B, T, D)
+        masked = model.encode_text(batch["mlm_ids"], batch["text_mask"])               # (B, T, D)
+        masked, _ = model.fuse(masked, image, batch["text_mask"], want=("text",))      # (B, T, D)
 
         # The vocabulary is the widest layer of all: only masked tokens pay for it.
-        hidden = text.flatten(0, 1).index_select(0, where)                             # (M, D)
+        hidden = masked.flatten(0, 1).index_select(0, where)                           # (M, D)
         logits = self.decoder(self.norm(F.gelu(self.dense(hidden)))).float()           # (M, V)
         targets = labels.index_select(0, where)                                        # (M,)
         loss = F.cross_entropy(logits, targets, reduction="sum") / (targets != -100).sum().clamp(min=1)
@@ -191,7 +191,7 @@ class M3AE(Trunk):
                 nn.init.xavier_uniform_(block.attn.qkv.weight)
 
     def forward(self, batch):
-        """A dict of tensors (the loader's, or golden/README.md's) -> every objective's outputs, and `loss`,
+        """A dict of tensors (the loader's, or a golden case's) -> every objective's outputs, and `loss`,
         their weighted sum. With dropout on, MIM and ITM share one draw for the text (two in the release)."""
         read = {what for objective in self.objectives.values() for what in objective.reads}
         text = self.encode_text(batch["text_ids"], batch["text_mask"]) if "text" in read else None

@@ -41,7 +41,7 @@ def open_run(run):
     ask(cfg.mlm and cfg.mim, f"{run} has not learned both words and pixels: give one that has")
     model = M3AE(cfg).eval()
     model.load_state_dict(state)
-    packs, tokenizer = open_packs("phantoms", cfg.image_size), Tokenizer.load(run)
+    packs, tokenizer = open_packs("phantoms", cfg.image_size, crop=1), Tokenizer.load(run)
     return model, Samples(packs, "test", tokenizer, cfg, TrainConfig())
 
 
