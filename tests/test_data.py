@@ -33,7 +33,7 @@ def write_pack(folder, captions, counts, size=16, colour_every=3, seed=0, groups
         path = folder.parent / f"{folder.name}-{n}.png"
         Image.fromarray(pixels).save(path)
         pictures.append(np.stack([pixels] * 3) if grey else pixels.transpose(2, 0, 1))
-        rows.append(Row(split, path, caption, group=f"kind {n % groups}"))
+        rows.append(Row(split, path, caption, group=f"kind {n % groups}" if groups else None))
     prepare.pack(rows, out=folder, name="test", task="pretrain", size=size, root=folder.parent, workers=1)
     return Pack(folder), np.stack(pictures)
 

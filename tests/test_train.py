@@ -11,7 +11,7 @@ from PIL import Image
 
 import train
 from m3ae_mini import loop
-from m3ae_mini.config import UserError
+from m3ae_mini.config import RunConfig, TrainConfig, UserError
 from m3ae_mini.text import Tokenizer
 from test_data import CAPTIONS, write_pack
 
@@ -68,6 +68,25 @@ def test_a_run_leaves_what_it_promises(pack, tmp_path, monkeypatch, capsys):
     for words in ("On 10 held-out samples", "the commonest token", "the mean patch"):
         assert words in report
     assert not list(out.glob("*.tmp"))
+
+
+def test_no_figure_within_the_kind_where_the_data_name_no_kinds(tmp_path, monkeypatch, capsys):
+    """A share of nobody is no zero: ROCO, MedICaT and many a table have no kinds."""
+    write_pack(tmp_path / "pack", CAPTIONS * 2, {"train": 16, "val": 8, "test": 8}, groups=0)
+    started(monkeypatch, *SMALL, "--data", tmp_path / "pack", "--out", tmp_path / "run", "--steps", 1)
+    for split in "val", "test":
+        line, = logged(tmp_path / "run", split)
+        assert not [name for name in line if "kin" in name and name != "kind_alone"]
+        assert {"mlm_gain_other", "itm_acc_other"} <= line.keys()
+    assert capsys.readouterr().out.count("the data name no kinds") == 2
+
+
+def test_a_length_in_epochs_is_a_step_at_least():
+    run_cfg = loop.replace(RunConfig(), eval_every=0)
+    for epochs, samples, steps in ((1.0, 20, 1), (2.0, 640, 20), (0.0, 20, 900)):
+        settings = TrainConfig(steps=900, epochs=epochs, batch_size=64)
+        found, run = loop.in_steps(settings, run_cfg, samples)
+        assert found.steps == steps and run.eval_every == max(1, samples // 64)
 
 
 def test_resume_equals_a_run_that_never_stopped(pack, tmp_path, monkeypatch):
