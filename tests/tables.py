@@ -1,6 +1,7 @@
 """The README's tables: what pre-training brings to the three tasks, over several seeds.
 
-    python tests/tables.py phantoms        the embedded data set
+    python tests/tables.py phantoms                                 the embedded data set
+    python tests/tables.py vqa_rad --vqa_rad DIR --medpix DIR       questions on real pictures
 
 A table is made of runs of train.py and finetune.py, `--jobs` of them at once with one thread each. A run that
 was stopped goes on and one that has finished is kept, so the same command goes on with a table. When it is
@@ -9,6 +10,7 @@ whole, runs/tables/NAME.md and NAME.json hold it.
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -19,12 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from m3ae_mini import loop
-from m3ae_mini.config import UserError
+from m3ae_mini.config import ask
 
 OUT = Path("runs/tables")
 
 
-def phantoms(seed):
+def phantoms(args, seed):
     """Few labels, each seed after the default pre-training by the same seed."""
     start = Run(f"phantoms/pretrain-{seed}", f"train.py --device cpu --seed {seed}")
     rates = "--lr 1e-3 --head_lr 3 --fusion_lr 1"          # random weights take higher ones
@@ -38,15 +40,35 @@ def phantoms(seed):
             yield task, row, Run(name, f"{common} {flags}", start)
 
 
-TABLES = {"phantoms": phantoms}
+def vqa_rad(args, seed):
+    """VQA-RAD, after pre-training on MedPix (without the pictures that both have) and on VQA-RAD's training
+    questions with their answers. The seeds share the pre-training."""
+    for name in "vqa_rad", "medpix":
+        ask(getattr(args, name), f"the table of vqa_rad needs --{name}, the folder of that data set")
+    rad, medpix = (shlex.quote(os.path.abspath(folder)) for folder in (args.vqa_rad, args.medpix))
+    packs = {"packs/medpix-96": f"medpix --root {medpix} --exclude {rad}/images --size 96",
+             "packs/rad-captions-96": f"vqa_rad --root {rad} --task pretrain --size 96",
+             "packs/rad-96": f"vqa_rad --root {rad} --task vqa --size 96"}
+    common = "--device cpu --image_size 96 --patch_size 16 --dropout 0.1"
+    start = Run("vqa_rad/pretrain", f"train.py {common} --data packs/medpix-96,packs/rad-captions-96 "
+                "--vocab 2000 --kin 0.5 --word_ratio 0.25 --steps 1200 --eval_every 300", packs=packs)
+    common = (f"finetune.py vqa {common} --seed {seed} --data packs/rad-96 --epochs 40 --batch_size 16 "
+              "--micro_batch 16 --clip 0 --lr 3e-4 --head_lr 5 --fusion_lr 2 --eval_every 688")
+    none = f"--init none --tokenizer {start.out}"
+    for row, flags in (("pre-trained", f"--init {start.out}"), ("from scratch", none),
+                       ("blind", f"{none} --blind")):
+        yield "vqa", row, Run(f"vqa_rad/{row.replace(' ', '-')}-{seed}", f"{common} {flags}", start)
+
+
+TABLES = {"phantoms": phantoms, "vqa_rad": vqa_rad}
 
 
 class Run:
-    """A run of train.py or finetune.py in its folder below runs/tables, after another whose weights or
-    tokenizer it needs."""
+    """A run of train.py or finetune.py in its folder below runs/tables: after another, whose weights or
+    tokenizer it needs, and after packs, {folder: flags of data.prepare}."""
 
-    def __init__(self, name, command, after=None):
-        self.out, self.command, self.after = OUT / name, command, after
+    def __init__(self, name, command, after=None, packs={}):
+        self.out, self.command, self.after, self.packs = OUT / name, command, after, packs
 
     def found(self):
         """The line of metrics.jsonl that the test split gave, or None where the run has not finished."""
@@ -58,13 +80,19 @@ class Run:
         """Run it to its end, if it has not got there. What it prints goes to a file beside its folder."""
         if self.found():
             return
-        command, log = f"{self.command} --out {self.out} --resume", ROOT / f"{self.out}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "ab") as file:
-            done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, stdout=file, stderr=file,
-                                  env={**os.environ, "OMP_NUM_THREADS": "1"})
-        if done.returncode:
-            raise UserError(f"{command} failed: read {log}")
+        for pack, flags in self.packs.items():
+            if not (ROOT / pack).exists():
+                call(f"-m data.prepare {flags} --out {pack}", ROOT / f"{self.out}.log")
+        call(f"{self.command} --out {self.out} --resume", ROOT / f"{self.out}.log")
+
+
+def call(command, log):
+    """Run a script with one thread, its output to the end of a file. UserError where it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as file:
+        done = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, stdout=file, stderr=file,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+    ask(not done.returncode, f"{command} failed: read {log}")
 
 
 def make_all(runs, jobs):
@@ -100,8 +128,10 @@ def main():
     parser.add_argument("name", choices=TABLES)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, … [3]")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once [one a core]")
+    for name in "vqa_rad", "medpix":
+        parser.add_argument(f"--{name}", metavar="DIR", help="the folder of this data set")
     args, start = parser.parse_args(), time.perf_counter()
-    cells = [cell for seed in range(args.seeds) for cell in TABLES[args.name](seed)]
+    cells = [cell for seed in range(args.seeds) for cell in TABLES[args.name](args, seed)]
     make_all([run for _, _, run in cells], args.jobs)
     text, found = as_table(cells)
     (ROOT / OUT / f"{args.name}.md").write_text(text)

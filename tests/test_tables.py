@@ -1,10 +1,16 @@
-"""tests/tables.py: a finished run is kept, a failed one is named, a cell is a mean with its least and greatest."""
+"""tests/tables.py: what has finished is kept, what fails is named, a cell is a mean with least and greatest."""
+import argparse
 import json
+import shlex
 
 import pytest
 
+import finetune
 import tables
+import train
+from data import prepare
 from m3ae_mini.config import UserError
+from test_readme import parsed
 
 
 def finished(monkeypatch, folder, name, **found):
@@ -36,9 +42,21 @@ def test_what_has_finished_is_kept_and_what_fails_is_named(tmp_path, monkeypatch
     assert "no_such_script.py" in (tmp_path / tables.OUT / "missing.log").read_text()
 
 
-def test_rows_of_a_table_differ_in_their_start_alone():
-    cells = {(task, row): run for task, row, run in tables.phantoms(seed=7)}
-    assert {row for _, row in cells} == {"pre-trained", "from scratch", "blind"} and len(cells) == 9
-    assert len({run.out for run in cells.values()}) == 9
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_rows_of_a_table_differ_in_their_start_alone(name, monkeypatch):
+    args = argparse.Namespace(vqa_rad="a folder", medpix="another")
+    cells = {(task, row): run for task, row, run in tables.TABLES[name](args, 7)}
+    assert {row for _, row in cells} == {"pre-trained", "from scratch", "blind"}
+    assert len({run.out for run in cells.values()}) == len(cells)
     for run in cells.values():
         assert "--seed 7" in run.command and str(run.after.out) in run.command
+        for one in run, run.after:                         # the scripts take these flags
+            script, *flags = shlex.split(one.command)
+            parsed({"train.py": train, "finetune.py": finetune}[script], flags, monkeypatch)
+        for pack, flags in run.after.packs.items():
+            assert prepare.command_line().parse_args([*shlex.split(flags), "--out", pack]).size == 96
+
+
+def test_a_folder_that_is_not_given():
+    with pytest.raises(UserError, match="needs --medpix"):
+        list(tables.vqa_rad(argparse.Namespace(vqa_rad="here", medpix=None), 0))
