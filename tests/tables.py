@@ -2,6 +2,7 @@
 
     python tests/tables.py phantoms                                 the embedded data set
     python tests/tables.py vqa_rad --vqa_rad DIR --medpix DIR       questions on real pictures
+    python tests/tables.py medpix --medpix DIR                      classes and retrieval on real pictures
 
 A table is made of runs of train.py and finetune.py, `--jobs` of them at once with one thread each. A run that
 was stopped goes on and one that has finished is kept, so the same command goes on with a table. When it is
@@ -14,7 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,49 +27,86 @@ from m3ae_mini.config import ask
 OUT = Path("runs/tables")
 
 
+LABELS = {"vqa": 900, "cls": 300, "irtr": 400}           # training samples of each task on phantoms
+
+
+def on_phantoms(task, seed):
+    """The command of fine-tuning with few labels, validation at the end alone."""
+    return (f"finetune.py {task} --device cpu --seed {seed} --train_samples {LABELS[task]} "
+            "--eval_every 100000")
+
+
 def phantoms(args, seed):
     """Few labels, each seed after the default pre-training by the same seed."""
     start = Run(f"phantoms/pretrain-{seed}", f"train.py --device cpu --seed {seed}")
     rates = "--lr 1e-3 --head_lr 3 --fusion_lr 1"          # random weights take higher ones
-    for task, samples in ("vqa", 900), ("cls", 300), ("irtr", 400):
-        common = (f"finetune.py {task} --device cpu --seed {seed} --train_samples {samples} "
-                  "--eval_every 100000")               # validation at the end alone
-        pretrained, none = f"--init {start.out}", f"--init none --tokenizer {start.out}"
+    pretrained, none = f"--init {start.out}", f"--init none --tokenizer {start.out}"
+    for task in LABELS:
         for row, flags in (("pre-trained", pretrained), ("from scratch", f"{none} {rates}"),
                            ("blind", f"{pretrained} --blind")):
             name = f"phantoms/{task}-{row.replace(' ', '-')}-{seed}"
-            yield task, row, Run(name, f"{common} {flags}", start)
+            yield task, row, Run(name, f"{on_phantoms(task, seed)} {flags}", start)
+
+
+REAL = "--device cpu --image_size 96 --patch_size 16 --dropout 0.1"
 
 
 def vqa_rad(args, seed):
     """VQA-RAD, after pre-training on MedPix (without the pictures that both have) and on VQA-RAD's training
-    questions with their answers. The seeds share the pre-training."""
-    for name in "vqa_rad", "medpix":
-        ask(getattr(args, name), f"the table of vqa_rad needs --{name}, the folder of that data set")
-    rad, medpix = (shlex.quote(os.path.abspath(folder)) for folder in (args.vqa_rad, args.medpix))
+    questions with their answers. The seeds share the pre-training. With --text, the same from scratch but for
+    the text encoder."""
+    rad, medpix = folder(args, "vqa_rad"), folder(args, "medpix")
     packs = {"packs/medpix-96": f"medpix --root {medpix} --exclude {rad}/images --size 96",
              "packs/rad-captions-96": f"vqa_rad --root {rad} --task pretrain --size 96",
              "packs/rad-96": f"vqa_rad --root {rad} --task vqa --size 96"}
-    common = "--device cpu --image_size 96 --patch_size 16 --dropout 0.1"
-    start = Run("vqa_rad/pretrain", f"train.py {common} --data packs/medpix-96,packs/rad-captions-96 "
-                "--vocab 2000 --kin 0.5 --word_ratio 0.25 --steps 1200 --eval_every 300", packs=packs)
-    common = (f"finetune.py vqa {common} --seed {seed} --data packs/rad-96 --epochs 40 --batch_size 16 "
-              "--micro_batch 16 --clip 0 --lr 3e-4 --head_lr 5 --fusion_lr 2 --eval_every 688")
+    start = Run("vqa_rad/pretrain", f"train.py {REAL} --data packs/medpix-96,packs/rad-captions-96 "
+                "--vocab 2000 --kin 0.5 --word_ratio 0.25 --steps 2400 --eval_every 600", packs=packs)
+    common = (f"finetune.py vqa {REAL} --seed {seed} --data packs/rad-96 --epochs 60 --batch_size 16 "
+              "--micro_batch 16 --clip 0 --eval_every 688")
+    rates = "--lr 3e-4 --head_lr 5 --fusion_lr 2"
+    none = f"--init none --tokenizer {start.out} {rates}"
+    rows = {"pre-trained": f"--init {start.out} {rates}", "from scratch": none, "blind": f"{none} --blind"}
+    if args.text:
+        rows["from scratch, text encoder of --text"] = (
+            f"--init none --init_text {folder(args, 'text')} "
+            "--lr 1e-4 --image_lr 4 --head_lr 15 --fusion_lr 6")
+    for i, (row, flags) in enumerate(rows.items()):
+        yield "vqa", row, Run(f"vqa_rad/{i}-{seed}", f"{common} {flags}", start)
+
+
+def medpix(args, seed):
+    """The part of the body from picture and caption, and retrieval, after pre-training on the same training
+    pictures. The seeds share the pre-training; nothing is drawn in zero-shot retrieval."""
+    packs = {f"packs/medpix-{task}-96": f"medpix --root {folder(args, 'medpix')} --task {task} --size 96"
+             for task in ("pretrain", "cls", "irtr")}
+    start = Run("medpix/pretrain", f"train.py {REAL} --data packs/medpix-pretrain-96 --vocab 2000 --kin 0.5 "
+                "--word_ratio 0.25 --steps 1200 --eval_every 300", packs=packs)
     none = f"--init none --tokenizer {start.out}"
-    for row, flags in (("pre-trained", f"--init {start.out}"), ("from scratch", none),
-                       ("blind", f"{none} --blind")):
-        yield "vqa", row, Run(f"vqa_rad/{row.replace(' ', '-')}-{seed}", f"{common} {flags}", start)
+    rows = {"pre-trained": f"--init {start.out}", "from scratch": none, "blind": f"{none} --blind"}
+    for task, settings in ("cls", "--epochs 10"), ("irtr", "--epochs 4"):
+        common = f"finetune.py {task} {REAL} --seed {seed} --data packs/medpix-{task}-96 {settings}"
+        for row, flags in rows.items():
+            yield task, row, Run(f"medpix/{task}-{row.replace(' ', '-')}-{seed}", f"{common} {flags}", start)
+    if not seed:
+        zero = f"{common} {rows['pre-trained']} --zero_shot"
+        yield "irtr", "zero-shot", Run("medpix/zero-shot", zero, start)
 
 
-TABLES = {"phantoms": phantoms, "vqa_rad": vqa_rad}
+def folder(args, name):
+    """What --name says, as an absolute path that a command line can hold."""
+    ask(getattr(args, name), f"this table needs --{name}, the folder of that data set")
+    return shlex.quote(os.path.abspath(getattr(args, name)))
+
+
+TABLES = {"phantoms": phantoms, "vqa_rad": vqa_rad, "medpix": medpix}
 
 
 class Run:
     """A run of train.py or finetune.py in its folder below runs/tables: after another, whose weights or
-    tokenizer it needs, and after packs, {folder: flags of data.prepare}."""
+    tokenizer it needs, and after packs, {folder: flags of data.prepare}. code: the folder of the script."""
 
-    def __init__(self, name, command, after=None, packs={}):
-        self.out, self.command, self.after, self.packs = OUT / name, command, after, packs
+    def __init__(self, name, command, after=None, packs={}, code=ROOT):
+        self.out, self.command, self.after, self.packs, self.code = OUT / name, command, after, packs, code
 
     def found(self):
         """The line of metrics.jsonl that the test split gave, or None where the run has not finished."""
@@ -82,25 +120,34 @@ class Run:
             return
         for pack, flags in self.packs.items():
             if not (ROOT / pack).exists():
-                call(f"-m data.prepare {flags} --out {pack}", ROOT / f"{self.out}.log")
-        call(f"{self.command} --out {self.out} --resume", ROOT / f"{self.out}.log")
+                self.call("-m", f"data.prepare {flags} --out {pack}")
+        self.call(self.code / self.command.split()[0],
+                  f"{self.command.partition(' ')[2]} --out {self.out} --resume")
+
+    def call(self, script, flags):
+        """Run a script with one thread, its output to the end of a file. UserError where it fails."""
+        log = ROOT / f"{self.out}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as file:
+            done = subprocess.run([sys.executable, script, *shlex.split(flags)], cwd=ROOT, stdout=file,
+                                  stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        ask(not done.returncode, f"{script} {flags} failed: read {log}")
 
 
-def call(command, log):
-    """Run a script with one thread, its output to the end of a file. UserError where it fails."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as file:
-        done = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, stdout=file, stderr=file,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
-    ask(not done.returncode, f"{command} failed: read {log}")
-
-
-def make_all(runs, jobs):
-    """The runs that others start from, then the rest, `jobs` at once."""
-    starts = {run.after.out: run.after for run in runs if run.after}
-    for wave in starts.values(), runs:
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(Run.make, wave))
+def make_all(runs, jobs, after_each=lambda: None):
+    """All runs, `jobs` at once, the first in the list first, but none before the one that it starts from."""
+    waiting = list({run.out: run for one in runs for run in (one.after, one) if run}.values())
+    going, finished = {}, set()
+    with ThreadPoolExecutor(jobs) as pool:
+        while waiting or going:
+            ready = [run for run in waiting if not run.after or run.after.out in finished]
+            for run in ready[:jobs - len(going)]:
+                waiting.remove(run)
+                going[pool.submit(run.make)] = run
+            for future in wait(going, return_when=FIRST_COMPLETED).done:
+                finished.add(going.pop(future).out)
+                future.result()                            # or its UserError
+                after_each()
 
 
 def as_table(cells):
@@ -130,6 +177,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once [one a core]")
     for name in "vqa_rad", "medpix":
         parser.add_argument(f"--{name}", metavar="DIR", help="the folder of this data set")
+    parser.add_argument("--text", metavar="DIR", help="vqa_rad: a Hugging Face folder, for one more row")
     args, start = parser.parse_args(), time.perf_counter()
     cells = [cell for seed in range(args.seeds) for cell in TABLES[args.name](args, seed)]
     make_all([run for _, _, run in cells], args.jobs)

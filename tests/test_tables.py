@@ -1,4 +1,4 @@
-"""tests/tables.py: what has finished is kept, what fails is named, a cell is a mean with least and greatest."""
+"""tests/tables.py: what has finished is kept, what fails is named, a cell is a mean with least and most."""
 import argparse
 import json
 import shlex
@@ -44,12 +44,13 @@ def test_what_has_finished_is_kept_and_what_fails_is_named(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_rows_of_a_table_differ_in_their_start_alone(name, monkeypatch):
-    args = argparse.Namespace(vqa_rad="a folder", medpix="another")
-    cells = {(task, row): run for task, row, run in tables.TABLES[name](args, 7)}
-    assert {row for _, row in cells} == {"pre-trained", "from scratch", "blind"}
+    args = argparse.Namespace(vqa_rad="a folder", medpix="another", text="a third")
+    cells = {(task, row): run for task, row, run in tables.TABLES[name](args, 0)}
+    more = {"vqa_rad": {"from scratch, text encoder of --text"}, "medpix": {"zero-shot"}}.get(name, set())
+    assert {row for _, row in cells} == {"pre-trained", "from scratch", "blind"} | more
     assert len({run.out for run in cells.values()}) == len(cells)
     for run in cells.values():
-        assert "--seed 7" in run.command and str(run.after.out) in run.command
+        assert "--seed 0" in run.command and (str(run.after.out) in run.command or "--init_text" in run.command)
         for one in run, run.after:                         # the scripts take these flags
             script, *flags = shlex.split(one.command)
             parsed({"train.py": train, "finetune.py": finetune}[script], flags, monkeypatch)
@@ -59,4 +60,4 @@ def test_rows_of_a_table_differ_in_their_start_alone(name, monkeypatch):
 
 def test_a_folder_that_is_not_given():
     with pytest.raises(UserError, match="needs --medpix"):
-        list(tables.vqa_rad(argparse.Namespace(vqa_rad="here", medpix=None), 0))
+        list(tables.vqa_rad(argparse.Namespace(vqa_rad="here", medpix=None, text=None), 0))
