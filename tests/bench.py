@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -242,18 +243,21 @@ def write_pack(folder, count, cfg):
     with open(folder / "images.bin", "wb") as file:
         file.writelines(pixels[:area if i % 2 else 3 * area] for i in range(count))
     np.save(folder / "offsets.npy", np.cumsum([0, *np.where(number % 2, area, 3 * area)]))
+    line = json.dumps({"text": "noise"}) + "\n"
+    (folder / "samples.jsonl").write_text(line * count)
     samples = np.zeros(count, dtype=pack.SAMPLE_DTYPE)
-    samples["picture"], samples["text"], samples["label"], samples["closed"] = number, number, -1, -1
+    samples["picture"], samples["line"] = number, len(line) * number
     np.save(folder / "samples.npy", samples)
     files = {file.name: {"bytes": file.stat().st_size, "sha256": ""} for file in folder.iterdir()}
     (folder / "meta.json").write_text(json.dumps({
-        "version": pack.PACK_VERSION, "size": cfg.image_size, "samples": {"train": count}, "files": files,
-        "groups": ["noise"]}))
+        "version": pack.PACK_VERSION, "size": cfg.image_size, "samples": {"train": count, "val": 0, "test": 0},
+        "files": files, "groups": ["noise"], "name": "noise"}))
 
     lengths = draw.integers(longest // 4, longest, size=count, endpoint=True)
     lengths[0] = longest
     tokens = 2 * draw.integers(5, cfg.vocab_size, size=lengths.sum()) + (draw.random(lengths.sum()) < 0.7)
-    np.save(folder / "tokens.noise.npy", np.concatenate([[0], lengths.cumsum(), tokens]).astype(np.uint32))
+    table = np.concatenate([[0], lengths.cumsum(), tokens]).astype(np.uint32)
+    np.save(folder / "tokens.noise.npy", np.append(table, np.uint32(zlib.crc32(table))))     # see Pack.tokens
 
 
 def open_pack(folder, cfg, train_cfg):

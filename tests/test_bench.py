@@ -31,3 +31,22 @@ def test_another_loss_is_noticed():
         bench.agree("mlm_loss", torch.tensor(1.0), torch.tensor(1.001))
     with pytest.raises(bench.UserError):
         bench.agree("mlm_loss", torch.tensor(torch.nan), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("flags", ["loader --pictures 16", "retrieval --preset tiny --pairs 16"])
+def test_it_runs(flags, monkeypatch, capsys):
+    """The packs that it writes itself are packs that the loader reads: both ways give a row with figures."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags.split(), "--repeats", "1", "--device", "cpu"])
+    bench.main()
+    torch.set_num_threads(threads)
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) == 4 and all(float(row[2]) > 0 for row in rows[2:])
+
+
+def test_a_pack_of_noise_is_a_pack(tmp_path, small_config):
+    cfg = small_config()
+    bench.write_pack(tmp_path, 10, cfg)
+    samples = bench.open_pack(tmp_path, cfg, bench.TrainConfig())
+    assert samples.n == 10 and len(samples.text(0)) == cfg.max_text_len - 2
+    assert len(list(samples.packs[0].lines("train"))) == 10
