@@ -207,7 +207,7 @@ def parse(description, configs=(ModelConfig, TrainConfig, RunConfig), add=lambda
 
     args = parser.parse_args(argv)
     given = {name: value for name, value in vars(args).items() if value is not None}
-    if "steps" in given:                                   # it wins over a preset's epochs
-        given.setdefault("epochs", 0.0)
+    ask("steps" not in given or not given.get("epochs"), "--steps and --epochs both say how long: give one")
+    given = {"epochs": 0.0} | given if "steps" in given else given         # it wins over a preset's epochs
     task = given.get("task", "pretrain")
     return *(cls(**of_preset(cls, args.preset, task, given)) for cls in configs), args
