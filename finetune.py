@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data.pack import open_packs
 from data.prepare import open_picture, square
 from m3ae_mini import M3AE, ModelConfig, loop, masking, metrics, pictures, weights
-from m3ae_mini.config import RunConfig, TrainConfig, UserError, ask, opt, parse
+from m3ae_mini.config import RunConfig, TrainConfig, UserError, need, opt, parse
 from m3ae_mini.data import VAL_SEED, Samples, load, normalise, numbered, training_chunks, validation_chunks
 from m3ae_mini.text import Tokenizer
 
@@ -115,7 +115,7 @@ def main():
             in_a_row = 0
         else:
             skipped, in_a_row = skipped + 1, in_a_row + 1
-            ask(in_a_row < 20, loop.DIVERGED)
+            need(in_a_row < 20, loop.DIVERGED)
         optimizer.zero_grad()
         step, since = step + 1, since + 1
 

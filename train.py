@@ -21,7 +21,7 @@ from tqdm import tqdm
 from data import phantoms
 from data.pack import open_packs
 from m3ae_mini import M3AE, loop, masking, metrics, pictures, weights
-from m3ae_mini.config import ask, parse
+from m3ae_mini.config import need, parse
 from m3ae_mini.data import VAL_SEED, Samples, load, normalise, training_chunks, validation_chunks
 from m3ae_mini.model import patchify
 from m3ae_mini.objectives import MIM
@@ -91,7 +91,7 @@ def main():
             in_a_row = 0
         else:
             skipped, in_a_row = skipped + 1, in_a_row + 1
-            ask(in_a_row < 20, loop.DIVERGED)
+            need(in_a_row < 20, loop.DIVERGED)
         optimizer.zero_grad()
         step, since = step + 1, since + 1
 

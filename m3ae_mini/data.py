@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from . import masking
-from .config import ask
+from .config import need
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)         # CLIP's, of R, G, B in 0 … 1
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -37,7 +37,7 @@ class Samples:
         rows = [np.array(pack.split[split], dtype=np.int64) for pack in packs]
         which = np.repeat(np.arange(len(packs)), [len(part) for part in rows])
         self.where = np.stack([which, np.concatenate(rows)], axis=1)                   # (n, 2) pack, its row
-        ask(len(self.where), f"{', '.join(str(pack.folder) for pack in packs)} holds no {split} samples: "
+        need(len(self.where), f"{', '.join(str(pack.folder) for pack in packs)} holds no {split} samples: "
                              "prepare a pack that has some")
         if 0 < limit < len(self.where):
             self.where = self.where[np.arange(limit) * len(self.where) // limit]
@@ -73,9 +73,9 @@ class Samples:
             self.picture(n, images[i], box[i] if crop else None)
 
         # Texts: cut, framed by their special tokens, padded to one of four lengths, so that shapes repeat.
-        longest, unit = cfg.max_text_len, -(-cfg.max_text_len // 4)
+        longest, unit = cfg.max_text_len, 1 + (cfg.max_text_len - 1) // 4
         bodies = [self.text(n)[:longest - 2].astype(np.int64) for n in numbers]
-        length = min(longest, -(-(max(map(len, bodies)) + 2) // unit) * unit)
+        length = min(longest, (1 + (max(map(len, bodies)) + 1) // unit) * unit)
         ids = np.full((size, length), tok.pad_id)                                      # (B, T)
         starts = np.zeros((size, length), dtype=bool)
         real = np.zeros((size, length), dtype=bool)                                    # may be hidden
@@ -116,18 +116,18 @@ class Samples:
         batch["mlm_positions"] = np.concatenate([places, np.zeros(filler, dtype=np.int64)])
         return batch
 
-    def picture(self, n, out, numbers=None):
-        """Read the picture of sample n into out, uint8 (3, s, s), through a random crop where uniform numbers
+    def picture(self, n, out, draws=None):
+        """Read the picture of sample n into out, uint8 (3, s, s), through a random crop where uniform draws
         (8, 4) say which: PIL's own resize of a box that keeps `crop` to 1 of the area at an aspect of 3/4 to
         4/3."""
         which, row = self.where[n]
         pack, side, number = self.packs[which], out.shape[-1], self.packs[which].samples["picture"][row]
-        if numbers is None and pack.size == side:
+        if draws is None and pack.size == side:
             return pack.read_picture(number, out)
 
         stored = np.empty((3, pack.size, pack.size), dtype=np.uint8)
         pack.read_picture(number, stored)
-        box = crop_box(pack.size, self.train_cfg.crop, numbers if numbers is not None else ())
+        box = crop_box(pack.size, self.train_cfg.crop, draws if draws is not None else ())
         for channel in range(3):
             resized = Image.fromarray(stored[channel]).resize((side, side), Image.Resampling.BICUBIC, box=box)
             out[channel] = np.asarray(resized)
@@ -139,10 +139,10 @@ def numbered(keys):
     return np.array([seen.setdefault(key, len(seen)) for key in keys])
 
 
-def crop_box(side, smallest, numbers):
-    """The first box of the eight that `numbers` (8, 4) propose which lies within the square, else the whole
+def crop_box(side, smallest, draws):
+    """The first box of the eight that `draws` (8, 4) propose which lies within the square, else the whole
     square: (left, top, right, bottom) in pixels."""
-    for scale, aspect, x, y in numbers:
+    for scale, aspect, x, y in draws:
         area = side * side * (smallest + (1 - smallest) * scale)
         ratio = np.exp(np.log(3 / 4) + aspect * np.log(16 / 9))
         width, height = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
@@ -181,7 +181,7 @@ def validation_chunks(samples, limit, rank=0, world=1):
     Where there are more they are taken at equal distances, so that every part of the split has its share."""
     count = min(limit, samples.n)
     numbers = np.arange(count) * samples.n // count
-    for chunk in range(rank, -(-count // VAL_CHUNK), world):
+    for chunk in range(rank, 1 + (count - 1) // VAL_CHUNK, world):
         yield masking.VALIDATION, chunk, numbers[chunk * VAL_CHUNK:(chunk + 1) * VAL_CHUNK]
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .config import UserError, ask, readable
+from .config import UserError, need, readable
 from .data import load
 
 # What torch says in a RuntimeError where it is nobody's bug, and what a user should read instead.
@@ -80,9 +80,9 @@ class Place:
         there = {"cuda": torch.cuda.device_count(), "mps": torch.mps.device_count(), "cpu": math.inf}
         if kind == "auto":
             kind = "cuda" if there["cuda"] else "cpu"
-        ask(kind in there, f"--device {kind} is not known: use auto, cuda, cpu or mps")
+        need(kind in there, f"--device {kind} is not known: use auto, cuda, cpu or mps")
         wanted, gpus = max(local + 1, run_cfg.gpus), there[kind]
-        ask(wanted <= gpus, f"{wanted} wanted, {gpus or 'no'} GPU is there: use fewer, or --device cpu")
+        need(wanted <= gpus, f"{wanted} wanted, {gpus or 'no'} GPU is there: use fewer, or --device cpu")
         self.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
         if kind == "cuda":
             torch.cuda.set_device(self.device)
@@ -126,7 +126,7 @@ def pick_dtype(name, kind):
         flags = info.read_text().split() if kind == "cpu" and info.is_file() else ()
         name = "bfloat16" if {"amx_bf16", "avx512_bf16"} & set(flags) else "float32"
     known = {"cuda": ("float32", "bfloat16", "float16"), "cpu": ("float32", "bfloat16"), "mps": ("float32",)}
-    ask(name in known[kind], f"--dtype {name} is not for --device {kind}: use auto, {', '.join(known[kind])}")
+    need(name in known[kind], f"--device {kind} has no --dtype {name}: use auto, {', '.join(known[kind])}")
     return getattr(torch, name)
 
 
@@ -159,12 +159,12 @@ class StopSignal:
 def check_batches(train_cfg, model_cfg, world):
     """Batch, micro-batch and processes must fit each other."""
     batch, micro, task = train_cfg.batch_size, train_cfg.micro_batch, model_cfg.task
-    ask(min(batch, micro, train_cfg.steps) > 0, "--steps, --batch_size and --micro_batch must be at least 1")
-    ask(batch % (micro * world) == 0, f"--batch_size {batch} can't be divided among {world} processes with "
+    need(min(batch, micro, train_cfg.steps) > 0, "--steps, --batch_size and --micro_batch must be at least 1")
+    need(batch % (micro * world) == 0, f"--batch_size {batch} can't be divided among {world} processes with "
         f"--micro_batch {micro}: use a multiple of {micro * world}, or another --micro_batch")
-    ask(micro > 1 or not (task == "irtr" or task == "pretrain" and model_cfg.itm),
+    need(micro > 1 or not (task == "irtr" or task == "pretrain" and model_cfg.itm),
         "--micro_batch 1 leaves no other row for a wrong picture or text: use 2, or pre-train with --itm 0")
-    ask(0 <= train_cfg.seed < 2 ** 63, f"--seed {train_cfg.seed} must lie in 0 … 2^63 - 1")
+    need(0 <= train_cfg.seed < 2 ** 63, f"--seed {train_cfg.seed} must lie in 0 … 2^63 - 1")
 
 
 def in_steps(train_cfg, run_cfg, samples):
@@ -183,16 +183,16 @@ def open_run(run_cfg, settings, place):
     out, config = Path(run_cfg.out), Path(run_cfg.out) / "config.json"
     settings = json.loads(json.dumps(settings))
     if config.is_file():
-        ask(run_cfg.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+        need(run_cfg.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
             f"{out} holds another run: go on with it by --resume, or choose another --out")
         with readable(config):
             old = json.loads(config.read_text())
             changed = [f"{name} {was!r:.60} (now {now!r:.60})" for part in settings if part != "run"
                        for name, now in settings[part].items() if (was := old.get(part, {}).get(name)) != now]
-        ask(not changed, f"{out} was started with other settings: {', '.join(changed)}; give the same, or "
+        need(not changed, f"{out} was started with other settings: {', '.join(changed)}; give the same, or "
                          "choose another --out")
     elif out.is_dir():
-        ask({file.name for file in out.iterdir()} <= {"lock", "config.json.tmp"},      # killed at its start
+        need({file.name for file in out.iterdir()} <= {"lock", "config.json.tmp"},      # killed at its start
             f"{out} is not empty and holds no run: choose another --out")
     if place.launching:
         sys.stdout.flush()                                 # torchrun takes over with this command line
@@ -249,7 +249,7 @@ def load_checkpoint(path):
     with readable(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        ask(not damaged, f"{path} is damaged: its entry {damaged} does not have its check sum")
+        need(not damaged, f"{path} is damaged: its entry {damaged} does not have its check sum")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -262,7 +262,7 @@ def restore(path, model, optimizer, scaler):
             part.load_state_dict(state[name])
         fits = all(moments["exp_avg"].shape == moments["exp_avg_sq"].shape == parameter.shape
                    and moments["step"].ndim == 0 for parameter, moments in optimizer.state.items())
-        ask(fits and state["step"] >= 0, f"{path} was written by another run: choose another --out")
+        need(fits and state["step"] >= 0, f"{path} was written by another run: choose another --out")
         return int(state["step"]), float(state["best"])
 
 
@@ -274,7 +274,7 @@ def newest_checkpoint(out):
             load_checkpoint(path)
             return path
         except UserError as error:
-            ask(path != paths[-1], f"no checkpoint in {out} can be read: {error}")
+            need(path != paths[-1], f"no checkpoint in {out} can be read: {error}")
             print(f"warning: {error}; an older one is taken", file=sys.stderr)
 
 

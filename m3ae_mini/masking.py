@@ -35,49 +35,49 @@ def split_patches(noise, ratio):
     return order[:, :int(noise.shape[1] * (1 - ratio))], restore
 
 
-def choose_words(starts, real, numbers, ratio, whole_word=True):
+def choose_words(starts, real, draws, ratio, whole_word=True):
     """Which tokens are hidden. starts, real: bool (B, T), where a word starts and which tokens may be hidden;
-    numbers: uniform (B, T+1). -> bool (B, T).
+    draws: uniform (B, T+1). -> bool (B, T).
 
     Words are taken in random order until `ratio` of the row's real tokens are reached, at least one word a
     row (the release drew single tokens, padding included, and hid nothing in a quarter of short captions)."""
     if not whole_word:
         starts = np.ones_like(starts)                                       # each token is a word of its own
     word = starts.cumsum(axis=1)                                            # (B, T) number of a token's word
-    draw = np.where(real, np.take_along_axis(numbers, word, axis=1), 2.0)   # (B, T) one number a word
+    draw = np.where(real, np.take_along_axis(draws, word, axis=1), 2.0)     # (B, T) one draw a word
     before = (draw[:, None, :] < draw[:, :, None]).sum(axis=2)              # (B, T) tokens of earlier words
     wanted = np.round(ratio * real.sum(axis=1, keepdims=True))              # (B, 1) tokens
     return real & (before < np.maximum(wanted, 1))
 
 
-def hide_words(ids, chosen, numbers, mask_id, ordinary):
+def hide_words(ids, chosen, draws, mask_id, ordinary):
     """What replaces the hidden tokens: 80 % the mask token, 10 % a random token of `ordinary` (the ids of no
-    special token), 10 % the token itself. ids, chosen (B, T), numbers (B, T, 2) uniform -> ids (B, T)."""
-    random_ids = ordinary[(numbers[..., 1] * len(ordinary)).astype(np.int64)]          # (B, T)
-    put = np.where(numbers[..., 0] < 0.8, mask_id, np.where(numbers[..., 0] < 0.9, random_ids, ids))
+    special token), 10 % the token itself. ids, chosen (B, T), draws (B, T, 2) uniform -> ids (B, T)."""
+    random_ids = ordinary[(draws[..., 1] * len(ordinary)).astype(np.int64)]            # (B, T)
+    put = np.where(draws[..., 0] < 0.8, mask_id, np.where(draws[..., 0] < 0.9, random_ids, ids))
     return np.where(chosen, put, ids)
 
 
-def wrong_rows(picture, text, numbers, amount, group=None):
+def wrong_rows(picture, text, draws, amount, group=None):
     """For every row of a chunk, `amount` (at most B) other rows that differ from it in picture *and* in text,
     drawn without repeats -> int64 (B, amount); where there are too few, the row's own number stands instead.
 
-    picture, text: int (B,), equal where two rows share a picture or a text; numbers: uniform (B, B);
+    picture, text: int (B,), equal where two rows share a picture or a text; draws: uniform (B, B);
     group: int (B,), where given only rows of the same group count."""
     fits = (picture[:, None] != picture) & (text[:, None] != text)                     # (B, B)
     if group is not None:
         fits &= group[:, None] == group
-    order = np.argsort(np.where(fits, numbers, 2.0), axis=1, kind="stable")[:, :amount]
+    order = np.argsort(np.where(fits, draws, 2.0), axis=1, kind="stable")[:, :amount]
     return np.where(np.take_along_axis(fits, order, axis=1), order, np.arange(len(picture))[:, None])
 
 
-def mismatch(picture, text, numbers, group, kin=0.0):
+def mismatch(picture, text, draws, group, kin=0.0):
     """Image-text matching: the picture each text goes with, int64 (B,). Half of the rows, rounded down, get
     another row's picture; one without a partner stays a match. A share `kin` of the wrong pictures is of the
-    text's own group where there is one, so that the kind does not tell. numbers: uniform (B, B+2)."""
-    any_row = wrong_rows(picture, text, numbers[:, 2:], 1)[:, 0]                       # (B,)
-    kin_row = wrong_rows(picture, text, numbers[:, 2:], 1, group)[:, 0]                # (B,)
+    text's own group where there is one, so that the kind does not tell. draws: uniform (B, B+2)."""
+    any_row = wrong_rows(picture, text, draws[:, 2:], 1)[:, 0]                         # (B,)
+    kin_row = wrong_rows(picture, text, draws[:, 2:], 1, group)[:, 0]                  # (B,)
     own = np.arange(len(picture))
-    wrong = np.where((numbers[:, 1] < kin) & (kin_row != own), kin_row, any_row)       # (B,)
-    half = np.argsort(numbers[:, 0], kind="stable")[:len(own) // 2]                    # (B // 2,)
+    wrong = np.where((draws[:, 1] < kin) & (kin_row != own), kin_row, any_row)         # (B,)
+    half = np.argsort(draws[:, 0], kind="stable")[:len(own) // 2]                      # (B // 2,)
     return np.where(np.isin(own, half), wrong, own)

@@ -39,7 +39,7 @@ def drop(x, share, training=True):
     """Dropout. On a CPU by 16 random bits a number, where F.dropout draws 32: half the time, less memory."""
     if x.device.type != "cpu" or not share or not training:
         return F.dropout(x, share, training)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
+    bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
     keep = bits[:x.numel()].view(x.shape) >= round(share * 2 ** 16) - 2 ** 15            # true of 1 - share
     return (x * keep).mul_(1 / (1 - share))
 

@@ -54,11 +54,11 @@ def reconstructions(model, samples, place, path, count=8):
             guesses = dict(zip(batch["mlm_positions"].tolist(), out["mlm_logits"].argmax(-1).tolist()))
     model.train()
 
-    cell, gap, columns = max(144, samples.cfg.image_size), 12, 2
+    cell, gap, columns, lines = max(144, samples.cfg.image_size), 12, 2, 1 + (count - 1) // 2
     width = 3 * cell + 2 * gap
     captions = [caption(samples.tokenizer, batch, i, guesses, width) for i in range(count)]
     height = cell + 42 + max(y for words in captions for _, y, _, _ in words)          # room for the longest
-    sheet = Image.new("RGB", (columns * (width + 2 * gap) + gap, -(-count // columns) * height + gap), BACK)
+    sheet = Image.new("RGB", (columns * (width + 2 * gap) + gap, lines * height + gap), BACK)
     draw = ImageDraw.Draw(sheet)
     for i, words in enumerate(captions):
         left, top = gap + i % columns * (width + 2 * gap), gap + i // columns * height
@@ -112,7 +112,7 @@ def attention(model, batch, words, path):
     looks = (looks - low) / (high - low).clamp(min=1e-9)                        # (T, L)
     side, cell, columns = round(looks.shape[1] ** 0.5), 192, 6
     picture = visible(image[0]).resize((cell, cell), Image.Resampling.BICUBIC)
-    sheet = Image.new("RGB", (columns * cell, -(-(1 + len(words)) // columns) * (cell + 20)), BACK)
+    sheet = Image.new("RGB", (columns * cell, (1 + len(words) // columns) * (cell + 20)), BACK)
     for place, word in enumerate(["picture", *words]):
         panel = picture.copy()
         if place:
@@ -131,7 +131,7 @@ def curves(lines, path):
     lines = [line for line in lines if line["split"] in splits]
     names = [name for name in names if any(line.get(name) is not None for line in lines)]
     wide, high, columns = 280, 160, min(4, len(names))
-    sheet = Image.new("RGB", (columns * (wide + 60), -(-len(names) // columns) * (high + 60)), BACK)
+    sheet = Image.new("RGB", (columns * (wide + 60), (1 + (len(names) - 1) // columns) * (high + 60)), BACK)
     draw = ImageDraw.Draw(sheet)
     for number, name in enumerate(names):
         left, top = number % columns * (wide + 60) + 50, number // columns * (high + 60) + 30

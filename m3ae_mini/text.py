@@ -6,7 +6,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from .config import ask, readable
+from .config import need, readable
 
 # Special tokens by name: start, padding, end, unknown, mask.
 SPECIAL = {"roberta": ("<s>", "<pad>", "</s>", "<unk>", "<mask>"),
@@ -25,16 +25,16 @@ class Tokenizer:
         self.backend.no_truncation()
         self.kind = next((kind for kind, names in SPECIAL.items()
                           if all(backend.token_to_id(name) is not None for name in names)), None)
-        ask(self.kind, f"{source} has neither RoBERTa's special tokens {' '.join(SPECIAL['roberta'])} "
+        need(self.kind, f"{source} has neither RoBERTa's special tokens {' '.join(SPECIAL['roberta'])} "
                        f"nor BERT's {' '.join(SPECIAL['bert'])}: give another with --tokenizer")
         ids = [backend.token_to_id(name) for name in SPECIAL[self.kind]]
         self.cls_id, self.pad_id, self.sep_id, _, self.mask_id = ids
-        ask(self.pad_id == PAD_ID[self.kind], f"{source} has its padding token at {self.pad_id}, a model of "
+        need(self.pad_id == PAD_ID[self.kind], f"{source} has its padding token at {self.pad_id}, a model of "
             f"{self.kind}'s kind needs it at {PAD_ID[self.kind]}: give another with --tokenizer")
 
         vocab = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
-        ask(self.vocab_size <= 2 * len(vocab), f"{source} has large gaps in its ids: use another --tokenizer")
+        need(self.vocab_size <= 2 * len(vocab), f"{source} has large gaps in its ids: use another tokenizer")
         special = set(ids) | {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self.ordinary = np.array(sorted(set(vocab.values()) - special))
         self.hash = hashlib.sha256(self.json().encode()).hexdigest()[:16]
@@ -43,7 +43,7 @@ class Tokenizer:
     def load(cls, path):
         """path: a tokenizer.json, or a folder that holds one."""
         path = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else str(path)
-        ask(os.path.isfile(path), f"no tokenizer at {path}: give a tokenizer.json, or a folder with one")
+        need(os.path.isfile(path), f"no tokenizer at {path}: give a tokenizer.json, or a folder with one")
         with readable(path):
             return cls(tokenizers.Tokenizer.from_file(path), path)
 

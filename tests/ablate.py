@@ -25,7 +25,7 @@ from tables import OUT, ROOT, Run, make_all, on_phantoms
 from PIL import Image, ImageDraw
 
 from m3ae_mini import loop
-from m3ae_mini.config import ask
+from m3ae_mini.config import need
 from m3ae_mini.pictures import BACK, FONT, GREEN, GREY, INK
 
 DIFFS = ROOT / "tests" / "ablations"
@@ -52,13 +52,13 @@ def begin(name):
     """A row's name -> its short name, with a copy of this checkout and the row's diff in its folder, so that
     nobody's edits disturb it. UserError where the diff does not apply, or is not the one it began with."""
     path = Path(name) if name.endswith(".diff") else DIFFS / f"{name}.diff"
-    ask(name in FLAGS or path.is_file(), f"{path} is not there: use a file, or one of {', '.join(names())}")
+    need(name in FLAGS or path.is_file(), f"{path} is not there: use a file, or one of {', '.join(names())}")
     patch = b"" if name in FLAGS else path.read_bytes()
     row = ROOT / OUT / "ablations" / path.stem
     kept, code = row / "applied.diff", row / "code"
     if kept.is_file():
-        ask(kept.read_bytes() == patch, f"{path} has changed since its row began: remove {row} to measure it "
-                                        "anew, or give it another name")
+        need(kept.read_bytes() == patch, f"{path} has changed since its row began: remove {row} to "
+                                         "measure it anew, or give it another name")
         return path.stem
     shutil.rmtree(code, ignore_errors=True)
     for part in "m3ae_mini", "data":
@@ -76,7 +76,7 @@ def apply(patch, code):
     alone = {**os.environ, "GIT_CEILING_DIRECTORIES": str(code.parent)}      # no part of this repository
     done = subprocess.run(["git", "apply", patch.resolve()], cwd=code, env=alone, capture_output=True,
                           text=True)
-    ask(not done.returncode, f"{patch} does not apply to this code: {done.stderr.strip()}")
+    need(not done.returncode, f"{patch} does not apply to this code: {done.stderr.strip()}")
 
 
 def runs(row, seed):
@@ -134,7 +134,7 @@ def bars(rows, path):
     all rows a line where the unchanged model stands."""
     left, wide, high, gap = 130, 300, 26, 30
     columns, tall = 2, gap * 2 + high * len(rows)
-    sheet = Image.new("RGB", (columns * (left + wide + gap), -(-len(FIGURES) // columns) * tall), BACK)
+    sheet = Image.new("RGB", (columns * (left + wide + gap), (1 + (len(FIGURES) - 1) // columns) * tall), BACK)
     draw = ImageDraw.Draw(sheet)
     for number, head in enumerate(FIGURES.values()):
         x, y = number % columns * (left + wide + gap) + left, number // columns * tall + gap

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from data import phantoms
 from data.pack import open_packs
 from m3ae_mini import M3AE, loop, weights
-from m3ae_mini.config import TrainConfig, ask
+from m3ae_mini.config import TrainConfig, need
 from m3ae_mini.data import VAL_SEED, Samples, load, validation_chunks
 from m3ae_mini.model import patchify
 from m3ae_mini.pictures import (BACK, FONT, GREY, INK, caption, curves, rebuild, unpatchify, visible,
@@ -36,9 +36,9 @@ RATIOS = 0.25, 0.5, 0.75, 0.9
 def open_run(run):
     """A run's folder -> its best model and the test samples of the phantoms."""
     settings = json.loads((Path(run) / "config.json").read_text())
-    ask(settings["run"]["data"] == "phantoms", f"{run} has not learned from phantoms: give one that has")
+    need(settings["run"]["data"] == "phantoms", f"{run} has not learned from phantoms: give one that has")
     cfg, state = weights.load_m3ae(run)
-    ask(cfg.mlm and cfg.mim, f"{run} has not learned both words and pixels: give one that has")
+    need(cfg.mlm and cfg.mim, f"{run} has not learned both words and pixels: give one that has")
     model = M3AE(cfg).eval()
     model.load_state_dict(state)
     packs, tokenizer = open_packs("phantoms", cfg.image_size, crop=1), Tokenizer.load(run)

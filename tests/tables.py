@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from m3ae_mini import loop
-from m3ae_mini.config import ask
+from m3ae_mini.config import need
 
 OUT = Path("runs/tables")
 
@@ -95,7 +95,7 @@ def medpix(args, seed):
 
 def folder(args, name):
     """What --name says, as an absolute path that a command line can hold."""
-    ask(getattr(args, name), f"this table needs --{name}, the folder of that data set")
+    need(getattr(args, name), f"this table needs --{name}, the folder of that data set")
     return shlex.quote(os.path.abspath(getattr(args, name)))
 
 
@@ -132,7 +132,7 @@ class Run:
         with open(log, "ab") as file:
             done = subprocess.run([sys.executable, script, *shlex.split(flags)], cwd=ROOT, stdout=file,
                                   stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        ask(not done.returncode, f"{script} {flags} failed: read {log}")
+        need(not done.returncode, f"{script} {flags} failed: read {log}")
 
 
 def make_all(runs, jobs, after_each=lambda: None):

@@ -511,7 +511,7 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean():
         kept = y != 0
         assert abs((~kept).float().mean() - share) < 5e-3
         close(y[kept], (x / (1 - share))[kept])
-        close(torch.autograd.grad(y.sum(), x)[0], kept / (1 - share))      # the same on the way back
+        close(torch.autograd.grad(y.sum(), x)[0], kept / (1 - share))      # the same backwards
     assert model_module.drop(x, 0.0) is x and model_module.drop(x, 0.1, training=False) is x
 
 
