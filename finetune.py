@@ -279,7 +279,7 @@ def retrieval(model, samples, mean, place, limit):
             for p, image in zip(own[start:start + PAIRS], model.encode_image(shown)):             # (1+L, D)
                 for i in range(0, len(texts), PAIRS):
                     some = slice(i, i + PAIRS)
-                    feature = model.joint(texts[some], image.expand(len(texts[some]), -1, -1), masks[some])
+                    feature = model.joint(texts[some], image[None], masks[some])
                     scores[some, p] = model.objectives["irtr"].fc(feature)[:, 0].float()
                     bar.update(len(texts[some]))
         bar.close()

@@ -84,24 +84,24 @@ class ModelConfig:
             width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
             need(width % heads == 0, f"--{part}_width {width} can't be divided among --{part}_heads {heads}")
         need(self.decoder_width % 4 == 0,
-            f"--decoder_width {self.decoder_width} must be a multiple of 4, for sine-cosine positions")
+             f"--decoder_width {self.decoder_width} must be a multiple of 4, for sine-cosine positions")
         need(-1 <= self.mim_layer < self.fusion_layers,
-            f"--mim_layer {self.mim_layer} is out of range: use -1 (the last) to {self.fusion_layers - 1}")
+             f"--mim_layer {self.mim_layer} is out of range: use -1 (the last) to {self.fusion_layers - 1}")
         need(self.image_size % self.patch_size == 0,
-            f"--image_size {self.image_size} is not a multiple of --patch_size {self.patch_size}")
+             f"--image_size {self.image_size} is not a multiple of --patch_size {self.patch_size}")
         patches = (self.image_size // self.patch_size) ** 2
         need(0 <= self.mask_ratio < 1 and 0 < int(patches * (1 - self.mask_ratio)) < patches,
-            f"--mask_ratio {self.mask_ratio} must hide at least one of the {patches} patches and keep one")
+             f"--mask_ratio {self.mask_ratio} must hide at least one of the {patches} patches and keep one")
         room = self.text_max_positions - 2 * (self.text_kind == "roberta")
         need(3 <= self.max_text_len <= room,
-            f"--max_text_len {self.max_text_len} must lie in 3 … {room}, as --text_max_positions allows")
+             f"--max_text_len {self.max_text_len} must lie in 3 … {room}, as --text_max_positions allows")
         need(0 <= self.dropout < 1 and 0 <= self.attn_dropout < 1,
-            "--dropout and --attn_dropout must be at least 0 and below 1")
+             "--dropout and --attn_dropout must be at least 0 and below 1")
         weights = (self.mlm, self.mim, self.itm)
         need(all(0 <= weight < math.inf for weight in weights) and (self.task != "pretrain" or any(weights)),
-            "--mlm, --mim and --itm are weights: none below 0, and one of them above it")
+             "--mlm, --mim and --itm are weights: none below 0, and one of them above it")
         need({"vqa": self.num_answers, "cls": self.num_classes}.get(self.task, 1) >= 1,
-            f"a {self.task} model needs at least one answer or class to choose")
+             f"a {self.task} model needs at least one answer or class to choose")
 
 
 @dataclass

@@ -117,9 +117,8 @@ class Samples:
         return batch
 
     def picture(self, n, out, draws=None):
-        """Read the picture of sample n into out, uint8 (3, s, s), through a random crop where uniform draws
-        (8, 4) say which: PIL's own resize of a box that keeps `crop` to 1 of the area at an aspect of 3/4 to
-        4/3."""
+        """Read the picture of sample n into out, uint8 (3, s, s). Uniform draws (8, 4) choose a crop of it: a
+        box of `crop` to 1 of the area, at an aspect of 3/4 to 4/3, resized by PIL."""
         which, row = self.where[n]
         pack, side, number = self.packs[which], out.shape[-1], self.packs[which].samples["picture"][row]
         if draws is None and pack.size == side:

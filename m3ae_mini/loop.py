@@ -161,9 +161,9 @@ def check_batches(train_cfg, model_cfg, world):
     batch, micro, task = train_cfg.batch_size, train_cfg.micro_batch, model_cfg.task
     need(min(batch, micro, train_cfg.steps) > 0, "--steps, --batch_size and --micro_batch must be at least 1")
     need(batch % (micro * world) == 0, f"--batch_size {batch} can't be divided among {world} processes with "
-        f"--micro_batch {micro}: use a multiple of {micro * world}, or another --micro_batch")
+         f"--micro_batch {micro}: use a multiple of {micro * world}, or another --micro_batch")
     need(micro > 1 or not (task == "irtr" or task == "pretrain" and model_cfg.itm),
-        "--micro_batch 1 leaves no other row for a wrong picture or text: use 2, or pre-train with --itm 0")
+         "--micro_batch 1 leaves no other row for a wrong picture or text: use 2, or pre-train with --itm 0")
     need(0 <= train_cfg.seed < 2 ** 63, f"--seed {train_cfg.seed} must lie in 0 … 2^63 - 1")
 
 
@@ -184,7 +184,7 @@ def open_run(run_cfg, settings, place):
     settings = json.loads(json.dumps(settings))
     if config.is_file():
         need(run_cfg.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
-            f"{out} holds another run: go on with it by --resume, or choose another --out")
+             f"{out} holds another run: go on with it by --resume, or choose another --out")
         with readable(config):
             old = json.loads(config.read_text())
             changed = [f"{name} {was!r:.60} (now {now!r:.60})" for part in settings if part != "run"
@@ -193,7 +193,7 @@ def open_run(run_cfg, settings, place):
                          "choose another --out")
     elif out.is_dir():
         need({file.name for file in out.iterdir()} <= {"lock", "config.json.tmp"},      # killed at its start
-            f"{out} is not empty and holds no run: choose another --out")
+             f"{out} is not empty and holds no run: choose another --out")
     if place.launching:
         sys.stdout.flush()                                 # torchrun takes over with this command line
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // run_cfg.gpus)))

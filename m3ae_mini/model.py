@@ -12,10 +12,11 @@ from .masking import split_patches
 # -------------------------------------------------------------------------------- attention
 
 def attend(q, k, v, heads, mask=None, dropout=0.0):
-    """Multi-head attention of q (B, Q, W) over k, v (B, N, W) -> (B, Q, W). mask: bool (B, 1, 1, N), False
-    where a key is padding. dropout: share of attention weights set to zero."""
+    """Multi-head attention of q (B, Q, W) over k, v (B, N, W) -> (B, Q, W); either may have 1 row for all.
+    mask: bool (B, 1, 1, N), False where a key is padding. dropout: share of attention weights set to zero."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))      # (B, H, Q | N, W/H)
     if fused_is_faster(q, dropout):
+        q, k, v = (x.expand(max(len(q), len(k)), -1, -1, -1) for x in (q, k, v))      # one beside many
         x = F.scaled_dot_product_attention(q, k, v, mask, dropout)
     else:
         x = drop(attention_weights(q, k, mask), dropout) @ v

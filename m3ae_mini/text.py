@@ -30,7 +30,7 @@ class Tokenizer:
         ids = [backend.token_to_id(name) for name in SPECIAL[self.kind]]
         self.cls_id, self.pad_id, self.sep_id, _, self.mask_id = ids
         need(self.pad_id == PAD_ID[self.kind], f"{source} has its padding token at {self.pad_id}, a model of "
-            f"{self.kind}'s kind needs it at {PAD_ID[self.kind]}: give another with --tokenizer")
+             f"{self.kind}'s kind needs it at {PAD_ID[self.kind]}: give another with --tokenizer")
 
         vocab = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1

@@ -100,7 +100,7 @@ def read_safetensors(path):
             start, end = entry["data_offsets"]
             data = bytearray(file.read(end - start))
             need(start == here and len(data) == end - start,
-                f"{path} can't be read: tensor {name} claims bytes {start} to {end}, which are not its own")
+                 f"{path} can't be read: tensor {name} claims bytes {start} to {end}, which are not its own")
             here = end
             if entry["dtype"] in DTYPES:
                 numbers = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]])
@@ -141,7 +141,7 @@ def read_torch(path):
                 data = bytearray(archive.read(f"{pickled.removesuffix('.pkl')}/{entry}"))
                 storages[entry, dtype] = torch.frombuffer(data, dtype=dtype).float()
             need(math.prod(shape) <= len(storages[entry, dtype]),    # else an endless view of a few numbers
-                f"{path}: tensor {name} claims more numbers than the file has")
+                 f"{path}: tensor {name} claims more numbers than the file has")
             tensors[name] = storages[entry, dtype].as_strided(shape, stride, offset)
 
     with readable(path), open(path, "rb") as file:
@@ -149,7 +149,7 @@ def read_torch(path):
                                       "wrote it, load and save it again there")
         archive = zipfile.ZipFile(file)
         need(sum(info.file_size for info in archive.infolist()) < 10 * Path(path).stat().st_size,
-            f"{path} can't be read: unpacked it would be more than ten times as large")
+             f"{path} can't be read: unpacked it would be more than ten times as large")
         (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         content = Unpickler(io.BytesIO(archive.read(pickled))).load()
         collect(next((content[key] for key in ("state_dict", "model") if key in content), content), "")
@@ -202,7 +202,7 @@ def infer(state, path, known):
     for width in [field for field in found if field.endswith("_width")]:
         heads = width.replace("width", "heads")
         need(heads in known or found[width] % 64 == 0,
-            f"{path} does not tell the heads of a width of {found[width]}: give --{heads}")
+             f"{path} does not tell the heads of a width of {found[width]}: give --{heads}")
         found[heads] = known.get(heads, found[width] // 64)
     parts = {part(name) for name in state}
     found.update({"task": task for task in ("vqa", "cls", "irtr") if task in parts})
@@ -237,7 +237,7 @@ def load_text(path, **given):
     needed = dict(hidden_act="gelu", position_embedding_type="absolute", pad_token_id=pad, layer_norm_eps=eps)
     for key, value in needed.items():
         need(config.get(key, value) == value,
-            f"{file}: {key} is {config.get(key)}, needed is {value}: use another text encoder")
+             f"{file}: {key} is {config.get(key)}, needed is {value}: use another text encoder")
     return found, state
 
 

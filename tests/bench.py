@@ -332,13 +332,13 @@ def retrieval(args):
     ids, masks, images = (batch[name].split(args.batch_size) for name in ("text_ids", "text_mask", "image"))
 
     def scores(pairs):
-        """pairs of text (B, T, D), its mask, image (1+L, D) or (B, 1+L, D) -> (n²,)"""
-        joint = [model.joint(text, image.expand(len(text), -1, -1), mask) for text, mask, image in pairs]
+        """pairs of text (B, T, D), its mask, image (1, 1+L, D) or (B, 1+L, D) -> (n²,)"""
+        joint = [model.joint(text, image, mask) for text, mask, image in pairs]
         return model.objectives["irtr"].fc(torch.cat(joint)).float()[:, 0]
 
     def once():
         texts = [model.encode_text(*block) for block in zip(ids, masks)]
-        pictures = [image for block in images for image in model.encode_image(block)]
+        pictures = [image[None] for block in images for image in model.encode_image(block)]
         return scores((text, mask, image) for image in pictures for text, mask in zip(texts, masks))
 
     def anew():

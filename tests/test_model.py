@@ -78,6 +78,19 @@ def test_fused_attention_is_plain_attention(width, heads, masked, monkeypatch):
         close(fused, plain, 1e-12)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_one_row_stands_beside_many(fused, monkeypatch, small_config, random_batch):
+    """Retrieval shows one picture to a block of texts without copies of it."""
+    monkeypatch.setattr(model_module, "fused_is_faster", lambda *_: fused)
+    cfg = small_config(task="irtr")
+    model, batch = M3AE(cfg).double().eval(), random_batch(cfg)
+    text, mask = model.encode_text(batch["text_ids"], batch["text_mask"]), batch["text_mask"]
+    image = model.encode_image(batch["image"][:1].double())                    # (1, 1+L, D)
+    close(model.joint(text, image, mask), model.joint(text, image.expand(len(text), -1, -1), mask), 1e-12)
+    close(model.joint(text[:1], model.encode_image(batch["image"].double()), mask[:1])[:1],
+          model.joint(text[:1], image, mask[:1]), 1e-12)
+
+
 def test_dropout_of_attention_has_the_right_share(monkeypatch):
     """Each path drops weights, not outputs, and scales up what is left: the mean stays."""
     torch.manual_seed(0)
