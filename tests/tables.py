@@ -66,7 +66,8 @@ def vqa_rad(args, seed):
               "--micro_batch 16 --clip 0 --dropout 0.2 --eval_every 688")
     rates = "--lr 3e-4 --head_lr 5 --fusion_lr 2"
     none = f"--init none --tokenizer {start.out} {rates}"
-    rows = {"pre-trained": f"--init {start.out} {rates}", "from scratch": none, "blind": f"{none} --blind"}
+    pretrained = f"--init {start.out} {rates}"
+    rows = {"pre-trained": pretrained, "from scratch": none, "blind": f"{pretrained} --blind"}
     if args.text:
         rows["from scratch, text encoder of --text"] = (
             f"--init none --init_text {folder(args, 'text')} "
@@ -83,7 +84,8 @@ def medpix(args, seed):
     start = Run("medpix/pretrain", f"train.py {REAL} --data packs/medpix-pretrain-96 {READ} "
                 "--steps 1200 --eval_every 300", packs=packs)
     none = f"--init none --tokenizer {start.out}"
-    rows = {"pre-trained": f"--init {start.out}", "from scratch": none, "blind": f"{none} --blind"}
+    pretrained = f"--init {start.out}"
+    rows = {"pre-trained": pretrained, "from scratch": none, "blind": f"{pretrained} --blind"}
     for task, settings in ("cls", "--epochs 10"), ("irtr", "--epochs 4"):
         common = f"finetune.py {task} {REAL} --seed {seed} --data packs/medpix-{task}-96 {settings}"
         for row, flags in rows.items():
