@@ -4,13 +4,15 @@
     a/1.png,Normal chest.,train
 
 Columns: picture (or image, path, file), relative to the table's folder; text (or caption, question); and
-where you have them answer, closed (is it a yes/no question or a choice?), label, group (pictures of one kind)
-and split. Without a split, a picture's name decides, the same way each time: one in ten goes to test, one in
-ten to val, the others to train."""
+where you have them answer (in the spelling of data.answers; "#" stands between alternatives), closed (is it a
+yes/no question or a choice?), label, group (pictures of one kind), patient and split. Without a split the
+patient decides, or where there is none the picture's name, the same way each time: one in ten goes to test,
+one in ten to val, the others to train."""
 from pathlib import Path
 from typing import Iterator
 
 from data import Row, csv_records, draw, records
+from data.answers import normalise_answer
 from m3ae_mini.config import UserError
 
 PICTURE = "picture", "image", "path", "file"
@@ -31,8 +33,12 @@ def rows(root: Path, task: str) -> Iterator[Row]:
         picture, text = _first(fields, PICTURE, where), _first(fields, TEXT, where)
         if not picture:
             raise UserError(f"{where}: the picture's name is empty")
-        yield Row(_split(fields, picture, where), path.parent / picture, text, answer=fields.get("answer"),
-                  closed=_closed(fields, where), label=fields.get("label"), group=fields.get("group"))
+        answer = fields.get("answer")
+        if answer is not None:
+            answer = "#".join(filter(None, map(normalise_answer, answer.split("#"))))
+        yield Row(_split(fields, fields.get("patient") or picture, where), path.parent / picture, text,
+                  answer=answer, closed=_closed(fields, where), label=fields.get("label"),
+                  group=fields.get("group"))
 
 
 def _table(root: Path) -> Path:
@@ -66,12 +72,12 @@ def _first(fields: dict[str, str], names: tuple[str, ...], where: str) -> str:
     raise UserError(f"{where}: no {names[0]} (or {', '.join(names[1:])}) among {', '.join(fields)}")
 
 
-def _split(fields: dict[str, str], picture: str, where: str) -> str:
+def _split(fields: dict[str, str], patient: str, where: str) -> str:
     if name := fields.get("split"):
         if name.lower() not in SPLITS:
             raise UserError(f"{where}: the split is '{name}', it must be train, val or test")
         return SPLITS[name.lower()]
-    chance = draw(picture)   # by the picture, so that all its rows stand in one split
+    chance = draw(patient)   # all rows of a patient, or of a picture, stand in one split
     return "test" if chance < 0.1 else "val" if chance < 0.2 else "train"
 
 

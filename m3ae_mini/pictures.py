@@ -82,7 +82,7 @@ def caption(tokenizer, batch, row, guesses, width):
             guess = guesses[row * len(ids) + place]
             text, colour = tokenizer.words([guess])[0], GREEN
             if guess != label:
-                text, colour = f"{text} (not {words[place].strip()})", RED
+                text, colour = f"{text} (truth: {words[place].strip()})", RED
         text = text.replace("\n", " ")            # a model that has learned nothing yet writes anything
         if x and x + FONT.getlength(text) > width:
             x, y = 0, y + 18

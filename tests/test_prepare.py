@@ -432,6 +432,15 @@ def test_a_table_without_splits_is_split_by_picture(tmp_path):
     assert [round(draw(f"{i}.png"), 6) for i in range(3)] == [0.059171, 0.579619, 0.201021]   # for ever
 
 
+def test_all_pictures_of_a_patient_are_in_one_split_and_answers_in_one_spelling(tmp_path):
+    lines = [f"{i}.png,text {i},p{i // 7},The Left#on  the LEFT!#," for i in range(700)]
+    (tmp_path / "t.csv").write_text("\n".join(["file,text,patient,answer,split"] + lines))
+    rows = list(table.rows(tmp_path, "vqa"))
+    assert {row.answer for row in rows} == {"left#on left"}
+    patients = [{row.split for row in rows[i:i + 7]} for i in range(0, 700, 7)]
+    assert all(len(splits) == 1 for splits in patients) and set.union(*patients) == set(SPLITS)
+
+
 @pytest.mark.parametrize("name, lines, sentence", [
     ("t.jsonl", ['{"image": "a", "text": "b"}', '{"image": "a", '], "t.jsonl, line 2: not valid JSON"),
     ("t.jsonl", ['["a"]'], "line 1: not a JSON object"),
