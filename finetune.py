@@ -78,7 +78,7 @@ def main():
         print(table) if place.main else None
     net, optimizer, scaler, step, best = loop.learner(model, train, train_cfg, run_cfg, place, checkpoint)
     log = loop.Log(out, step) if place.main else None
-    del sources
+    del sources, make                  # they hold what was loaded
     if task_cfg.zero_shot:
         return report(model, test, choices, mean, place, run_cfg, step)
 
@@ -152,7 +152,8 @@ def main():
         return print(f"stopped after step {step:,}; go on with --resume") if place.main else None
     state = loop.load_checkpoint(place.from_main(lambda: out / "best.pt"))  # once the main process wrote it
     model.load_state_dict(state["model"])
-    report(model, test, choices, mean, place, run_cfg, state["step"])
+    if run_cfg.test_samples:
+        report(model, test, choices, mean, place, run_cfg, state["step"])
 
 
 def prepare(cfg, train_cfg, run_cfg, task_cfg, sources):
@@ -162,7 +163,8 @@ def prepare(cfg, train_cfg, run_cfg, task_cfg, sources):
     packs = open_packs(run_cfg.data, cfg.image_size, train_cfg.crop, cfg.task)
     texts = (line["text"] for pack in packs for line in pack.lines("train"))
     tokenizer = Tokenizer.choose(train_cfg, run_cfg, texts)
-    if task_cfg.zero_shot and (cfg.task != "irtr" or train_cfg.init == "none"):
+    matched = any(weights.part(name) in ("itm", "irtr") for state in sources.values() for name in state)
+    if task_cfg.zero_shot and (cfg.task != "irtr" or not matched):
         raise UserError("--zero_shot is for irtr, with an --init that has learned to match")
 
     choices = list_choices(packs, cfg.task, task_cfg.answers)
@@ -175,10 +177,10 @@ def prepare(cfg, train_cfg, run_cfg, task_cfg, sources):
     splits = []
     for split, limit in ("train", train_cfg.train_samples), ("val", 0), ("test", 0):
         samples = Samples(packs, split, tokenizer, cfg, train_cfg, limit)
-        if choices:                    # an answer that is not in the list is -1
-            labels = [[index[name] for name in truth(samples.line(n)) if name in index]
-                      for n in range(samples.n)]
-            samples.labels = np.array([label[0] if label else -1 for label in labels])
+        if choices:                    # the first right answer that is in the list, or -1
+            known = ((index[name] for name in truth(samples.line(n)) if name in index)
+                     for n in range(samples.n))
+            samples.labels = np.array([next(right, -1) for right in known])
         splits.append(samples)
     return *splits, choices, tokenizer, cfg
 

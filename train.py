@@ -56,7 +56,7 @@ def main():
         print(table) if place.main else None
     net, optimizer, scaler, step, best = loop.learner(model, train, train_cfg, run_cfg, place, checkpoint)
     log = loop.Log(out, step) if place.main else None
-    del sources
+    del sources, make                                                          # they hold what was loaded
 
     # ------------------------------------------------------------------------------------ the loop
     chunks = train_cfg.batch_size // train_cfg.micro_batch // place.world      # of a step, on this process

@@ -3,8 +3,7 @@
 Read model.py (the trunk), then objectives.py (the losses), then masking.py (what is hidden)."""
 import os
 
-# Threads wait for each other without spinning: where another program runs too, two threads that spin were ten
-# times slower; alone on a machine, GOMP_SPINCOUNT=10000 is faster (README). Said before torch is loaded.
+# Threads that spin while they wait were ten times slower beside another program. Said before torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from .config import ModelConfig

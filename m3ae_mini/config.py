@@ -43,7 +43,7 @@ class ModelConfig:
     patch_size: int = opt(16, "side of a patch, in pixels")
     vocab_size: int = opt(50265, "number of tokens; the scripts take it from the tokenizer")
     max_text_len: int = opt(64, "longest text in tokens, special tokens included; longer ones are cut")
-    text_kind: str = opt("roberta", "roberta or bert: how token positions are counted")
+    text_kind: str = opt("roberta", "roberta or bert: positions, padding, norms, token types")
     text_max_positions: int = opt(514, "rows of the text's table of positions")
     vit_width: int = opt(768, "width of the image encoder")
     vit_blocks: int = opt(11, "blocks of the image encoder (the release uses 11 of CLIP's 12)")

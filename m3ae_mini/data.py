@@ -78,11 +78,11 @@ class Samples:
         length = min(longest, (1 + (max(map(len, bodies)) + 1) // unit) * unit)
         ids = np.full((size, length), tok.pad_id)                                      # (B, T)
         starts = np.zeros((size, length), dtype=bool)
-        real = np.zeros((size, length), dtype=bool)                                    # may be hidden
+        maskable = np.zeros((size, length), dtype=bool)                                # no special token
         for i, body in enumerate(bodies):
             end = len(body) + 1
-            ids[i, 0], ids[i, 1:end], ids[i, end] = tok.cls_id, body >> 1, tok.sep_id     # see Pack.tokens
-            starts[i, 1:end], real[i, 1:end] = body & 1, True
+            ids[i, 0], ids[i, 1:end], ids[i, end] = tok.cls_id, body >> 1, tok.sep_id   # packed: 2·id + start
+            starts[i, 1:end], maskable[i, 1:end] = body & 1, True
         batch = {"text_ids": ids, "text_mask": (ids != tok.pad_id).astype(np.int64)}
 
         # Who may be whose wrong partner: rows of another picture *and* another text.
@@ -107,7 +107,7 @@ class Samples:
         patches = (cfg.image_size // cfg.patch_size) ** 2
         batch["mim_noise"] = uniform(masking.PATCHES, size, patches).astype(np.float32)
         draws = uniform(masking.WORDS, size, longest + 1, 3)[:, :length + 1]
-        chosen = masking.choose_words(starts, real, draws[..., 0], self.train_cfg.word_ratio,
+        chosen = masking.choose_words(starts, maskable, draws[..., 0], self.train_cfg.word_ratio,
                                       self.train_cfg.whole_word)                       # (B, T)
         batch["mlm_ids"] = masking.hide_words(ids, chosen, draws[:, :length, 1:], tok.mask_id, tok.ordinary)
         batch["mlm_labels"] = np.where(chosen, ids, -100)
@@ -154,7 +154,7 @@ def crop_box(side, smallest, draws):
 def normalise(image):
     """uint8 (B, 3, S, S) -> float32, by CLIP's mean and deviation."""
     mean, std = (255 * torch.tensor(values, device=image.device).view(3, 1, 1) for values in (MEAN, STD))
-    return image.to(torch.float32, copy=True).sub_(mean).div_(std)
+    return image.float().sub_(mean).div_(std)
 
 
 # ------------------------------------------------------------------------------------------- the loader

@@ -57,6 +57,7 @@ def begin(train_cfg, model_cfg, run_cfg, prepare):
     """Meet the other processes, where there are any -> (Place, what prepare() returns)."""
     place = Place(run_cfg)
     check_batches(train_cfg, model_cfg, run_cfg.gpus if place.launching else place.world)
+    need(min(run_cfg.log_every, run_cfg.eval_samples) > 0, "--log_every and --eval_samples must be above 0")
     if place.under_torchrun and not dist.is_initialized():
         timeout = timedelta(seconds=run_cfg.timeout)
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
@@ -64,8 +65,9 @@ def begin(train_cfg, model_cfg, run_cfg, prepare):
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         backend = "nccl" if place.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
-    place.from_main(lambda: prepare() and None)            # files of first use, by one process; sends nothing
-    return place, prepare()
+    made = []                                              # one process first: it writes files of first use
+    place.from_main(lambda: made.append(prepare()))
+    return place, made[0] if made else prepare()
 
 
 class Place:
@@ -122,8 +124,7 @@ def pick_dtype(name, kind):
     if name == "auto" and kind == "cuda":
         name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     elif name == "auto":
-        info = Path("/proc/cpuinfo")
-        flags = info.read_text().split() if kind == "cpu" and info.is_file() else ()
+        flags = Path("/proc/cpuinfo").read_text().split() if (kind, sys.platform) == ("cpu", "linux") else ()
         name = "bfloat16" if {"amx_bf16", "avx512_bf16"} & set(flags) else "float32"
     known = {"cuda": ("float32", "bfloat16", "float16"), "cpu": ("float32", "bfloat16"), "mps": ("float32",)}
     need(name in known[kind], f"--device {kind} has no --dtype {name}: use auto, {', '.join(known[kind])}")
@@ -279,7 +280,7 @@ def newest_checkpoint(out):
 
 
 class Log:
-    """metrics.jsonl: one object a line. Opened at a checkpoint's step, it is cut back to that step."""
+    """metrics.jsonl: one object a line. Opened at a checkpoint's step it is cut back to it, less the test."""
 
     def __init__(self, out, step):
         self.path = Path(out) / "metrics.jsonl"
@@ -300,7 +301,7 @@ class Log:
 def learner(model, train, train_cfg, run_cfg, place, checkpoint):
     """What a loop over the samples `train` needs besides the model, as `checkpoint` (a path or None) left it
     -> net (the model as it is called: compiled, wrapped), optimizer, gradient scaler, step, best score."""
-    freeze_unread(model, next(load(train, iter([(0, 0, [0, 1 % train.n])]), 0, "cpu"))[3])
+    freeze_unread(model, next(load(train, [(0, 0, [0, 1 % train.n])], 0, "cpu"))[3])
     model.to(place.device)
     keep_memory()
     optimizer = torch.optim.AdamW(parameter_groups(model, train_cfg), lr=train_cfg.lr, eps=1e-8,
@@ -318,8 +319,8 @@ def learner(model, train, train_cfg, run_cfg, place, checkpoint):
 
 
 def freeze_unread(model, batch):
-    """Freeze what no loss reads (the last layer's image stream without ITM, say): DDP would wait for its
-    gradients for ever. It is found by one step, on any batch, of a shadow with shapes and no numbers."""
+    """Freeze what no loss reads (the last layer's image stream without ITM, say): DDP refuses parameters that
+    get no gradient. They are found by one step, on any batch, of a shadow with shapes and no numbers."""
     with torch.device("meta"):
         shadow = type(model)(model.cfg)
     shadow.to("meta")({name: tensor.to("meta") for name, tensor in batch.items()})["loss"].backward()

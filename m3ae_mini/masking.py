@@ -35,19 +35,19 @@ def split_patches(noise, ratio):
     return order[:, :int(noise.shape[1] * (1 - ratio))], restore
 
 
-def choose_words(starts, real, draws, ratio, whole_word=True):
-    """Which tokens are hidden. starts, real: bool (B, T), where a word starts and which tokens may be hidden;
-    draws: uniform (B, T+1). -> bool (B, T).
+def choose_words(starts, maskable, draws, ratio, whole_word=True):
+    """Which tokens are hidden. starts, maskable: bool (B, T), where a word starts and which tokens may be
+    hidden (no padding, no special ones); draws: uniform (B, T+1) -> bool (B, T).
 
-    Words are taken in random order until `ratio` of the row's real tokens are reached, at least one word a
+    Words are taken in random order until `ratio` of the row's maskable tokens is reached, at least one word a
     row (the release drew single tokens, padding included, and hid nothing in a quarter of short captions)."""
     if not whole_word:
         starts = np.ones_like(starts)                                       # each token is a word of its own
     word = starts.cumsum(axis=1)                                            # (B, T) number of a token's word
-    draw = np.where(real, np.take_along_axis(draws, word, axis=1), 2.0)     # (B, T) one draw a word
+    draw = np.where(maskable, np.take_along_axis(draws, word, axis=1), 2.0)     # (B, T) one draw a word
     before = (draw[:, None, :] < draw[:, :, None]).sum(axis=2)              # (B, T) tokens of earlier words
-    wanted = np.round(ratio * real.sum(axis=1, keepdims=True))              # (B, 1) tokens
-    return real & (before < np.maximum(wanted, 1))
+    wanted = np.round(ratio * maskable.sum(axis=1, keepdims=True))              # (B, 1) tokens
+    return maskable & (before < np.maximum(wanted, 1))
 
 
 def hide_words(ids, chosen, draws, mask_id, ordinary):
@@ -75,7 +75,7 @@ def mismatch(picture, text, draws, group, kin=0.0):
     """Image-text matching: the picture each text goes with, int64 (B,). Half of the rows, rounded down, get
     another row's picture; one without a partner stays a match. A share `kin` of the wrong pictures is of the
     text's own group where there is one, so that the kind does not tell. draws: uniform (B, B+2)."""
-    any_row = wrong_rows(picture, text, draws[:, 2:], 1)[:, 0]                         # (B,)
+    any_row = wrong_rows(picture, text, draws[:, 2:], 1)[:, 0]                         # (B,) the partner
     kin_row = wrong_rows(picture, text, draws[:, 2:], 1, group)[:, 0]                  # (B,)
     own = np.arange(len(picture))
     wrong = np.where((draws[:, 1] < kin) & (kin_row != own), kin_row, any_row)         # (B,)

@@ -1,7 +1,7 @@
 """The trunk of M³AE, in the order data meets it: patches → ViT, tokens → BERT-style encoder, both → fusion.
 
-Shapes: B rows of a batch, L patches of a picture, K of them kept, T tokens of a text, D the fusion's width,
-P the side of a patch. The heads and losses stand in objectives.py."""
+Shapes: B rows, L patches of a picture, K of them kept, T tokens of a text, N of either, D the fusion's width,
+W a module's own, H heads, P a patch's side, S a picture's. Heads and losses stand in objectives.py."""
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -41,7 +41,7 @@ def drop(x, share, training=True):
     if x.device.type != "cpu" or not share or not training:
         return F.dropout(x, share, training)
     bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
-    keep = bits[:x.numel()].view(x.shape) >= round(share * 2 ** 16) - 2 ** 15            # true of 1 - share
+    keep = bits[:x.numel()].view(x.shape) >= round(share * 2 ** 16) - 2 ** 15   # True: 1 - share
     return (x * keep).mul_(1 / (1 - share))
 
 
@@ -170,11 +170,11 @@ class TextEncoder(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.roberta = cfg.text_kind == "roberta"
-        self.pad_id, eps = (1, 1e-5) if self.roberta else (0, 1e-12)
+        self.is_roberta = cfg.text_kind == "roberta"
+        self.pad_id, eps = (1, 1e-5) if self.is_roberta else (0, 1e-12)
         self.word = nn.Embedding(cfg.vocab_size, cfg.text_width)
         self.position = nn.Embedding(cfg.text_max_positions, cfg.text_width)
-        self.token_type = nn.Embedding(1 if self.roberta else 2, cfg.text_width)
+        self.token_type = nn.Embedding(1 if self.is_roberta else 2, cfg.text_width)
         self.norm = nn.LayerNorm(cfg.text_width, eps=eps)
         self.dropout = cfg.dropout
         self.layers = nn.ModuleList(PostNormLayer(cfg, cfg.text_width, cfg.text_heads, eps)
@@ -183,7 +183,7 @@ class TextEncoder(nn.Module):
     def positions(self, ids):
         """ids (B, T) -> rows of the table of positions (B, T) or (T,). BERT counts from 0; RoBERTa counts the
         tokens that are not padding, from pad_id + 1 on, and gives pad_id to padding."""
-        if not self.roberta:
+        if not self.is_roberta:
             return torch.arange(ids.shape[1], device=ids.device)                     # (T,)
         real = ids.ne(self.pad_id).long()
         return real.cumsum(1) * real + self.pad_id                                   # (B, T)

@@ -1,7 +1,7 @@
 """What M³AE learns from: each objective is one module with its head, its pass through the trunk and its loss.
 
 An objective is called with the model, the batch and, if it `reads` them, the whole text and the whole image,
-encoded once for all. It returns a dict: `NAME_loss` and what it predicted. Another loss is another class."""
+encoded once. It returns a dict: `NAME_loss` and what it predicted. A new loss: a class more in OBJECTIVES."""
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -28,12 +28,12 @@ class MLM(nn.Module):
         where = batch.get("mlm_positions")
         if where is None:
             where = (labels != -100).nonzero()[:, 0]                                   # (M,)
-        masked = model.encode_text(batch["mlm_ids"], batch["text_mask"])               # (B, T, D)
-        masked, _ = model.fuse(masked, image, batch["text_mask"], want=("text",))      # (B, T, D)
+        stream = model.encode_text(batch["mlm_ids"], batch["text_mask"])               # (B, T, D)
+        stream, _ = model.fuse(stream, image, batch["text_mask"], want=("text",))      # (B, T, D)
 
         # The vocabulary is the widest layer of all: only masked tokens pay for it.
-        hidden = masked.flatten(0, 1).index_select(0, where)                           # (M, D)
-        logits = self.decoder(self.norm(F.gelu(self.dense(hidden)))).float()           # (M, V)
+        states = stream.flatten(0, 1).index_select(0, where)                           # (M, D)
+        logits = self.decoder(self.norm(F.gelu(self.dense(states)))).float()           # (M, V)
         targets = labels.index_select(0, where)                                        # (M,)
         loss = F.cross_entropy(logits, targets, reduction="sum") / (targets != -100).sum().clamp(min=1)
         return {"mlm_loss": loss, "mlm_logits": logits, "mlm_targets": targets}
@@ -182,7 +182,7 @@ class M3AE(Trunk):
     def __init__(self, cfg):
         super().__init__(cfg)
         self.loss_weights = {name: weight for name in OBJECTIVES[cfg.task]
-                             if (weight := getattr(cfg, name, 1.0))}
+                             if (weight := getattr(cfg, name, 1.0))}    # cfg's field, if any
         self.objectives = nn.ModuleDict({name: OBJECTIVES[cfg.task][name](cfg) for name in self.loss_weights})
         initialise(self)
         if "mim" in self.objectives:

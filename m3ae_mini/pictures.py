@@ -17,7 +17,7 @@ def unpatchify(patches, size):
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)                 # (B, 3, S, S)
 
 
-def visible(image):
+def to_pil(image):
     """A normalised image (3, S, S) -> PIL."""
     pixels = image.permute(1, 2, 0).cpu().numpy() * STD + MEAN                  # (S, S, 3) in 0 … 1
     return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
@@ -25,8 +25,8 @@ def visible(image):
 
 @torch.no_grad()
 def rebuild(model, batch):
-    """A chunk -> (masked, rebuilt), each (B, 3, S, S): hidden patches grey; hidden patches as the model sees
-    them. Where the model predicts normalised patches, each gets its true mean and deviation back."""
+    """A chunk -> (masked, rebuilt), each (B, 3, S, S): hidden patches grey; hidden patches as the model
+    restores them. Where the model predicts normalised patches, each gets its true mean and deviation back."""
     size = model.cfg.patch_size
     text = model.encode_text(batch["text_ids"], batch["text_mask"])
     out = model.objectives["mim"](model, batch, text, None)
@@ -45,7 +45,7 @@ def reconstructions(model, samples, place, path, count=8):
     filled in, green where the model found the word, red (with the true word behind) where it did not."""
     model.eval()
     spread = np.arange(count) * samples.n // count
-    _, _, _, batch = next(load(samples, iter([(0, 0, spread)]), VAL_SEED, place.device))
+    _, _, _, batch = next(load(samples, [(0, 0, spread)], VAL_SEED, place.device))
     guesses = None
     with place.autocast():
         masked, rebuilt = rebuild(model, batch) if "mim" in model.objectives else (batch["image"],) * 2
@@ -63,7 +63,7 @@ def reconstructions(model, samples, place, path, count=8):
     for i, words in enumerate(captions):
         left, top = gap + i % columns * (width + 2 * gap), gap + i // columns * height
         for j, image in enumerate((batch["image"][i], masked[i], rebuilt[i])):
-            shown = visible(image.float()).resize((cell, cell), Image.Resampling.NEAREST)
+            shown = to_pil(image.float()).resize((cell, cell), Image.Resampling.NEAREST)
             sheet.paste(shown, (left + j * (cell + gap), top))
         for x, y, text, colour in words:
             draw.text((left + x, top + cell + 6 + y), text, colour, FONT)
@@ -111,7 +111,7 @@ def attention(model, batch, words, path):
     low, high = looks.aminmax(dim=1, keepdim=True)
     looks = (looks - low) / (high - low).clamp(min=1e-9)                        # (T, L)
     side, cell, columns = round(looks.shape[1] ** 0.5), 192, 6
-    picture = visible(image[0]).resize((cell, cell), Image.Resampling.BICUBIC)
+    picture = to_pil(image[0]).resize((cell, cell), Image.Resampling.BICUBIC)
     sheet = Image.new("RGB", (columns * cell, (1 + len(words) // columns) * (cell + 20)), BACK)
     for place, word in enumerate(["picture", *words]):
         panel = picture.copy()

@@ -25,7 +25,7 @@ from m3ae_mini import M3AE, loop, weights
 from m3ae_mini.config import TrainConfig, need
 from m3ae_mini.data import VAL_SEED, Samples, load, validation_chunks
 from m3ae_mini.model import patchify
-from m3ae_mini.pictures import (BACK, FONT, GREY, INK, caption, curves, rebuild, unpatchify, visible,
+from m3ae_mini.pictures import (BACK, FONT, GREY, INK, caption, curves, rebuild, to_pil, unpatchify,
                                 word_to_patch)
 from m3ae_mini.text import Tokenizer
 
@@ -64,7 +64,7 @@ class Sheet:
 
     def panel(self, x, y, image, heat=None):
         """image (3, S, S), normalised; heat (L,) from 0 to 1: how red each patch is, or None."""
-        panel = visible(image).resize((CELL, CELL), Image.Resampling.NEAREST)
+        panel = to_pil(image).resize((CELL, CELL), Image.Resampling.NEAREST)
         if heat is not None:
             side = round(len(heat) ** 0.5)
             mask = Image.fromarray((heat.view(side, side) * 170).byte().numpy())

@@ -153,9 +153,13 @@ def test_zero_shot_ranks_by_the_matching_head(packs, pretrained, tmp_path, monke
             "--zero_shot")
     (line,) = logged(tmp_path / "zero", "test")
     assert line["step"] == 0 and 0 <= line["text to image, recall@5"] <= line["text to image, recall@10"] <= 1
-    with pytest.raises(UserError, match="--zero_shot"):
-        started(monkeypatch, "irtr", "--data", packs["irtr"], "--init", "none", "--out", tmp_path / "x",
-                "--zero_shot")
+    started(monkeypatch, "cls", "--data", packs["cls"], "--init", pretrained, "--out", tmp_path / "cls",
+            "--steps", 1, "--test_samples", 0)
+    assert not logged(tmp_path / "cls", "test")             # no report was asked for
+    for unmatched in "none", tmp_path / "cls":
+        with pytest.raises(UserError, match="--zero_shot is for irtr, with an --init that has learned to match"):
+            started(monkeypatch, "irtr", "--data", packs["irtr"], "--init", unmatched, "--out", tmp_path / "x",
+                    "--zero_shot", *["--tokenizer", pretrained] * (unmatched == "none"))
 
 
 def test_retrieval_scores_every_pair_as_one_by_one(packs, pretrained, tmp_path, monkeypatch):

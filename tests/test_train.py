@@ -203,6 +203,8 @@ REFUSED = {
     "mim_layer": ("--mim_layer 2", "--mim_layer 2 is out of range"),
     "patch": ("--patch_size 5", "--patch_size 5"),
     "heads": ("--fusion_heads 5", "--fusion_heads 5"),
+    "no logging": ("--log_every 0", "must be above 0"),
+    "no validation": ("--eval_samples 0", "must be above 0"),
     "two lengths": ("--epochs 3", "--steps and --epochs both say how long"),
     "no loss": ("--mlm 0 --mim 0 --itm 0", "one of them above"),
     "tokenizer": ("--tokenizer /nowhere", "no tokenizer at /nowhere"),
