@@ -110,7 +110,7 @@ def main():
 
         pause = time.perf_counter()
         if step % run_cfg.eval_every == 0 or last:
-            found = evaluate(model, val, place, run_cfg.eval_samples)
+            found = evaluate(model, val, place, run_cfg.eval_samples)                  # score: as released
             score = found.get("itm_acc", 0) + found.get("mlm_acc", 0) - found.get("mim_loss", 0)
             if place.main:
                 log.write(step, "val", score=score, **found)
@@ -130,7 +130,7 @@ def main():
     if stopping and step < train_cfg.steps:
         print(f"stopped after step {step:,}; go on with --resume") if place.main else None
     elif run_cfg.test_samples and any(len(pack.split["test"]) for pack in packs):
-        report(model, packs, tokenizer, cfg, train_cfg, run_cfg.test_samples, place, out)
+        report(model, train, run_cfg.test_samples, place, out)
 
 
 def prepare(cfg, train_cfg, run_cfg, sources):
@@ -149,7 +149,7 @@ def prepare(cfg, train_cfg, run_cfg, sources):
 
 @torch.no_grad()
 def evaluate(model, samples, place, limit):
-    """Means over at most `limit` samples, each counted once, masks fixed; what none tells is left out."""
+    """Means over at most `limit` samples, each counted once, masks fixed; what counted none is left out."""
     model.eval()
     sums = {}
     chunks = validation_chunks(samples, limit, place.rank, place.world)
@@ -196,9 +196,9 @@ def figures(model, batch):
             target = MIM.target(batch["image"], model.cfg)
             return (out["mim_pred"] - target).square().mean(-1), out["mim_hidden"].bool()   # (B, L) each
 
-        least, hidden = error(own)
-        sums["mim_loss"] = metrics.tally(least, hidden)
-        sums["mim_gain_other"] = metrics.tally(error(other)[0] - least, hidden & (other != own)[:, None])
+        with_own, hidden = error(own)
+        sums["mim_loss"] = metrics.tally(with_own, hidden)
+        sums["mim_gain_other"] = metrics.tally(error(other)[0] - with_own, hidden & (other != own)[:, None])
 
     if "itm" in model.objectives:
         def says_match(index):
@@ -216,11 +216,11 @@ def figures(model, batch):
     return sums
 
 
-def report(model, packs, tokenizer, cfg, train_cfg, limit, place, out):
-    """The best checkpoint on the test split, each figure beside what ignorance gives."""
+def report(model, train, limit, place, out):
+    """The best checkpoint on the test split, each figure beside what ignorance gives. train: its Samples."""
     best = loop.load_checkpoint(place.from_main(lambda: out / "best.pt"))  # once the main process wrote it
     model.load_state_dict(best["model"])
-    test = Samples(packs, "test", tokenizer, cfg, train_cfg)
+    cfg, test = train.cfg, Samples(train.packs, "test", train.tokenizer, train.cfg, train.train_cfg)
     found = evaluate(model, test, place, limit)
     if not place.main:
         return
@@ -230,9 +230,8 @@ def report(model, packs, tokenizer, cfg, train_cfg, limit, place, out):
         drawn = np.stack([phantoms.draw(*key, cfg.image_size, noise=False) for key in keys])
         return normalise(torch.from_numpy(drawn)[:, None].expand(-1, 3, -1, -1))       # (B, 3, S, S)
 
-    embedded = all(pack.meta["name"] == "phantoms" for pack in packs)
-    train = Samples(packs, "train", tokenizer, cfg, train_cfg)
-    found |= ignorance(train, test, limit, place.device, drawn_clean if embedded else None)
+    embedded = all(pack.meta["name"] == "phantoms" for pack in train.packs)
+    found |= baselines(train, test, limit, place.device, drawn_clean if embedded else None)
     loop.Log(out, math.inf).write(best["step"], "test", **found)
     print(f"\nOn {min(limit, test.n):,} held-out samples (step {best['step']:,}):")
     if cfg.mlm:
@@ -257,15 +256,15 @@ def report(model, packs, tokenizer, cfg, train_cfg, limit, place, out):
 
 
 @torch.no_grad()
-def ignorance(train, test, limit, device, drawn_clean=None, pictures=8192):
+def baselines(train, test, limit, device, drawn_clean=None, most=8192):
     """What can be had on at most `limit` test samples without understanding them: {name: float}.
 
     commonest: the share of the commonest token among the masked ones. kind_alone: matching accuracy over any
     wrong picture of one who sees only its kind. constant_patch: error of the mean normalised patch at each
-    place, the best guess that knows only the place, from at most `pictures` training pictures. noise_floor:
+    place, the best guess that knows only the place, from `most` training pictures at most. noise_floor:
     error of the pictures drawn_clean(sample number) -> (B, 3, S, S), which know all but the noise."""
     cfg, mean, seen = test.cfg, 0, 0
-    for _, _, _, batch in load(train, validation_chunks(train, pictures), VAL_SEED, device):
+    for _, _, _, batch in load(train, validation_chunks(train, most), VAL_SEED, device):
         mean = mean + MIM.target(batch["image"], cfg).sum(0)                  # (L, 3·P²)
         seen += len(batch["image"])
     mean = mean / seen

@@ -62,16 +62,16 @@ def vqa_rad(args, seed):
              "packs/rad-96": f"vqa_rad --root {rad} --task vqa --size 96"}
     start = Run("vqa_rad/pretrain", f"train.py {REAL} --data packs/medpix-96,packs/rad-captions-96 "
                 f"{READ} --steps 2400 --eval_every 600", packs=packs)
-    common = (f"finetune.py vqa {REAL} --seed {seed} --data packs/rad-96 --epochs 50 --batch_size 16 "
-              "--micro_batch 16 --clip 0 --dropout 0.2 --eval_every 688")
-    rates = "--lr 3e-4 --head_lr 5 --fusion_lr 2"
+    common = (f"finetune.py vqa {REAL} --seed {seed} --data packs/rad-96 --batch_size 16 --micro_batch 16 "
+              "--clip 0 --dropout 0.2 --eval_every 688")
+    rates = "--epochs 50 --lr 3e-4 --head_lr 5 --fusion_lr 2"
     none = f"--init none --tokenizer {start.out} {rates}"
     pretrained = f"--init {start.out} {rates}"
     rows = {"pre-trained": pretrained, "from scratch": none, "blind": f"{pretrained} --blind"}
     if args.text:
         rows["from scratch, text encoder of --text"] = (
             f"--init none --init_text {folder(args, 'text')} "
-            "--lr 1e-4 --image_lr 4 --head_lr 15 --fusion_lr 6")
+            "--epochs 20 --lr 1e-4 --image_lr 4 --head_lr 15 --fusion_lr 6")         # ten times the weights
     for i, (row, flags) in enumerate(rows.items()):
         yield "vqa", row, Run(f"vqa_rad/{i}-{seed}", f"{common} {flags}", start)
 
