@@ -102,6 +102,7 @@ def plain_attention(q, k, v, heads, mask=None, dropout=0.0):
     return (F.dropout(scores.softmax(-1), dropout) @ v).transpose(1, 2).flatten(2)   # (B, Q, W)
 
 
+PARTS = "image encoder", "text encoder", "fusion"
 WAYS = {"plain": plain_losses, "fast": lambda model, batch: model(batch)}
 
 
@@ -117,15 +118,17 @@ class Learner:
     """A model, a batch, and AdamW: the fused one for both ways, so that its gain is in no ratio. Hooks time
     the trunk's modules; on a GPU a mark is an event that the device stamps, so nobody waits for it."""
 
-    def __init__(self, cfg, args):
+    def __init__(self, cfg, args, way=None):
         torch.manual_seed(0)
         self.spans = []
         self.args, self.model, self.batch = args, M3AE(cfg).to(args.device), noise(cfg, args.batch_size, args)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, betas=(0.9, 0.98), fused=True)
-        fusion = self.model.fusion
-        self.parts = {"image encoder": [self.model.vit], "text encoder": [self.model.text],
-                      "fusion": [*fusion.text_layers, *fusion.image_layers]}
-        for part, modules in self.parts.items():
+        fusion, self.net = self.model.fusion, self.model
+        if args.compile and way == "fast":             # its parts can't be told apart then
+            self.net = torch.compile(self.model)
+            return
+        for part, modules in zip(PARTS, ([self.model.vit], [self.model.text],
+                                         [*fusion.text_layers, *fusion.image_layers])):
             for module in modules:
                 module.register_forward_pre_hook(lambda *_, part=part: self.spans.append([part, self.mark()]))
                 module.register_forward_hook(lambda *_: self.spans[-1].append(self.mark()))
@@ -140,22 +143,23 @@ class Learner:
     def step(self, way):
         """One step -> {part: seconds}. What of the forward pass has no hook counts as heads: projections,
         poolers, pixel decoder, vocabulary, losses."""
-        self.spans, start = [], self.mark()
-        with autocast(self.args):
-            losses = WAYS[way](self.model, self.batch)
-        forward = self.mark()
-        losses["loss"].backward()
-        backward = self.mark()
+        self.spans, marks = [], [self.mark()]
+        for _ in range(self.args.chunks):
+            with autocast(self.args):
+                losses = WAYS[way](self.net, self.batch)
+            marks.append(self.mark())
+            (losses["loss"] / self.args.chunks).backward()
+            marks.append(self.mark())
         self.optimizer.step()
         self.optimizer.zero_grad()
-        end = self.mark()
+        marks.append(self.mark())
         clock(self.args)                               # until all is stamped
 
-        found = dict.fromkeys((*self.parts, "heads", "backward", "optimizer", "step"), 0.0)
-        for part, begun, ended in (*self.spans, ("heads", start, forward), ("backward", forward, backward),
-                                   ("optimizer", backward, end), ("step", start, end)):
+        found = dict.fromkeys((*PARTS, "heads", "backward", "optimizer", "step"), 0.0)
+        names = ["heads", "backward"] * self.args.chunks + ["optimizer"]
+        for part, begun, ended in (*self.spans, *zip(names, marks, marks[1:]), ("step", marks[0], marks[-1])):
             found[part] += ended - begun if self.args.device == "cpu" else begun.elapsed_time(ended) / 1000
-        found["heads"] -= sum(found[part] for part in self.parts)
+        found["heads"] -= sum(found[part] for part in PARTS)
         return found
 
 
@@ -164,7 +168,7 @@ def times(way, keep, cfg, args):
     that is the peak of the process's life. keep: freed memory stays with the process, as train.py has it."""
     if keep:
         loop.keep_memory()
-    learner = Learner(cfg, args)
+    learner = Learner(cfg, args, way)
     for parameter in learner.model.parameters():       # AdamW's moments are there in all steps but the first
         parameter.grad = torch.zeros_like(parameter)
     learner.optimizer.step()
@@ -209,8 +213,8 @@ def step(args):
             figures[name] = found["step"], fastest, memory
             print(f"attn_dropout {share}, {name}: {found['step']:.4g} s", flush=True)
             table.append({"attn_dropout": share, "way": name, "memory GB": memory / 1e9,
-                          "samples/s": args.batch_size / found["step"],
-                          "TFLOP": operations(way, cfg, args) / 1e12,
+                          "samples/s": args.chunks * args.batch_size / found["step"],
+                          "TFLOP": args.chunks * operations(way, cfg, args) / 1e12,
                           **{f"{part} s": seconds for part, seconds in found.items()},
                           "fastest, slowest": f"{fastest:.4g}, {slowest:.4g}"})
         for name in [name for name in args.ways if name != "fast" and "fast" in args.ways]:
@@ -218,7 +222,7 @@ def step(args):
             held = 1 / memory
             notes.append(f"attn_dropout {share}: {speed:.2f} times as fast as {name} "
                          f"(the fastest steps alone: {best:.2f}), {held:.2f} of its memory")
-            if (args.preset, args.batch_size, name) == ("base", 8, "plain"):
+            if (args.preset, args.batch_size, args.chunks, name) == ("base", 8, 1, "plain"):
                 bars = BARS[args.dtype]
                 met = ["met" if good else "MISSED" for good in (speed >= bars[0], held <= bars[1])]
                 notes[-1] += f" (bars {bars[0]}, {met[0]}, and {bars[1]}, {met[1]})"
@@ -475,6 +479,8 @@ def main():
     add("--attn_dropout", type=float, nargs="+", default=(0.1, 0.0), help="step: each in turn [0.1 0]")
     ways = ("plain", "plain-kept", "fast")
     add("--ways", nargs="+", choices=ways, default=ways, help="step: which of them [all]")
+    add("--chunks", type=count, default=1, help="step: batches whose gradients add up to one step [1]")
+    add("--compile", action="store_true", help="step: the fast way by torch.compile")
     add("--repeats", type=count, default=5, help="timed runs, whose median is shown [5]")
     add("--pictures", type=count, default=2000, help="loader: how many are drawn [2000]")
     add("--pairs", type=count, default=1024, help="retrieval: rounded down to a square [1024]")
