@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from functools import partial
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import finetune
 import train
@@ -45,6 +47,7 @@ def forked(*flags, script=train, task=(), prepare=lambda: None, said=os.devnull,
         return pid
     status = 70
     try:
+        tqdm.set_lock(threading.RLock())                   # its own: one that is killed would keep the shared one
         quiet = os.open(said, os.O_WRONLY | os.O_CREAT)
         os.dup2(quiet, 1), os.dup2(quiet, 2)
         sys.argv = [Path(script.__file__).name, *task, *SMALL, *map(str, flags)]
