@@ -110,7 +110,8 @@ def main():
 
         pause = time.perf_counter()
         if step % run_cfg.eval_every == 0 or last:
-            found = evaluate(model, val, place, run_cfg.eval_samples)                  # score: as released
+            found = evaluate(model, val, place, run_cfg.eval_samples)
+            # The best checkpoint is chosen as in the release.
             score = found.get("itm_acc", 0) + found.get("mlm_acc", 0) - found.get("mim_loss", 0)
             if place.main:
                 log.write(step, "val", score=score, **found)

@@ -38,7 +38,7 @@ class Samples:
         which = np.repeat(np.arange(len(packs)), [len(part) for part in rows])
         self.where = np.stack([which, np.concatenate(rows)], axis=1)                   # (n, 2) pack, its row
         need(len(self.where), f"{', '.join(str(pack.folder) for pack in packs)} holds no {split} samples: "
-                             "prepare a pack that has some")
+                              "prepare a pack that has some")
         if 0 < limit < len(self.where):
             self.where = self.where[np.arange(limit) * len(self.where) // limit]
         self.n, self.labels = len(self.where), None

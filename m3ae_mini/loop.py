@@ -191,7 +191,7 @@ def open_run(run_cfg, settings, place):
             changed = [f"{name} {was!r:.60} (now {now!r:.60})" for part in settings if part != "run"
                        for name, now in settings[part].items() if (was := old.get(part, {}).get(name)) != now]
         need(not changed, f"{out} was started with other settings: {', '.join(changed)}; give the same, or "
-                         "choose another --out")
+                          "choose another --out")
     elif out.is_dir():
         need({file.name for file in out.iterdir()} <= {"lock", "config.json.tmp"},      # killed at its start
              f"{out} is not empty and holds no run: choose another --out")

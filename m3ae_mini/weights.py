@@ -146,7 +146,7 @@ def read_torch(path):
 
     with readable(path), open(path, "rb") as file:
         need(zipfile.is_zipfile(file), f"{path} can't be read: it is no whole zip archive; if PyTorch < 1.6 "
-                                      "wrote it, load and save it again there")
+                                       "wrote it, load and save it again there")
         archive = zipfile.ZipFile(file)
         need(sum(info.file_size for info in archive.infolist()) < 10 * Path(path).stat().st_size,
              f"{path} can't be read: unpacked it would be more than ten times as large")
@@ -284,7 +284,7 @@ def check(cfg, sources, needed=()):
             if name == "vit.pos" and tensor.ndim == 2 and len(tensor) != shape[0]:
                 tensor = resize_positions(tensor, shape[0] - 1)
             need(tensor.shape == shape, f"{source}: {name} has shape {(*tensor.shape,)}, not {(*shape,)}: "
-                                       "were --preset, --tokenizer and the sizes those of these weights?")
+                                        "were --preset, --tokenizer and the sizes those of these weights?")
             taken[source][name] = tensor
     return taken
 
