@@ -66,7 +66,7 @@ def main():
     checkpoint = place.from_main(lambda: loop.open_run(run_cfg, settings, place))  # --gpus starts torchrun
     mean = mean_picture(train, place.device) if task_cfg.blind else None       # (3, S, S) or None
     if place.main:
-        loop.write_whole(out / "tokenizer.json", lambda file: file.write(tokenizer.json().encode()))
+        loop.write_whole(out / "tokenizer.json", lambda file: file.write(tokenizer.json.encode()))
         print(f"{train.n:,} training and {val.n:,} validation samples; {train.cut:,} texts of more than "
               f"{cfg.max_text_len} tokens are cut" + (f"; {len(choices):,} choices" if choices else ""))
 

@@ -44,7 +44,7 @@ def main():
                 "data": {"packs": [pack.fingerprint() for pack in packs], "tokenizer": tokenizer.hash}}
     checkpoint = place.from_main(lambda: loop.open_run(run_cfg, settings, place))  # --gpus starts torchrun
     if place.main:
-        loop.write_whole(out / "tokenizer.json", lambda file: file.write(tokenizer.json().encode()))
+        loop.write_whole(out / "tokenizer.json", lambda file: file.write(tokenizer.json.encode()))
         print(f"{train.n:,} training and {val.n:,} validation samples; {train.cut:,} captions of more than "
               f"{cfg.max_text_len} tokens are cut; vocabulary {cfg.vocab_size:,}")
 

@@ -141,6 +141,7 @@ class RunConfig:
     gpus: int = opt(0, "start this many processes by torchrun, each with a GPU (or a part of the CPU)")
     device: str = opt("auto", "auto, cuda, cpu or mps (mps is untested)")
     dtype: str = opt("auto", "auto, float32, bfloat16 or float16: arithmetic of the matrix products")
+    recompute: bool = opt(False, "compute layers again in the backward pass: less memory, a third slower")
     compile: bool = opt(False, "compile the model with torch.compile")
     log_every: int = opt(20, "steps between two lines of metrics.jsonl")
     eval_every: int = opt(1000, "steps between two validations; 0: an epoch")

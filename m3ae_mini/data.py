@@ -23,8 +23,6 @@ VAL_SEED = 0                                       # validation masks are the sa
 FALSE_TEXTS = 15                                   # beside each right one, where retrieval is learned
 
 
-# ------------------------------------------------------------------------------------------- the samples
-
 class Samples:
     """One split of one or several packs, read as one list; and the batch that any choice of its rows makes.
 
@@ -156,8 +154,6 @@ def normalise(image):
     mean, std = (255 * torch.tensor(values, device=image.device).view(3, 1, 1) for values in (MEAN, STD))
     return image.float().sub_(mean).div_(std)
 
-
-# ------------------------------------------------------------------------------------------- the loader
 
 def training_chunks(samples, train_cfg, start, rank=0, world=1):
     """The chunks of process `rank` from step `start` on: (step, chunk, sample numbers (micro_batch,)). Sample

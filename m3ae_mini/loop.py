@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .config import UserError, need, readable
 from .data import load
+from .model import recompute
 
 # What torch says in a RuntimeError where it is nobody's bug, and what a user should read instead.
 TROUBLES = {"MemoryError|out of memory|can't allocate": "out of memory: use a smaller --micro_batch",
@@ -308,6 +309,7 @@ def learner(model, train, train_cfg, run_cfg, place, checkpoint):
                                   betas=(0.9, train_cfg.beta2), fused=place.device.type != "mps")
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
     step, best = restore(checkpoint, model, optimizer, scaler) if checkpoint else (0, -math.inf)
+    recompute(model) if run_cfg.recompute else None
     net = torch.compile(model) if run_cfg.compile else model
     if place.world > 1:
         net = DistributedDataParallel(net, gradient_as_bucket_view=True)

@@ -13,10 +13,9 @@ def tally(hits, rows=None):
 
 
 def choice(told, truths, choices, task, closed):
-    """What a model told of each row of a chunk, and the names of which any is right -> {name: tensor (2,) of
-    sum and count}. vqa: accuracy over all, open and closed questions (closed: True, False, or None where the
-    data set does not say), and the share of questions whose answer is not in the list `choices`, which count
-    as wrong. cls: accuracy, and the recall of each class."""
+    """What a model told of each row of a chunk, and the names of which any is right -> {name: (sum, count)}.
+    vqa: accuracy over all, open and closed questions (closed: True, False or None, not known), and the share
+    whose answer is not in the list `choices` and counts as wrong. cls: accuracy, recall of each class."""
     right = torch.tensor([name in truth for name, truth in zip(told, truths)])            # (B,)
     if task == "cls":
         recalls = {f"recall of {name}": tally(right, torch.tensor([name in truth for truth in truths]))

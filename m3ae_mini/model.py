@@ -2,14 +2,15 @@
 
 Shapes: B rows, L patches of a picture, K of them kept, T tokens of a text, N of either, D the fusion's width,
 W a module's own, H heads, P a patch's side, S a picture's. Heads and losses stand in objectives.py."""
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .masking import split_patches
 
-
-# -------------------------------------------------------------------------------- attention
 
 def attend(q, k, v, heads, mask=None, dropout=0.0):
     """Multi-head attention of q (B, Q, W) over k, v (B, N, W) -> (B, Q, W); either may have 1 row for all.
@@ -82,8 +83,6 @@ class CrossAttention(nn.Module):
         q, k = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k))   # (B, H, Q | N, W/H)
         return attention_weights(q, k, mask)
 
-
-# -------------------------------------------------------------------------------- the two kinds of layer
 
 def quick_gelu(x):
     """x·σ(1.702x); written so, one tensor is kept for the backward pass, not two"""
@@ -262,6 +261,13 @@ class Trunk(nn.Module):
         text, image = self.fuse(text, image, text_mask, queries=1)                   # (B, 1, D) each
         text, image = self.text_pooler(text[:, 0]), self.image_pooler(image[:, 0])   # (B, D) each
         return torch.cat([text, image], dim=-1).tanh()                               # (B, 2D)
+
+
+def recompute(model):
+    """Keep of each layer only what enters it; the backward pass computes the rest again, to the same bits."""
+    for layer in model.modules():
+        if isinstance(layer, (PreNormBlock, PostNormLayer)):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 @torch.no_grad()

@@ -104,8 +104,7 @@ def word_to_patch(model, ids, mask, image):
 
 @torch.no_grad()
 def attention(model, batch, words, path):
-    """The picture of a batch's first row; then, in red over it, where each of the first tokens `words` looks.
-    (The first token's feature goes to the task's head.)"""
+    """The picture of a batch's first row; then, in red, where each of the tokens `words` looks."""
     image = batch["image"][:1].float()                                          # (1, 3, S, S)
     looks = word_to_patch(model.eval(), batch["text_ids"][:1], batch["text_mask"][:1], image)[0, :len(words)]
     low, high = looks.aminmax(dim=1, keepdim=True)

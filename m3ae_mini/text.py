@@ -17,7 +17,7 @@ PAD_ID = {"roberta": 1, "bert": 0}
 class Tokenizer:
     """A `tokenizers.Tokenizer` of RoBERTa's or BERT's kind, told apart by the names of the special tokens.
 
-    ids: cls_id, pad_id, sep_id, mask_id; ordinary: the ids of no special token (n,); vocab_size; hash."""
+    ids: cls_id, pad_id, sep_id, mask_id; ordinary (n,): those of no special token; vocab_size; json, hash."""
 
     def __init__(self, backend, source="the tokenizer"):
         self.backend = backend
@@ -37,7 +37,8 @@ class Tokenizer:
         need(self.vocab_size <= 2 * len(vocab), f"{source} has large gaps in its ids: use another tokenizer")
         special = set(ids) | {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self.ordinary = np.array(sorted(set(vocab.values()) - special))
-        self.hash = hashlib.sha256(self.json().encode()).hexdigest()[:16]
+        self.json = backend.to_str()
+        self.hash = hashlib.sha256(self.json.encode()).hexdigest()[:16]
 
     @classmethod
     def load(cls, path):
@@ -69,10 +70,6 @@ class Tokenizer:
         backend.train_from_iterator(texts, trainer)
         backend.add_special_tokens([mask])
         return cls(backend)
-
-    def json(self):
-        """The tokenizer as the text of a tokenizer.json."""
-        return self.backend.to_str()
 
     @readable("the tokenizer")
     def encode(self, texts):

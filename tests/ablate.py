@@ -134,7 +134,8 @@ def bars(rows, path):
     all rows a line where the unchanged model stands."""
     left, wide, high, gap = 130, 300, 26, 30
     columns, tall = 2, gap * 2 + high * len(rows)
-    sheet = Image.new("RGB", (columns * (left + wide + gap), (1 + (len(FIGURES) - 1) // columns) * tall), BACK)
+    size = columns * (left + wide + gap), (1 + (len(FIGURES) - 1) // columns) * tall
+    sheet = Image.new("RGB", size, BACK)
     draw = ImageDraw.Draw(sheet)
     for number, head in enumerate(FIGURES.values()):
         x, y = number % columns * (left + wide + gap) + left, number // columns * tall + gap

@@ -21,6 +21,7 @@ import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -163,12 +164,15 @@ class Learner:
         return found
 
 
-def times(way, keep, cfg, args):
+def times(name, cfg, args):
     """For a fresh process -> [{part: seconds}, one for each timed step], and bytes at their height: on a CPU
-    that is the peak of the process's life. keep: freed memory stays with the process, as train.py has it."""
-    if keep:
+    that is the peak of the process's life. All but "plain" keep freed memory, as train.py does."""
+    if name != "plain":
         loop.keep_memory()
+    way = name.split("-")[0]
     learner = Learner(cfg, args, way)
+    if name.endswith("-recompute"):
+        trunk.recompute(learner.model)
     for parameter in learner.model.parameters():       # AdamW's moments are there in all steps but the first
         parameter.grad = torch.zeros_like(parameter)
     learner.optimizer.step()
@@ -200,29 +204,30 @@ def operations(way, cfg, args):
 
 def step(args):
     """A training step both ways. The plain one has memory as torch and glibc give it; plain-kept has it as
-    train.py keeps it on a CPU, and shows what of the gain is memory's."""
+    train.py keeps it on a CPU, and shows what of the gain is memory's. fast-recompute: with --recompute."""
     table, notes = [], []
     in_fresh_process(compare, ModelConfig.preset(args.preset, vocab_size=VOCAB[args.preset]), args)
     for share in args.attn_dropout:
         cfg, figures = ModelConfig.preset(args.preset, vocab_size=VOCAB[args.preset], attn_dropout=share), {}
         for name in args.ways:
-            way, keep = name.split("-")[0], name != "plain"
-            runs, memory = in_fresh_process(times, way, keep, cfg, args)
+            runs, memory = in_fresh_process(times, name, cfg, args)
             found = {part: median(run[part] for run in runs) for part in runs[0]}
             fastest, slowest = (pick(run["step"] for run in runs) for pick in (min, max))
             figures[name] = found["step"], fastest, memory
             print(f"attn_dropout {share}, {name}: {found['step']:.4g} s", flush=True)
             table.append({"attn_dropout": share, "way": name, "memory GB": memory / 1e9,
                           "samples/s": args.chunks * args.batch_size / found["step"],
-                          "TFLOP": args.chunks * operations(way, cfg, args) / 1e12,
+                          "TFLOP": args.chunks * operations(name.split("-")[0], cfg, args) / 1e12,
                           **{f"{part} s": seconds for part, seconds in found.items()},
                           "fastest, slowest": f"{fastest:.4g}, {slowest:.4g}"})
-        for name in [name for name in args.ways if name != "fast" and "fast" in args.ways]:
-            speed, best, memory = (plain / fast for plain, fast in zip(figures[name], figures["fast"]))
+        for name, other in product(args.ways, args.ways):
+            if not (name.startswith("fast") and other.startswith("plain")):
+                continue
+            speed, best, memory = (plain / fast for plain, fast in zip(figures[other], figures[name]))
             held = 1 / memory
-            notes.append(f"attn_dropout {share}: {speed:.2f} times as fast as {name} "
+            notes.append(f"attn_dropout {share}: {name} is {speed:.2f} times as fast as {other} "
                          f"(the fastest steps alone: {best:.2f}), {held:.2f} of its memory")
-            if (args.preset, args.batch_size, args.chunks, name) == ("base", 8, 1, "plain"):
+            if (args.preset, args.batch_size, args.chunks, other) == ("base", 8, 1, "plain"):
                 bars = BARS[args.dtype]
                 met = ["met" if good else "MISSED" for good in (speed >= bars[0], held <= bars[1])]
                 notes[-1] += f" (bars {bars[0]}, {met[0]}, and {bars[1]}, {met[1]})"
@@ -254,8 +259,8 @@ def write_pack(folder, count, cfg):
     np.save(folder / "samples.npy", samples)
     files = {file.name: {"bytes": file.stat().st_size, "sha256": ""} for file in folder.iterdir()}
     (folder / "meta.json").write_text(json.dumps({
-        "version": pack.PACK_VERSION, "size": cfg.image_size, "samples": {"train": count, "val": 0, "test": 0},
-        "files": files, "groups": ["noise"], "name": "noise"}))
+        "version": pack.PACK_VERSION, "size": cfg.image_size, "files": files, "groups": ["noise"],
+        "name": "noise", "samples": {"train": count, "val": 0, "test": 0}}))
 
     lengths = draw.integers(longest // 4, longest, size=count, endpoint=True)
     lengths[0] = longest
@@ -477,7 +482,7 @@ def main():
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of matrix products [float32]")
     add("--attn_dropout", type=float, nargs="+", default=(0.1, 0.0), help="step: each in turn [0.1 0]")
-    ways = ("plain", "plain-kept", "fast")
+    ways = ("plain", "plain-kept", "fast", "fast-recompute")
     add("--ways", nargs="+", choices=ways, default=ways, help="step: which of them [all]")
     add("--chunks", type=count, default=1, help="step: batches whose gradients add up to one step [1]")
     add("--compile", action="store_true", help="step: the fast way by torch.compile")

@@ -157,9 +157,10 @@ def test_zero_shot_ranks_by_the_matching_head(packs, pretrained, tmp_path, monke
             "--steps", 1, "--test_samples", 0)
     assert not logged(tmp_path / "cls", "test")             # no report was asked for
     for unmatched in "none", tmp_path / "cls":
-        with pytest.raises(UserError, match="--zero_shot is for irtr, with an --init that has learned to match"):
-            started(monkeypatch, "irtr", "--data", packs["irtr"], "--init", unmatched, "--out", tmp_path / "x",
-                    "--zero_shot", *["--tokenizer", pretrained] * (unmatched == "none"))
+        tokenizer = ["--tokenizer", pretrained] * (unmatched == "none")
+        with pytest.raises(UserError, match="--zero_shot is for irtr, with an --init that has learned to m"):
+            started(monkeypatch, "irtr", "--zero_shot", "--data", packs["irtr"], "--init", unmatched,
+                    "--out", tmp_path / "x", *tokenizer)
 
 
 def test_retrieval_scores_every_pair_as_one_by_one(packs, pretrained, tmp_path, monkeypatch):
@@ -294,7 +295,7 @@ def test_what_it_refuses(packs, pretrained, tmp_path, monkeypatch):
 def test_another_tokenizer_than_the_checkpoints(packs, pretrained, tmp_path, monkeypatch):
     from m3ae_mini.text import Tokenizer
     other = Tokenizer.train(["other words entirely"], 270)
-    (tmp_path / "tokenizer.json").write_text(other.json())
+    (tmp_path / "tokenizer.json").write_text(other.json)
     with pytest.raises(UserError, match="--tokenizer"):
         started(monkeypatch, "vqa", "--data", packs["vqa"], "--init", pretrained, "--tokenizer", tmp_path,
                 "--out", tmp_path / "run", "--steps", 2)

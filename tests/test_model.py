@@ -507,6 +507,27 @@ def test_same_seed_same_bits(small_config, random_batch):
     assert all(torch.equal(one, other) for one, other in zip(*results))
 
 
+def test_recomputed_layers_keep_less_and_give_the_same_bits(small_config, random_batch):
+    """Dropout on: the backward pass must draw again what the forward pass drew. Then the next step's draw must
+    be the same, too."""
+    cfg, found = small_config(dropout=0.3, attn_dropout=0.3), []
+    batch = random_batch(cfg)
+    for again in False, True:
+        model, kept = seeded(cfg), {}
+        if again:
+            model_module.recompute(model)
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: kept.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x,
+                lambda x: x):
+            out = model(batch)
+        out["loss"].backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        found.append((sum(kept.values()), out["loss"], *(p.grad for p in model.parameters()), torch.rand(3)))
+    (much, *once), (little, *twice) = found
+    assert little < 0.6 * much
+    assert all(torch.equal(one, other) for one, other in zip(once, twice, strict=True))
+
+
 def test_dropout_is_for_training(small_config, random_batch):
     for changes in (dict(dropout=0.3), dict(attn_dropout=0.3)):
         cfg = small_config(**changes)

@@ -47,7 +47,7 @@ def forked(*flags, script=train, task=(), prepare=lambda: None, said=os.devnull,
         return pid
     status = 70
     try:
-        tqdm.set_lock(threading.RLock())                   # its own: one that is killed would keep the shared one
+        tqdm.set_lock(threading.RLock())                   # its own: one that is killed keeps a shared one
         quiet = os.open(said, os.O_WRONLY | os.O_CREAT)
         os.dup2(quiet, 1), os.dup2(quiet, 2)
         sys.argv = [Path(script.__file__).name, *task, *SMALL, *map(str, flags)]

@@ -50,7 +50,8 @@ def test_rows_of_a_table_differ_in_their_start_alone(name, monkeypatch):
     assert {row for _, row in cells} == {"pre-trained", "from scratch", "blind"} | more
     assert len({run.out for run in cells.values()}) == len(cells)
     for run in cells.values():
-        assert "--seed 0" in run.command and (str(run.after.out) in run.command or "--init_text" in run.command)
+        assert "--seed 0" in run.command
+        assert str(run.after.out) in run.command or "--init_text" in run.command
         for one in run, run.after:                         # the scripts take these flags
             script, *flags = shlex.split(one.command)
             parsed({"train.py": train, "finetune.py": finetune}[script], flags, monkeypatch)

@@ -244,7 +244,7 @@ def test_another_tokenizer_than_the_runs(pack, tmp_path, monkeypatch):
     from m3ae_mini.text import Tokenizer
     flags = [*SMALL, "--data", pack, "--steps", 2, "--out", tmp_path / "run"]
     started(monkeypatch, *flags)
-    (tmp_path / "tokenizer.json").write_text(Tokenizer.train(CAPTIONS, 280).json())
+    (tmp_path / "tokenizer.json").write_text(Tokenizer.train(CAPTIONS, 280).json)
     with pytest.raises(UserError, match="other settings: .*(vocab_size|tokenizer)"):
         started(monkeypatch, *flags, "--resume", "--tokenizer", tmp_path)
 
