@@ -101,7 +101,8 @@ def what(row):
     """What a row changes, in words: for a diff, its first line."""
     if row in FLAGS:
         return FLAGS[row][0]
-    first = (ROOT / OUT / "ablations" / row / "applied.diff").read_text().partition("\n")[0]
+    kept = ROOT / OUT / "ablations" / row / "applied.diff"
+    first = (kept if kept.is_file() else DIFFS / f"{row}.diff").read_text().partition("\n")[0]
     return row if first.startswith(("diff ", "--- ")) else first
 
 

@@ -1,9 +1,12 @@
 """tests/ablate.py and every tests/ablations/NAME.diff: they fit this code, and change what they say."""
+import importlib.util
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 import ablate
@@ -20,18 +23,28 @@ CHANGES = {"mlp_pixel_decoder": "mim_loss", "transformer_text_head": "mlm_loss",
 
 
 @pytest.fixture(scope="module")
-def losses(tmp_path_factory):
+def code_of(tmp_path_factory):
+    """A function: a row's name -> the folder of its code."""
+    base = tmp_path_factory.mktemp("ablations")
+
+    def find(name):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ablate, "OUT", base)
+            return base / "ablations" / ablate.begin(name) / "code"
+    return find
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory, code_of):
     """A function: name -> the losses of the first step of training by that row's code, of two steps."""
-    base, done = tmp_path_factory.mktemp("ablations"), {}
+    base, done = tmp_path_factory.mktemp("losses"), {}
     write_pack(base / "pack", CAPTIONS * 2, {"train": 40, "val": 4})
 
     def run(name):
         if name not in done:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(ablate, "OUT", base)
-                code = base / "ablations" / ablate.begin(name) / "code"
             flags = [*SMALL, "--data", base / "pack", "--out", base / name, "--steps", 2, "--no-resume"]
-            subprocess.run([sys.executable, code / "train.py", *map(str, flags)], check=True, cwd=ablate.ROOT)
+            subprocess.run([sys.executable, code_of(name) / "train.py", *map(str, flags)], check=True,
+                           cwd=ablate.ROOT)
             lines = [json.loads(line) for line in open(base / name / "metrics.jsonl")]
             assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2]
             done[name] = {key: value for key, value in lines[0].items() if key.endswith("loss")}
@@ -56,6 +69,46 @@ def test_a_diff_applies_trains_and_changes_the_loss_it_is_about(name, losses):
     assert all(value is not None for value in after.values())          # null is what is not finite
     loss = CHANGES.get(name)
     assert before.get(loss) != after[loss] if loss else before != after
+
+
+def objectives_by(name, code_of):
+    """The package's objectives.py as a row has it, beside the other files as they are."""
+    file = code_of(name) / "m3ae_mini" / "objectives.py"
+    spec = importlib.util.spec_from_file_location(f"m3ae_mini.objectives_{name}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name, mixes", [("unchanged", True), ("mlp_pixel_decoder", False)])
+def test_what_a_hidden_patch_knows(name, mixes, code_of, small_config):
+    """A Transformer brings it the visible patches; an MLP leaves it with the class token alone."""
+    torch.manual_seed(0)
+    mim, kept = objectives_by(name, code_of).M3AE(small_config()).objectives["mim"], torch.randn(1, 5, 64)
+    restore = torch.randperm(16)[None]                                         # the first 4 are visible
+    hidden = restore[0] >= 4
+    for token, reaches in (0, True), (2, mixes):
+        other = kept.clone()
+        other[:, token] += 1
+        seen = (mim.decode(kept, restore) - mim.decode(other, restore)).abs().amax(-1)[0, hidden]
+        assert (seen > 1e-6).all() if reaches else (seen == 0).all()
+
+
+@pytest.mark.parametrize("name, mixes", [("unchanged", False), ("transformer_text_head", True)])
+def test_what_a_hidden_word_knows(name, mixes, code_of, small_config, random_batch):
+    """After the fusion an MLP looks at its own token alone, a Transformer at the whole text."""
+    cfg = small_config()
+    torch.manual_seed(0)
+    mlm, batch = objectives_by(name, code_of).M3AE(cfg).eval().objectives["mlm"], random_batch(cfg)
+    stream, logits = torch.randn(4, 12, 64), []
+    hidden = torch.zeros(4, 12, dtype=torch.bool)
+    hidden[:, 1] = True
+    batch |= {"mlm_labels": torch.where(hidden, batch["text_ids"], -100)}
+    for add in 0, 1:
+        stream[:, 2] += add * torch.randn(64)
+        trunk = SimpleNamespace(encode_text=lambda *_: stream, fuse=lambda text, *_, **limits: (text, None))
+        logits.append(mlm(trunk, batch, None, None)["mlm_logits"])
+    assert torch.equal(*logits) != mixes
 
 
 def test_a_table_holds_what_has_finished(tmp_path, monkeypatch):
