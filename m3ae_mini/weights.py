@@ -275,11 +275,11 @@ def check(cfg, sources, needed=()):
     if it is not `needed`, not at all: a missing tensor is a UserError, so is a wrong shape."""
     with torch.device("meta"):                              # shapes without numbers
         shapes = {name: tensor.shape for name, tensor in M3AE(cfg).state_dict().items()}
-    released, taken = dict(name_table(cfg)), {}
+    released, taken = {mine: " + ".join(theirs) for mine, theirs in name_table(cfg)}, {}
     for source, state in sources.items():
         parts, taken[source] = {*needed, *map(part, state)}, {}
         for name in [name for name in shapes if part(name) in parts]:
-            need(name in state, f"{source} has no tensor {name} (as released: {', '.join(released[name])})")
+            need(name in state, f"{source} has no tensor {name} (as released: {released.get(name, 'none')})")
             tensor, shape = state[name], shapes[name]
             if name == "vit.pos" and tensor.ndim == 2 and len(tensor) != shape[0]:
                 tensor = resize_positions(tensor, shape[0] - 1)

@@ -36,15 +36,18 @@ def code_of(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory, code_of):
-    """A function: name -> the losses of the first step of training by that row's code, of two steps."""
+    """A function: name -> the losses of the first step of training by that row's code, of two steps, from
+    which it can be fine-tuned."""
     base, done = tmp_path_factory.mktemp("losses"), {}
-    write_pack(base / "pack", CAPTIONS * 2, {"train": 40, "val": 4})
+    write_pack(base / "pack", CAPTIONS * 2, {"train": 40, "val": 4, "test": 4})
 
     def run(name):
         if name not in done:
             flags = [*SMALL, "--data", base / "pack", "--out", base / name, "--steps", 2, "--no-resume"]
-            subprocess.run([sys.executable, code_of(name) / "train.py", *map(str, flags)], check=True,
-                           cwd=ablate.ROOT)
+            tuned = [*flags, "--init", base / name, "--out", base / f"{name}-tuned", "--steps", 1]
+            for script in ["train.py", *flags], ["finetune.py", "irtr", *tuned]:
+                subprocess.run([sys.executable, *map(str, [code_of(name) / script[0], *script[1:]])],
+                               check=True, cwd=ablate.ROOT)
             lines = [json.loads(line) for line in open(base / name / "metrics.jsonl")]
             assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2]
             done[name] = {key: value for key, value in lines[0].items() if key.endswith("loss")}
