@@ -300,7 +300,7 @@ def report(model, test, choices, mean, place, run_cfg, step):
     loop.Log(run_cfg.out, math.inf).write(step, "test", **found)
     print(f"\nOn {min(run_cfg.test_samples, test.n):,} test samples (step {step:,}):")
     for name, value in found.items():
-        if name not in ("score", "loss"):
+        if name != "score":
             print(f"  {metrics.NAMES.get(name, name):32}{value:7.1%}")
 
 

@@ -3,7 +3,7 @@
 Read model.py (the trunk), then objectives.py (the losses), then masking.py (what is hidden)."""
 import os
 
-# Threads that spin while they wait were ten times slower beside another program. Said before torch loads.
+# Threads that spin while they wait were ten times slower beside another program. To be set before torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from .config import ModelConfig

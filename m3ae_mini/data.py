@@ -3,8 +3,7 @@
 Pictures were resized when they were packed (data/prepare.py) and lie as raw bytes in one file. A background
 thread reads each straight into its place of a batch, hides words and patches, and starts the copy to the
 device on a stream of its own; the batch is normalised there. Which sample stands where and what is hidden of
-it follows from the step number alone (masking.py), so there is no state to save.
-"""
+it follows from the step number alone (masking.py), so there is no state to save."""
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice

@@ -22,7 +22,8 @@ from .data import load
 from .model import recompute
 
 # What torch says in a RuntimeError where it is nobody's bug, and what a user should read instead.
-TROUBLES = {"MemoryError|out of memory|can't allocate": "out of memory: use a smaller --micro_batch",
+TROUBLES = {"MemoryError|out of memory|can't allocate":
+                "out of memory: go on with --recompute --resume, or start anew with a smaller --micro_batch",
             "[Tt]imed out|[Tt]imeout|[Cc]onnection (closed|reset)":
                 "another process of this run is gone or hangs: look at its messages, then --resume"}
 LINE = re.compile(r'{"step": \d{1,9}, "split": "\w+"'

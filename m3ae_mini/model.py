@@ -1,7 +1,7 @@
 """The trunk of M³AE, in the order data meets it: patches → ViT, tokens → BERT-style encoder, both → fusion.
 
-Shapes: B rows, L patches of a picture, K of them kept, T tokens of a text, N of either, D the fusion's width,
-W a module's own, H heads, P a patch's side, S a picture's. Heads and losses stand in objectives.py."""
+Shapes: B rows, L patches of a picture, K of them kept, T tokens of a text, N of either, Q that look at them,
+D the fusion's width, W a module's own, H heads, P a patch's side, S a picture's. Losses: objectives.py."""
 from functools import partial
 
 import torch
@@ -122,7 +122,7 @@ class PostNormLayer(nn.Module):
         self.dropout = cfg.dropout
 
     def forward(self, x, mask=None, other=None, other_mask=None, queries=None):
-        """x (B, N, W), other (B, M, W) or None -> (B, N, W), or (B, queries, W) for the first tokens alone"""
+        """x and, if any, other (B, N, W) -> (B, N, W), or (B, queries, W) for the first tokens alone"""
         share = self.dropout, self.training
         x = self.attn_norm(x[:, :queries] + drop(self.attn(x, mask, queries), *share))
         if other is not None:
@@ -137,7 +137,7 @@ def patchify(image, size):
 
 
 class ViT(nn.Module):
-    """The paper's vision encoder, CLIP's ViT. Hidden patches are dropped before it, so it never sees them."""
+    """The paper's vision encoder, CLIP's ViT. Given `keep`, no block sees the other, hidden patches."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -216,7 +216,7 @@ class Fusion(nn.Module):
             text, image = text_layer(text, mask, image), image_layer(image, None, text, mask)
         if pairs:
             text_layer, image_layer = pairs[-1]
-            text, image = (text_layer(text, mask, image, None, queries) if "text" in want else None,
+            text, image = (text_layer(text, mask, image, queries=queries) if "text" in want else None,
                            image_layer(image, None, text, mask, queries) if "image" in want else None)
         return text, image
 

@@ -1,7 +1,7 @@
 """What M³AE learns from: each objective is one module with its head, its pass through the trunk and its loss.
 
-An objective is called with the model, the batch and, if it `reads` them, the whole text and the whole image,
-encoded once. It returns a dict: `NAME_loss` and what it predicted. A new loss: a class more in OBJECTIVES."""
+An objective is called with the model, the batch, the whole text and the whole image, encoded once (None where
+none `reads` it). It returns a dict: `NAME_loss` and what it predicted. A new loss: one more in OBJECTIVES."""
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -262,7 +262,7 @@ def test_out_of_memory_names_the_flag(monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
     with pytest.raises(SystemExit) as status:
         loop.run(exhausted)
-    assert status.value.code == 2 and "--micro_batch" in capsys.readouterr().err
+    assert status.value.code == 2 and "--recompute --resume" in capsys.readouterr().err
 
 
 def test_gradients_that_are_not_finite_are_skipped_then_the_run_ends(pack, tmp_path, monkeypatch):
