@@ -85,13 +85,13 @@ def main():
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train_cfg.clip or math.inf)
         norm, stopping = stop.agree(norm, place)                                       # one host read
-        if math.isfinite(norm) or scaler.is_enabled():
+        if math.isfinite(norm):
             scaler.step(optimizer)
-            scaler.update()
             in_a_row = 0
         else:
             skipped, in_a_row = skipped + 1, in_a_row + 1
             need(in_a_row < 20, loop.DIVERGED)
+        scaler.update()                                    # float16: a lower scale after such a gradient
         optimizer.zero_grad()
         step, since = step + 1, since + 1
 

@@ -1,5 +1,4 @@
-"""Every hyper-parameter once: what it is, what it means, its value in each preset, and the flag that sets it.
-`parse` turns all the fields below into command-line flags: a new setting is one new line."""
+"""Every hyper-parameter once, with its meaning, its presets and its flag: a new setting is one new line."""
 import math
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from contextlib import contextmanager
@@ -172,7 +171,7 @@ TASKS = {
     "base": {"vqa": dict(image_size=384, max_text_len=32, batch_size=64, epochs=50.0, lr=5e-6, head_lr=50.0),
              "cls": dict(image_size=384, max_text_len=128, batch_size=16, micro_batch=16, epochs=20.0,
                          lr=5e-6, head_lr=10.0, crop=0.9),
-             "irtr": dict(image_size=384, max_text_len=40, epochs=10.0, lr=5e-6, crop=0.9)},
+             "irtr": dict(image_size=384, max_text_len=40, micro_batch=16, epochs=10.0, lr=5e-6, crop=0.9)},
     "small": {"vqa": dict(epochs=30.0, lr=3e-4), "cls": dict(epochs=30.0, lr=3e-4),
               "irtr": dict(epochs=10.0, lr=2e-4)},
     "tiny": {"vqa": dict(epochs=40.0, lr=3e-5, head_lr=50.0, fusion_lr=3.0),

@@ -55,10 +55,9 @@ class Samples:
         return self.packs[which].line(row)
 
     def batch(self, numbers, seed, step, chunk, images, crop=False):
-        """The chunk made of samples `numbers` (B,): a dict of arrays; for "pretrain" text_ids, text_mask,
-        mlm_ids, mlm_labels (B, T), mlm_positions (M,), mim_noise (B, L), itm_index, other_index, kin_index
-        (B,). images, uint8 (B, 3, S, S), is filled in place. All that is random follows from (seed, step,
-        chunk) and the place in the chunk."""
+        """The chunk of samples `numbers` (B,): a dict of arrays; for "pretrain" text_ids, text_mask, mlm_ids,
+        mlm_labels (B, T), mlm_positions (M,), mim_noise (B, L), itm_index, other_index, kin_index (B,).
+        Fills images, uint8 (B, 3, S, S). All randomness is a function of seed, step, chunk and place in it."""
         cfg, tok, size = self.cfg, self.tokenizer, len(numbers)
 
         def uniform(purpose, *shape):
@@ -149,9 +148,11 @@ def crop_box(side, smallest, draws):
 
 
 def normalise(image):
-    """uint8 (B, 3, S, S) -> float32, by CLIP's mean and deviation."""
-    mean, std = (255 * torch.tensor(values, device=image.device).view(3, 1, 1) for values in (MEAN, STD))
-    return image.float().sub_(mean).div_(std)
+    """uint8 (B, 3, S, S) -> float32, by CLIP's mean and deviation: numbers, as tensors would be waited for."""
+    image = image.float()
+    for channel, mean, std in zip(image.unbind(1), *(255 * torch.tensor([MEAN, STD])).tolist()):
+        channel.sub_(mean).div_(std)
+    return image
 
 
 def training_chunks(samples, train_cfg, start, rank=0, world=1):
@@ -171,8 +172,7 @@ def training_chunks(samples, train_cfg, start, rank=0, world=1):
 
 
 def validation_chunks(samples, limit, rank=0, world=1):
-    """Every sample once, at most `limit`, in fixed chunks of VAL_CHUNK: (step, chunk, sample numbers).
-    Where there are more they are taken at equal distances, so that every part of the split has its share."""
+    """At most `limit` samples at equal distances, each once, in chunks of VAL_CHUNK: (step, chunk, numbers)."""
     count = min(limit, samples.n)
     numbers = np.arange(count) * samples.n // count
     for chunk in range(rank, 1 + (count - 1) // VAL_CHUNK, world):
@@ -196,7 +196,7 @@ def load(samples, chunks, seed, device, crop=False, ahead=3):
         batch = samples.batch(numbers, seed, step, chunk, buffer.numpy(), crop)
         batch = {name: torch.from_numpy(array) for name, array in batch.items()} | {"image": buffer}
         if cuda:
-            with torch.cuda.stream(stream):
+            with torch.cuda.device(stream.device), torch.cuda.stream(stream):   # a thread begins on GPU 0
                 batch = {name: tensor.pin_memory().to(device, non_blocking=True)
                          for name, tensor in batch.items()}
                 copied = stream.record_event()

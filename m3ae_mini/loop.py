@@ -155,7 +155,7 @@ class StopSignal:
 
     def agree(self, norm, place):
         """The gradient's norm, () -> it as a float, and whether any process was asked: all stop together."""
-        norm, asked = place.sum(torch.stack([norm / place.world, norm.new_tensor(self.asked)])).tolist()
+        norm, asked = place.sum(torch.stack([norm / place.world, norm.new_full((), self.asked)])).tolist()
         return norm, asked > 0
 
 
@@ -261,8 +261,9 @@ def restore(path, model, optimizer, scaler):
     with readable(path):
         state = load_checkpoint(path)
         state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]    # from the settings
-        for name, part in ("model", model), ("optimizer", optimizer), ("scaler", scaler):
+        for name, part in ("model", model), ("optimizer", optimizer):
             part.load_state_dict(state[name])
+        scaler.load_state_dict(state["scaler"] or scaler.state_dict())     # empty: saved in another dtype
         fits = all(moments["exp_avg"].shape == moments["exp_avg_sq"].shape == parameter.shape
                    and moments["step"].ndim == 0 for parameter, moments in optimizer.state.items())
         need(fits and state["step"] >= 0, f"{path} was written by another run: choose another --out")

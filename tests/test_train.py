@@ -21,6 +21,8 @@ SMALL = ("--image_size 16 --patch_size 4 --vit_width 32 --vit_heads 2 --text_wid
          "--micro_batch 4 --device cpu --dtype float32 --log_every 1 --eval_every 1000 --save_every 1000 "
          "--dropout 0.1 --attn_dropout 0.1").split()
 
+SCALER = torch.amp.GradScaler
+
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
@@ -265,11 +267,35 @@ def test_out_of_memory_names_the_flag(monkeypatch, capsys):
     assert status.value.code == 2 and "--recompute --resume" in capsys.readouterr().err
 
 
-def test_gradients_that_are_not_finite_are_skipped_then_the_run_ends(pack, tmp_path, monkeypatch):
+@pytest.mark.parametrize("scaling", [False, True])
+def test_gradients_that_are_not_finite_are_skipped_then_the_run_ends(scaling, pack, tmp_path, monkeypatch):
+    if scaling:                                            # as in float16 on a GPU
+        monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: SCALER(device))
     flags = [*SMALL, "--data", pack, "--steps", 40, "--lr", "1e30"]
     with pytest.raises(UserError, match="no finite gradient in 20 steps"):
         started(monkeypatch, *flags, "--out", tmp_path / "run")
     assert max(line["skipped"] for line in logged(tmp_path / "run")) == 19
+
+
+def test_the_scale_falls_after_a_bad_gradient(pack, tmp_path, monkeypatch):
+    """A run that was saved without a scaler goes on with one, skips a bad gradient, and halves its scale."""
+    flags = [*SMALL, "--data", pack, "--out", tmp_path / "run", "--steps", 4, "--save_every", 2]
+    started(monkeypatch, *flags)
+    (tmp_path / "run" / "last.pt").unlink()                # as if it had been stopped at step 2
+    assert not loop.load_checkpoint(tmp_path / "run" / "prev.pt")["scaler"]
+
+    class Spoiler(SCALER):
+        def unscale_(self, optimizer):
+            if self.get_scale() == 2.0 ** 16:
+                optimizer.param_groups[0]["params"][0].grad.fill_(torch.inf)
+            super().unscale_(optimizer)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: Spoiler(device))
+    started(monkeypatch, *flags, "--resume")
+    state = loop.load_checkpoint(tmp_path / "run" / "last.pt")
+    assert [line["skipped"] for line in logged(tmp_path / "run")] == [0, 0, 1, 1]
+    assert state["scaler"]["scale"] == 2.0 ** 15
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
 # -------------------------------------------------------------------------------- weights to start from
