@@ -57,7 +57,7 @@ class Samples:
     def batch(self, numbers, seed, step, chunk, images, crop=False):
         """The chunk of samples `numbers` (B,): a dict of arrays; for "pretrain" text_ids, text_mask, mlm_ids,
         mlm_labels (B, T), mlm_positions (M,), mim_noise (B, L), itm_index, other_index, kin_index (B,).
-        Fills images, uint8 (B, 3, S, S). All randomness is a function of seed, step, chunk and place in it."""
+        Fills images, uint8 (B, 3, S, S). What is random follows from seed, step, chunk and place in it."""
         cfg, tok, size = self.cfg, self.tokenizer, len(numbers)
 
         def uniform(purpose, *shape):
@@ -148,7 +148,7 @@ def crop_box(side, smallest, draws):
 
 
 def normalise(image):
-    """uint8 (B, 3, S, S) -> float32, by CLIP's mean and deviation: numbers, as tensors would be waited for."""
+    """uint8 (B, 3, S, S) -> float32, by CLIP's mean and deviation, as numbers: no GPU waits for them."""
     image = image.float()
     for channel, mean, std in zip(image.unbind(1), *(255 * torch.tensor([MEAN, STD])).tolist()):
         channel.sub_(mean).div_(std)
@@ -172,7 +172,7 @@ def training_chunks(samples, train_cfg, start, rank=0, world=1):
 
 
 def validation_chunks(samples, limit, rank=0, world=1):
-    """At most `limit` samples at equal distances, each once, in chunks of VAL_CHUNK: (step, chunk, numbers)."""
+    """At most `limit` samples, at equal distances, in chunks of VAL_CHUNK: (step, chunk, numbers (B,))."""
     count = min(limit, samples.n)
     numbers = np.arange(count) * samples.n // count
     for chunk in range(rank, 1 + (count - 1) // VAL_CHUNK, world):

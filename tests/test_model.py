@@ -508,8 +508,8 @@ def test_same_seed_same_bits(small_config, random_batch):
 
 
 def test_recomputed_layers_keep_less_and_give_the_same_bits(small_config, random_batch):
-    """Dropout on: the backward pass must draw again what the forward pass drew, and leave the generator so that
-    the next draw is the same, too."""
+    """Dropout on: the backward pass must draw again what the forward pass drew, and leave the generator as it
+    was: the next draw is the same, too."""
     cfg, found = small_config(dropout=0.3, attn_dropout=0.3), []
     batch = random_batch(cfg)
     for again in False, True:
