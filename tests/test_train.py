@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,32 @@ def test_every_combination_of_losses_trains(pack, tmp_path, monkeypatch, off):
 
 
 # -------------------------------------------------------------------------------- several processes
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-3), ("bfloat16", 0.1), ("float16", 0.1)])
+def test_a_gpu_trains_as_the_cpu_does(dtype, tolerance, pack, tmp_path, monkeypatch):
+    """Without dropout, whose draws differ from a CPU's: the same losses."""
+    flags = [*SMALL, "--data", pack, "--steps", 5, "--dropout", 0, "--attn_dropout", 0]
+    started(monkeypatch, *flags, "--out", tmp_path / "cpu")
+    started(monkeypatch, *flags, "--out", tmp_path / "gpu", "--device", "cuda", "--dtype", dtype)
+    cpu, gpu = (torch.tensor(losses(tmp_path / name)) for name in ("cpu", "gpu"))
+    assert (cpu - gpu).abs().max() < tolerance
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+def test_a_step_on_a_gpu_waits_for_it_once(pack, tmp_path, monkeypatch):
+    """torch warns at every operation that makes the host wait: six more steps bring six more."""
+    counts = []
+    torch.cuda.set_sync_debug_mode("warn")
+    for steps in 6, 12:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            started(monkeypatch, *SMALL, "--data", pack, "--steps", steps, "--log_every", 99,
+                    "--device", "cuda", "--out", tmp_path / f"{steps}")
+        counts.append(sum("synchronizing CUDA operation" in str(warning.message) for warning in caught))
+    torch.cuda.set_sync_debug_mode("default")
+    assert 0 < counts[0] and counts[1] - counts[0] <= 6
+
 
 def test_two_processes_equal_one(pack, tmp_path, monkeypatch):
     """One process with two chunks a step and two gloo processes with one see the same losses, dropout on, to
