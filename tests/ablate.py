@@ -133,13 +133,13 @@ def table(rows):
 def bars(rows, path):
     """A panel for each figure: the mean of each row, a line from its least to its greatest seed, and across
     all rows a line where the unchanged model stands."""
-    left, wide, high, gap = 130, 300, 26, 30
+    left, wide, room, high, gap = 160, 260, 44, 26, 30                 # room: for the number behind the bar
     columns, tall = 2, gap * 2 + high * len(rows)
-    size = columns * (left + wide + gap), (1 + (len(FIGURES) - 1) // columns) * tall
+    size = columns * (left + wide + room + gap), (1 + (len(FIGURES) - 1) // columns) * tall
     sheet = Image.new("RGB", size, BACK)
     draw = ImageDraw.Draw(sheet)
     for number, head in enumerate(FIGURES.values()):
-        x, y = number % columns * (left + wide + gap) + left, number // columns * tall + gap
+        x, y = number % columns * (left + wide + room + gap) + left, number // columns * tall + gap
         most = max(max(row.get(head, [0])) for row in rows.values())
         draw.text((x, y - 6), f"{head}, %", INK, FONT, "ls")
 
@@ -154,7 +154,7 @@ def bars(rows, path):
                 colour = GREEN if name == "unchanged" else GREY
                 draw.rectangle((x, middle - 8, place(mean), middle + 8), fill=colour)
                 draw.line((place(min(values)), middle, place(max(values)), middle), INK, 2)
-                draw.text((x + wide + 4, middle), f"{mean:.1f}", INK, FONT, "rm")
+                draw.text((x + wide + room, middle), f"{mean:.1f}", INK, FONT, "rm")
                 if name == "unchanged":
                     draw.line((place(mean), y, place(mean), y + high * len(rows)), GREEN)
     sheet.save(path, optimize=True)
