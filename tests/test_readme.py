@@ -2,13 +2,14 @@
 again, its files and tests exist."""
 import csv
 import importlib
+import json
 import re
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -189,6 +190,18 @@ def test_counts(tiny):
     assert f"`tiny` {PRESETS['tiny']['kin']}, `small` {PRESETS['small']['kin']}" in README
     base = 288 ** 2 / 1e3
     assert f"at 288 pixels {base:.0f} or {3 * base:.0f} kB" in README
+
+
+def test_the_ablations(tmp_path):
+    """The table and its bars are those of the kept results, of three seeds a row."""
+    rows = json.loads((ROOT / "tests/ablations/results.json").read_text())
+    assert ablate.table(rows) in README, "put ablate.table of tests/ablations/results.json into the README"
+    assert len(rows) >= 8 and all(len(values) == 3 for row in rows.values() for values in row.values())
+    ablate.bars(rows, tmp_path / "bars.png")
+    with Image.open(tmp_path / "bars.png") as drawn, Image.open(ROOT / "tests/ablations/bars.png") as kept:
+        assert drawn.size == kept.size
+        gap = ImageStat.Stat(ImageChops.difference(drawn, kept.convert("RGB"))).mean
+        assert max(gap) < 1                                 # of 255: another Pillow draws letters otherwise
 
 
 def test_what_is_named_exists():
