@@ -176,7 +176,7 @@ TASKS = {
               "irtr": dict(epochs=10.0, lr=2e-4)},
     "tiny": {"vqa": dict(epochs=40.0, lr=3e-5, head_lr=50.0, fusion_lr=3.0),
              "cls": dict(epochs=40.0, lr=3e-4, head_lr=10.0, fusion_lr=3.0),
-             "irtr": dict(steps=94, lr=3e-4, eval_samples=128, test_samples=256)}}
+             "irtr": dict(steps=94, lr=3e-4, eval_samples=128, test_samples=256)}}      # 15 epochs of 400
 
 DERIVED = ("task", "vocab_size", "text_kind", "num_answers", "num_classes")    # no flags: from data or script
 

@@ -159,14 +159,16 @@ def test_a_gpu_trains_as_the_cpu_does(dtype, tolerance, pack, tmp_path, monkeypa
 def test_a_step_on_a_gpu_waits_for_it_once(pack, tmp_path, monkeypatch):
     """torch warns at every operation that makes the host wait: six more steps bring six more."""
     counts = []
-    torch.cuda.set_sync_debug_mode("warn")
     for steps in 6, 12:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            started(monkeypatch, *SMALL, "--data", pack, "--steps", steps, "--log_every", 99,
-                    "--device", "cuda", "--out", tmp_path / f"{steps}")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                started(monkeypatch, *SMALL, "--data", pack, "--steps", steps, "--log_every", 99,
+                        "--device", "cuda", "--out", tmp_path / f"{steps}")
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         counts.append(sum("synchronizing CUDA operation" in str(warning.message) for warning in caught))
-    torch.cuda.set_sync_debug_mode("default")
     assert 0 < counts[0] and counts[1] - counts[0] <= 6
 
 
