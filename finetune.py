@@ -28,6 +28,9 @@ from m3ae_mini.data import VAL_SEED, Samples, load, normalise, numbered, trainin
 from m3ae_mini.text import Tokenizer
 
 PAIRS = 128                            # (picture, text) pairs of one fusion in retrieval
+NAMES = {"acc": "accuracy", "acc_open": "on open questions", "acc_closed": "on closed questions",
+         "unknown": "right answer not in the list"}
+RIGHT = {"vqa": "answer", "cls": "label"}                  # where a pack's line says what is right
 
 
 @dataclass
@@ -52,8 +55,7 @@ def main():
     out = Path(run_cfg.out)
 
     # ------------------------------------------------------------------------------------ what to learn from
-    if not train_cfg.init:
-        raise UserError("say by --init which run or checkpoint to start from, or --init none")
+    need(train_cfg.init, "say by --init which run or checkpoint to start from, or --init none")
     cfg, sources = weights.sources(cfg, train_cfg, vars(args))
     make = partial(prepare, cfg, train_cfg, run_cfg, task_cfg, sources)
     place, (train, val, test, choices, tokenizer, cfg) = loop.begin(train_cfg, cfg, run_cfg, make)
@@ -87,8 +89,8 @@ def main():
     batches = load(train, training_chunks(train, train_cfg, step, place.rank, place.world), train_cfg.seed,
                    place.device, crop=train_cfg.crop < 1)
     bar = tqdm(total=train_cfg.steps, initial=step, unit="step", disable=not place.main, dynamic_ncols=True)
-    sums, since, skipped, in_a_row, clock = 0, 0, 0, 0, time.perf_counter()    # sums, since: not logged yet
-    stop, stopping = loop.StopSignal(), False
+    sums, since, skipped, clock = 0, 0, 0, time.perf_counter()                 # since the log's last line
+    stop, stopping, in_a_row = loop.StopSignal(), False, 0
     model.train()
 
     while step < train_cfg.steps and not stopping:
@@ -128,7 +130,7 @@ def main():
                 log.write(step, "train", lr=rate, norm=norm, skipped=skipped, samples_per_s=speed, loss=value)
                 bar.set_postfix_str(f"loss {value:.3f} {speed:,.0f} samples/s")
                 bar.update(step - bar.n)
-            sums, since, clock = 0, 0, time.perf_counter()
+            sums, since, skipped, clock = 0, 0, 0, time.perf_counter()
 
         pause = time.perf_counter()
         if step % run_cfg.eval_every == 0 or last:
@@ -150,9 +152,9 @@ def main():
 
     if stopping and step < train_cfg.steps:
         return print(f"stopped after step {step:,}; go on with --resume") if place.main else None
-    state = loop.load_checkpoint(place.from_main(lambda: out / "best.pt"))  # once the main process wrote it
-    model.load_state_dict(state["model"])
     if run_cfg.test_samples:
+        state = loop.load_checkpoint(place.from_main(lambda: out / "best.pt"))   # once that process wrote it
+        model.load_state_dict(state["model"])
         report(model, test, choices, mean, place, run_cfg, state["step"])
 
 
@@ -164,8 +166,8 @@ def prepare(cfg, train_cfg, run_cfg, task_cfg, sources):
     texts = (line["text"] for pack in packs for line in pack.lines("train"))
     tokenizer = Tokenizer.choose(train_cfg, run_cfg, texts)
     matched = any(weights.part(name) in ("itm", "irtr") for state in sources.values() for name in state)
-    if task_cfg.zero_shot and (cfg.task != "irtr" or not matched):
-        raise UserError("--zero_shot is for irtr, with an --init that has learned to match")
+    need(not task_cfg.zero_shot or cfg.task == "irtr" and matched,
+         "--zero_shot is for irtr, with an --init that has learned to match")
 
     choices = list_choices(packs, cfg.task, task_cfg.answers)
     number = {"vqa": "num_answers", "cls": "num_classes"}.get(cfg.task)
@@ -178,34 +180,32 @@ def prepare(cfg, train_cfg, run_cfg, task_cfg, sources):
     for split, limit in ("train", train_cfg.train_samples), ("val", 0), ("test", 0):
         samples = Samples(packs, split, tokenizer, cfg, train_cfg, limit)
         if choices:                    # the first right answer that is in the list, or -1
-            known = ((index[name] for name in truth(samples.line(n)) if name in index)
+            known = ((index[name] for name in truth(samples.line(n), cfg.task) if name in index)
                      for n in range(samples.n))
             samples.labels = np.array([next(right, -1) for right in known])
         splits.append(samples)
     return *splits, choices, tokenizer, cfg
 
 
-def truth(line):
-    """What is right for a sample: the answers, any of which will do, or the class; [] where there is none."""
-    return line["answer"].split("#") if "answer" in line else [line["label"]] if "label" in line else []
+def truth(line, task):
+    """What is right for a sample: the answers, any of which will do (between them stands #), or the class."""
+    return line["answer"].split("#") if task == "vqa" else [line["label"]]
 
 
 def list_choices(packs, task, answers):
     """The answers of the training split (or of all splits) in order of appearance, or the classes, sorted."""
     if task == "irtr":
         return []
-    if answers not in ("train", "all"):
-        raise UserError(f"--answers {answers} is not known: use train or all")
-    seen = {split: dict.fromkeys(name for pack in packs for line in pack.lines(split) for name in truth(line))
-            for split in ("train", "val", "test")}
-    key = {"vqa": "answer", "cls": "label"}[task]
+    need(answers in ("train", "all"), f"--answers {answers} is not known: use train or all")
     for pack in packs:
-        if any(key not in line for line in pack.lines()):
-            raise UserError(f"{pack.folder} holds samples without {key}: prepare it with --task {task}")
+        need(all(RIGHT[task] in line for line in pack.lines()),
+             f"{pack.folder} holds samples without {RIGHT[task]}: prepare it with --task {task}")
+    seen = {split: dict.fromkeys(name for pack in packs for line in pack.lines(split)
+                                 for name in truth(line, task)) for split in ("train", "val", "test")}
     if task == "vqa":
         return list(seen["train"] if answers == "train" else seen["train"] | seen["val"] | seen["test"])
-    if unseen := sorted((seen["val"] | seen["test"]).keys() - seen["train"].keys()):
-        raise UserError(f"no training sample has the class {', '.join(unseen)}: prepare another split")
+    unseen = sorted((seen["val"] | seen["test"]).keys() - seen["train"].keys())
+    need(not unseen, f"no training sample has the class {', '.join(unseen)}: prepare another split")
     return sorted(seen["train"])
 
 
@@ -237,8 +237,8 @@ def evaluate(model, samples, choices, mean, place, limit):
                 logits = model(batch)[f"{model.cfg.task}_logits"]                      # (B, A)
             lines = [samples.line(n) for n in numbers]
             told = [choices[i] for i in logits.argmax(-1).tolist()]
-            pairs = metrics.choice(told, [truth(line) for line in lines], choices, model.cfg.task,
-                                   [line.get("closed") for line in lines])
+            pairs = metrics.choice(told, [truth(line, model.cfg.task) for line in lines], choices,
+                                   model.cfg.task, [line.get("closed") for line in lines])
             for name, pair in pairs.items():
                 sums[name] = sums.get(name, 0) + pair
         found = {name: total / count for name, (total, count) in place.total(sums).items() if count}
@@ -263,7 +263,7 @@ def retrieval(model, samples, mean, place, limit):
         chunks = ((masking.VALIDATION, 0, rows[i:i + PAIRS]) for i in range(0, len(rows), PAIRS))
         return (batch for _, _, _, batch in load(samples, chunks, VAL_SEED, place.device))
 
-    texts, masks = [], []
+    texts, masks, fc = [], [], model.objectives["irtr"].fc
     with place.autocast():
         for batch in batches(numbers[first_text]):
             room = samples.cfg.max_text_len - batch["text_ids"].shape[1]
@@ -282,7 +282,8 @@ def retrieval(model, samples, mean, place, limit):
                 for i in range(0, len(texts), PAIRS):
                     some = slice(i, i + PAIRS)
                     feature = model.joint(texts[some], image[None], masks[some])
-                    scores[some, p] = model.objectives["irtr"].fc(feature)[:, 0].float()
+                    # In float32: among equal scores the wrong ones come first, and bf16 makes many equal.
+                    scores[some, p] = (feature.float() * fc.weight).sum(1) + fc.bias              # (≤ PAIRS,)
                     bar.update(len(texts[some]))
         bar.close()
 
@@ -301,7 +302,7 @@ def report(model, test, choices, mean, place, run_cfg, step):
     print(f"\nOn {min(run_cfg.test_samples, test.n):,} test samples (step {step:,}):")
     for name, value in found.items():
         if name != "score":
-            print(f"  {metrics.NAMES.get(name, name):32}{value:7.1%}")
+            print(f"  {NAMES.get(name, name):32}{value:7.1%}")
 
 
 # ---------------------------------------------------------------------------------------------- prediction
@@ -316,8 +317,7 @@ def predict(run, picture, text):
         tokenizer, (cfg, state) = Tokenizer.load(run), weights.load_m3ae(run)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{run} is no run of finetune.py: give one by --init") from None
-    if cfg.task not in ("vqa", "cls"):
-        raise UserError(f"{run} has learned {cfg.task}, which predicts nothing: give a run of vqa or cls")
+    need(cfg.task in RIGHT, f"{run} has learned {cfg.task}, which predicts nothing: give a run of vqa or cls")
     try:
         pixels = np.array(square(open_picture(picture), cfg.image_size).convert("RGB"))         # (S, S, 3)
     except Exception as error:         # Pillow's formats raise all kinds on a damaged file
@@ -326,8 +326,8 @@ def predict(run, picture, text):
     model = M3AE(cfg).eval()
     model.load_state_dict(state)
     (body, _), = tokenizer.encode([text])
-    if len(body) > cfg.max_text_len - 2:
-        raise UserError(f"the text has {len(body)} tokens, {cfg.max_text_len - 2} can be read: shorten it")
+    need(len(body) <= cfg.max_text_len - 2,
+         f"the text has {len(body)} tokens, {cfg.max_text_len - 2} can be read: shorten it")
     ids = torch.tensor([[tokenizer.cls_id, *body, tokenizer.sep_id]])                             # (1, T)
     image = normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None])                          # (1, 3, S, S)
     batch = {"image": image, "text_ids": ids, "text_mask": torch.ones_like(ids),

@@ -8,6 +8,7 @@ import itertools
 import math
 import re
 import time
+from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -35,13 +36,11 @@ def main():
     # ------------------------------------------------------------------------------------ what to learn from
     cfg, sources = weights.sources(cfg, train_cfg, vars(args))
     make = partial(prepare, cfg, train_cfg, run_cfg, sources)
-    place, (packs, tokenizer, cfg) = loop.begin(train_cfg, cfg, run_cfg, make)
-    train = Samples(packs, "train", tokenizer, cfg, train_cfg, train_cfg.train_samples)
-    val = Samples(packs, "val", tokenizer, cfg, train_cfg)
+    place, (train, val, tokenizer, cfg) = loop.begin(train_cfg, cfg, run_cfg, make)
     train_cfg, run_cfg = loop.in_steps(train_cfg, run_cfg, train.n)
 
     settings = {"model": asdict(cfg), "train": asdict(train_cfg), "run": asdict(run_cfg),
-                "data": {"packs": [pack.fingerprint() for pack in packs], "tokenizer": tokenizer.hash}}
+                "data": {"packs": [pack.fingerprint() for pack in train.packs], "tokenizer": tokenizer.hash}}
     checkpoint = place.from_main(lambda: loop.open_run(run_cfg, settings, place))  # --gpus starts torchrun
     if place.main:
         loop.write_whole(out / "tokenizer.json", lambda file: file.write(tokenizer.json.encode()))
@@ -63,8 +62,8 @@ def main():
     batches = load(train, training_chunks(train, train_cfg, step, place.rank, place.world), train_cfg.seed,
                    place.device, crop=train_cfg.crop < 1)
     bar = tqdm(total=train_cfg.steps, initial=step, unit="step", disable=not place.main, dynamic_ncols=True)
-    sums, since, skipped, in_a_row, clock = {}, 0, 0, 0, time.perf_counter()   # sums, since: not logged yet
-    stop, stopping = loop.StopSignal(), False
+    sums, since, skipped, clock = {}, 0, 0, time.perf_counter()                # since the log's last line
+    stop, stopping, in_a_row = loop.StopSignal(), False, 0
     model.train()
 
     while step < train_cfg.steps and not stopping:
@@ -106,7 +105,7 @@ def main():
                 shown = [f"{name[:3]} {value:.3f}" for name, value in means.items() if name != "loss"]
                 bar.set_postfix_str(" ".join(shown) + f" {speed:,.0f} samples/s")
                 bar.update(step - bar.n)
-            sums, since, clock = {}, 0, time.perf_counter()
+            sums, since, skipped, clock = {}, 0, 0, time.perf_counter()
 
         pause = time.perf_counter()
         if step % run_cfg.eval_every == 0 or last:
@@ -130,22 +129,21 @@ def main():
 
     if stopping and step < train_cfg.steps:
         print(f"stopped after step {step:,}; go on with --resume") if place.main else None
-    elif run_cfg.test_samples and any(len(pack.split["test"]) for pack in packs):
+    elif run_cfg.test_samples and any(len(pack.split["test"]) for pack in train.packs):
         report(model, train, run_cfg.test_samples, place, out)
 
 
 def prepare(cfg, train_cfg, run_cfg, sources):
-    """Open the packs and the tokenizer, fit the configuration to it -> packs, tokenizer, configuration.
-    UserError where they, or the weights to start from, don't fit each other."""
+    """Open the packs and the tokenizer, fit the configuration to it -> the samples to train and to validate
+    on, tokenizer, configuration. UserError where they, or the weights to start from, don't fit each other."""
     packs = open_packs(run_cfg.data, cfg.image_size, train_cfg.crop)
     captions = (line["text"] for pack in packs for line in pack.lines("train"))
     tokenizer = Tokenizer.choose(train_cfg, run_cfg, captions)
     cfg = replace(cfg, vocab_size=tokenizer.vocab_size, text_kind=tokenizer.kind)
     cfg.check()
-    for split in ("train", "val"):
-        Samples(packs, split, tokenizer, cfg, train_cfg)
     weights.check(cfg, sources)
-    return packs, tokenizer, cfg
+    train = Samples(packs, "train", tokenizer, cfg, train_cfg, train_cfg.train_samples)
+    return train, Samples(packs, "val", tokenizer, cfg, train_cfg), tokenizer, cfg
 
 
 @torch.no_grad()
@@ -232,6 +230,7 @@ def report(model, train, limit, place, out):
         return normalise(torch.from_numpy(drawn)[:, None].expand(-1, 3, -1, -1))       # (B, 3, S, S)
 
     embedded = all(pack.meta["name"] == "phantoms" for pack in train.packs)
+    found = defaultdict(lambda: math.nan, found)           # a gain is none where no sample has a partner
     found |= baselines(train, test, limit, place.device, drawn_clean if embedded else None)
     loop.Log(out, math.inf).write(best["step"], "test", **found)
     print(f"\nOn {min(limit, test.n):,} held-out samples (step {best['step']:,}):")

@@ -154,9 +154,12 @@ class Pack:
         table = np.append(table, np.uint32(zlib.crc32(table)))
         beside = path.with_suffix(f".{os.getpid()}.tmp")
         with contextlib.suppress(OSError):         # a pack on a read-only disk: the tokens stay in memory
-            with open(beside, "wb") as file:
-                np.save(file, table)
-            os.replace(beside, path)
+            try:
+                with open(beside, "wb") as file:
+                    np.save(file, table)
+                os.replace(beside, path)
+            finally:
+                beside.unlink(missing_ok=True)     # a disk that is full needs the room
         return table[:count + 1], table[count + 1:-1]
 
     def verify(self):
@@ -181,7 +184,11 @@ def open_packs(names, size, crop, task="pretrain"):
             name = f"packs/phantoms-{task}-{size}"
             if not Path(name).exists():
                 from data import phantoms, prepare         # they read packs, too: imported when needed
-                prepare.pack(phantoms.rows(None, task), out=name, name="phantoms", task=task, size=size)
+                try:
+                    prepare.pack(phantoms.rows(None, task), out=name, name="phantoms", task=task, size=size)
+                except UserError:
+                    if not Path(name).exists():            # else another process has drawn the same ones
+                        raise
         packs.append(Pack(name))
         if packs[-1].size != size and not (packs[-1].size > size and crop < 1):
             raise UserError(f"{name} holds pictures of {packs[-1].size} pixels, not {size}: prepare it with "

@@ -14,6 +14,7 @@ A pack is a folder, written beside its place and renamed when whole:
     skipped.jsonl   every row that was left out, and why
 """
 import argparse
+import glob
 import hashlib
 import importlib
 import json
@@ -183,11 +184,15 @@ def excluding(rows: Iterable[Row], folder: Path) -> Iterator[Row]:
     underscore of it: "MPX1007_synpic46719.png" of MedPix is "synpic46719.jpg" of VQA-RAD."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder} to exclude the pictures of")
-    stems = {file.stem for file in folder.iterdir()}
+    stems, found = {file.stem for file in folder.iterdir()}, False
     for row in rows:
         stem = row.picture.stem if isinstance(row.picture, Path) else None
         known = stem is not None and (stem in stems or stem.rsplit("_", 1)[-1] in stems)
+        found |= known
         yield row._replace(skip=row.skip or "excluded") if known else row
+    if not found:
+        raise UserError(f"none of the pictures is in {folder}: give the folder that holds the picture files "
+                        "themselves, or leave --exclude out")
 
 
 def unusable(source: Any, root: Path | None) -> str | None:
@@ -211,7 +216,7 @@ def pack(rows: Iterable[Row], out: Path | str, name: str, task: str, size: int, 
 
     UserError where `out` exists (unless it is a pack and `overwrite` is set) or cannot be written, where more
     than 5 % of the pictures cannot be used (unless `allow_missing`), and where nothing is left to train on.
-    Whatever goes wrong, nothing half-written stays."""
+    Whatever goes wrong, nothing half-written stays, but for the folder NAME.tmp-… after a SIGKILL."""
     out = Path(out)
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists already: choose another --out, or replace it with --overwrite")
@@ -228,7 +233,7 @@ def pack(rows: Iterable[Row], out: Path | str, name: str, task: str, size: int, 
     give_up_beyond(limit, bad, len(sources))
 
     files: dict[str, dict] = {}
-    with draft(out) as folder:
+    with draft(out, overwrite) as folder:
         usable = [source for source in sources if source not in bad]
         number, offsets = {}, [0]   # number: which picture of images.bin a source is
         with (Sealed(folder / "images.bin", files) as file,
@@ -335,29 +340,38 @@ class Sealed:
 
 
 @contextmanager
-def draft(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place when the block ends well and is removed when it does not."""
+def draft(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `out` that takes its place when the block ends well and is removed when it does not.
+    UserError where, without `overwrite`, somebody else's pack has appeared there by then."""
     place = out.resolve()   # behind a link, and with a name where `out` is "."
+    for other in place.parent.glob(f"{glob.escape(place.name)}.tmp-*"):
+        print(f"prepare: {other} is of another preparation: if that one was killed, remove it",
+              file=sys.stderr)
     folder = place.with_name(f"{place.name}.tmp-{os.getpid()}")
     replaced = place.with_name(f"{place.name}.old-{os.getpid()}")
     try:
         folder.mkdir(parents=True)
         yield folder
         if place.exists():
+            if not overwrite:
+                raise UserError(f"{out} has appeared while this one was prepared, and is left as it is")
             place.rename(replaced)
         folder.rename(place)
-        shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"{out} cannot be written ({why}): make room or choose another --out") from None
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if replaced.exists() and not place.exists():   # stopped between the two renames
+            replaced.rename(place)
+        for left in folder, replaced:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def contact_sheet(pack: Pack, count: int = 24, columns: int = 6, cell: int = 208) -> Image.Image:
     """`count` samples, evenly spaced from the pack's first to its last, what is known of each below it."""
     count = min(count, len(pack.samples))
-    samples = [pack.line(row) for row in np.linspace(0, len(pack.samples) - 1, count).astype(int)]
+    numbers = np.linspace(0, len(pack.samples) - 1, count).astype(int)
+    samples = [pack.line(row) for row in numbers]
     captions = []   # lines of text
     for sample in samples:
         facts = " · ".join(sample[key] for key in ("split", "group", "answer") if key in sample)
@@ -373,7 +387,7 @@ def contact_sheet(pack: Pack, count: int = 24, columns: int = 6, cell: int = 208
     for row, height in zip(rows, heights):
         for column, i in enumerate(row):
             left = margin + column * cell
-            pack.read_picture(samples[i]["picture"], planes)
+            pack.read_picture(pack.samples["picture"][numbers[i]], planes)
             picture = Image.fromarray(planes.transpose(1, 2, 0))
             sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (left, top))
             pen.text((left, top + side + 2), "\n".join(captions[i]), "black", font)
@@ -389,6 +403,9 @@ def main(arguments: list[str] | None = None) -> int:
         run(command_line().parse_args(arguments))
     except UserError as error:
         print(f"prepare: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:   # a folder or a file that may not be read
+        print(f"prepare: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("prepare: interrupted, nothing was written", file=sys.stderr)

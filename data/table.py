@@ -8,6 +8,7 @@ where you have them answer (in the spelling of data.answers; "#" stands between 
 yes/no question or a choice?), label, group (pictures of one kind), patient and split. Without a split the
 patient decides, or where there is none the picture's name, the same way each time: one in ten goes to test,
 one in ten to val, the others to train."""
+import os
 from pathlib import Path
 from typing import Iterator
 
@@ -36,7 +37,8 @@ def rows(root: Path, task: str) -> Iterator[Row]:
         answer = fields.get("answer")
         if answer is not None:
             answer = "#".join(filter(None, map(normalise_answer, answer.split("#"))))
-        yield Row(_split(fields, fields.get("patient") or picture, where), path.parent / picture, text,
+        patient = fields.get("patient") or os.path.normpath(picture)
+        yield Row(_split(fields, patient, where), path.parent / picture, text,
                   answer=answer, closed=_closed(fields, where), label=fields.get("label"),
                   group=fields.get("group"))
 

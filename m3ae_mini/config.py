@@ -82,8 +82,7 @@ class ModelConfig:
         for part in ("vit", "text", "fusion", "decoder"):
             width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
             need(width % heads == 0, f"--{part}_width {width} can't be divided among --{part}_heads {heads}")
-        need(self.decoder_width % 4 == 0,
-             f"--decoder_width {self.decoder_width} must be a multiple of 4, for sine-cosine positions")
+        need(self.decoder_width % 4 == 0, f"--decoder_width {self.decoder_width} must be a multiple of 4")
         need(-1 <= self.mim_layer < self.fusion_layers,
              f"--mim_layer {self.mim_layer} is out of range: use -1 (the last) to {self.fusion_layers - 1}")
         need(self.image_size % self.patch_size == 0,
@@ -118,13 +117,13 @@ class TrainConfig:
     warmup: float = opt(0.1, "share of the steps in which the rate rises; then it falls to 0, linearly")
     weight_decay: float = opt(0.01, "AdamW's decay of matrices; one-dimensional parameters never decay")
     beta2: float = opt(0.98, "AdamW's second beta; the first is 0.9")
-    clip: float = opt(0.0, "largest norm of the gradient; 0 turns clipping off")
+    clip: float = opt(0.0, "gradient clipping: the largest norm; 0 turns it off")
     word_ratio: float = opt(0.15, "share of the text's tokens that is hidden")
     whole_word: bool = opt(True, "hide whole words; off: single tokens")
-    kin: float = opt(0.0, "share of matching's wrong pictures that are of the text's kind; paper: 0")
+    kin: float = opt(0.0, "share of wrong pictures that are of the text's kind (hard negatives); paper: 0")
     crop: float = opt(1.0, "least share of a training picture's area that a random crop keeps; 1: none")
     vocab: int = opt(8192, "largest vocabulary of a tokenizer trained on the data")
-    init: str = opt("", "start from this run or M³AE checkpoint; none or empty: from random values")
+    init: str = opt("", "start from this run or M³AE checkpoint; none: from random values")
     init_image: str = opt("", "start the image encoder from this file of CLIP")
     init_text: str = opt("", "start the text encoder from this Hugging Face folder of RoBERTa or BERT")
     seed: int = opt(0, "all randomness follows from it")
@@ -132,9 +131,9 @@ class TrainConfig:
 
 @dataclass
 class RunConfig:
-    """Where a run lives and what it runs on; a run that resumes may change these."""
+    """Where a run lives and what it runs on; a run that resumes may change these, but not the data."""
     data: str = opt("phantoms", "one pack or several, separated by commas; phantoms are drawn on first use")
-    out: str = opt("runs/pretrain", "the run's folder")
+    out: str = opt("runs/pretrain", "the run's folder; finetune.py: runs/TASK")
     tokenizer: str = opt("", "a tokenizer.json or its folder; empty: that of --init_text, --init, the data")
     resume: bool = opt(False, "go on from the run's last checkpoint, or start if there is none")
     gpus: int = opt(0, "start this many processes by torchrun, each with a GPU (or a part of the CPU)")
@@ -172,8 +171,8 @@ TASKS = {
              "cls": dict(image_size=384, max_text_len=128, batch_size=16, micro_batch=16, epochs=20.0,
                          lr=5e-6, head_lr=10.0, crop=0.9),
              "irtr": dict(image_size=384, max_text_len=40, micro_batch=16, epochs=10.0, lr=5e-6, crop=0.9)},
-    "small": {"vqa": dict(epochs=30.0, lr=3e-4), "cls": dict(epochs=30.0, lr=3e-4),
-              "irtr": dict(epochs=10.0, lr=2e-4)},
+    "small": {"vqa": dict(epochs=50.0, lr=3e-4, head_lr=5.0, batch_size=16, micro_batch=16, clip=0.0),
+              "cls": dict(epochs=30.0, lr=3e-4), "irtr": dict(epochs=10.0, lr=2e-4)},
     "tiny": {"vqa": dict(epochs=40.0, lr=3e-5, head_lr=50.0, fusion_lr=3.0),
              "cls": dict(epochs=40.0, lr=3e-4, head_lr=10.0, fusion_lr=3.0),
              "irtr": dict(steps=94, lr=3e-4, eval_samples=128, test_samples=256)}}      # 15 epochs of 400

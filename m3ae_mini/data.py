@@ -19,7 +19,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)         # CLIP's, of R, G, B in 0 …
 STD = (0.26862954, 0.26130258, 0.27577711)
 VAL_CHUNK = 32                                     # samples of a validation chunk, in every run
 VAL_SEED = 0                                       # validation masks are the same in every run
-FALSE_TEXTS = 15                                   # beside each right one, where retrieval is learned
+FALSE_TEXTS = 15                                   # negatives of each right one, where retrieval is learned
 
 
 class Samples:
@@ -93,13 +93,12 @@ class Samples:
 
         group = numbered(self.packs[which].meta["groups"][row["group"]] if row["group"] >= 0 else place
                          for place, (which, row) in enumerate(rows))
-        draws = uniform(masking.WRONG, size, 3 * size + 2)
+        draws = uniform(masking.WRONG, size, 3 * size + 2)      # matching's, then those of validation alone
         batch["itm_index"] = masking.mismatch(picture, text, draws[:, :size + 2], group, self.train_cfg.kin)
         batch["other_index"] = masking.wrong_rows(picture, text, draws[:, size + 2:2 * size + 2], 1)[:, 0]
         batch["kin_index"] = masking.wrong_rows(picture, text, draws[:, 2 * size + 2:], 1, group)[:, 0]
 
-        # Hidden patches, and hidden words. Numbers are drawn for max_text_len places, so they don't depend on
-        # the batch's length.
+        # Hidden patches; hidden words, drawn for max_text_len places, whatever the batch's length.
         patches = (cfg.image_size // cfg.patch_size) ** 2
         batch["mim_noise"] = uniform(masking.PATCHES, size, patches).astype(np.float32)
         draws = uniform(masking.WORDS, size, longest + 1, 3)[:, :length + 1]
@@ -107,9 +106,8 @@ class Samples:
                                       self.train_cfg.whole_word)                       # (B, T)
         batch["mlm_ids"] = masking.hide_words(ids, chosen, draws[:, :length, 1:], tok.mask_id, tok.ordinary)
         batch["mlm_labels"] = np.where(chosen, ids, -100)
-        places = np.flatnonzero(chosen)                                                # (M,)
-        filler = -len(places) % size  # place 0 is a special token: its label is -100, it counts for nothing
-        batch["mlm_positions"] = np.concatenate([places, np.zeros(filler, dtype=np.int64)])
+        places = np.flatnonzero(chosen)  # (M,); zeros fill it up: shapes repeat, and place 0 is never hidden
+        batch["mlm_positions"] = np.pad(places, (0, -len(places) % size))
         return batch
 
     def picture(self, n, out, draws=None):
@@ -123,9 +121,8 @@ class Samples:
         stored = np.empty((3, pack.size, pack.size), dtype=np.uint8)
         pack.read_picture(number, stored)
         box = crop_box(pack.size, self.train_cfg.crop, draws if draws is not None else ())
-        for channel in range(3):
-            resized = Image.fromarray(stored[channel]).resize((side, side), Image.Resampling.BICUBIC, box=box)
-            out[channel] = np.asarray(resized)
+        whole = Image.fromarray(stored.transpose(1, 2, 0))
+        out[:] = np.asarray(whole.resize((side, side), Image.Resampling.BICUBIC, box=box)).transpose(2, 0, 1)
 
 
 def numbered(keys):
@@ -181,9 +178,8 @@ def validation_chunks(samples, limit, rank=0, world=1):
 
 def load(samples, chunks, seed, device, crop=False, ahead=3):
     """Iterate over (step, chunk, numbers, batch): numbers (B,) says which samples the chunk holds, batch is a
-    dict of tensors on `device`, its image float32 (B, 3, S, S), normalised.
-    One thread works `ahead` of the caller. On a GPU it copies from pinned memory on a stream of its own,
-    while the last step still computes, and refills a buffer only after its copy's event."""
+    dict of tensors on `device`, its image float32 (B, 3, S, S), normalised. One thread works `ahead` of the
+    caller. For a GPU it copies from a pinned buffer, and refills that only after its copy's event."""
     device, side = torch.device(device), samples.cfg.image_size
     cuda = device.type == "cuda"
     stream = torch.cuda.Stream(device) if cuda else None

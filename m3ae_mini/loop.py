@@ -59,7 +59,8 @@ def begin(train_cfg, model_cfg, run_cfg, prepare):
     """Meet the other processes, where there are any -> (Place, what prepare() returns)."""
     place = Place(run_cfg)
     check_batches(train_cfg, model_cfg, run_cfg.gpus if place.launching else place.world)
-    need(min(run_cfg.log_every, run_cfg.eval_samples) > 0, "--log_every and --eval_samples must be above 0")
+    need(min(run_cfg.log_every, run_cfg.eval_samples, run_cfg.test_samples + 1) > 0,
+         "--log_every and --eval_samples must be above 0, --test_samples at least 0")
     if place.under_torchrun and not dist.is_initialized():
         timeout = timedelta(seconds=run_cfg.timeout)
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
@@ -151,7 +152,8 @@ class StopSignal:
 
     def hear(self, number, _):
         self.asked = True
-        signal.signal(number, signal.SIG_DFL)
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
 
     def agree(self, norm, place):
         """The gradient's norm, () -> it as a float, and whether any process was asked: all stop together."""
@@ -160,14 +162,17 @@ class StopSignal:
 
 
 def check_batches(train_cfg, model_cfg, world):
-    """Batch, micro-batch and processes must fit each other."""
+    """Every number must be one that makes sense; batch, micro-batch and processes must fit each other."""
     batch, micro, task = train_cfg.batch_size, train_cfg.micro_batch, model_cfg.task
-    need(min(batch, micro, train_cfg.steps) > 0, "--steps, --batch_size and --micro_batch must be at least 1")
+    for name, value in vars(train_cfg).items():
+        least = int(name in ("steps", "batch_size", "micro_batch", "vocab"))
+        most = {"warmup": 1, "word_ratio": 1, "kin": 1, "crop": 1, "beta2": 0.9999, "seed": 2 ** 63 - 1}
+        most = most.get(name, 10 ** 9)
+        need(isinstance(value, str) or least <= value <= most, f"--{name} {value}: use {least} to {most:,}")
     need(batch % (micro * world) == 0, f"--batch_size {batch} can't be divided among {world} processes with "
          f"--micro_batch {micro}: use a multiple of {micro * world}, or another --micro_batch")
     need(micro > 1 or not (task == "irtr" or task == "pretrain" and model_cfg.itm),
          "--micro_batch 1 leaves no other row for a wrong picture or text: use 2, or pre-train with --itm 0")
-    need(0 <= train_cfg.seed < 2 ** 63, f"--seed {train_cfg.seed} must lie in 0 … 2^63 - 1")
 
 
 def in_steps(train_cfg, run_cfg, samples):
@@ -283,7 +288,7 @@ def newest_checkpoint(out):
 
 
 class Log:
-    """metrics.jsonl: one object a line. Opened at a checkpoint's step it is cut back to it, less the test."""
+    """metrics.jsonl: one object a line. Opened at a step it loses later lines, and those of the test."""
 
     def __init__(self, out, step):
         self.path = Path(out) / "metrics.jsonl"
@@ -296,7 +301,7 @@ class Log:
         return [json.loads(line) for line in text.splitlines() if LINE.fullmatch(line)]
 
     def write(self, step, split, **values):
-        plain = {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
+        plain = {name: round(value, 10) if math.isfinite(value) else None for name, value in values.items()}
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, "split": split, **plain}) + "\n")
 
@@ -314,7 +319,7 @@ def learner(model, train, train_cfg, run_cfg, place, checkpoint):
     recompute(model) if run_cfg.recompute else None
     net = torch.compile(model) if run_cfg.compile else model
     if place.world > 1:
-        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True, broadcast_buffers=False)
     if place.main:
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters on {place.world} × "
               f"{place.device.type} in {str(place.dtype)[6:]}; steps {step:,} to {train_cfg.steps:,}"
@@ -324,7 +329,7 @@ def learner(model, train, train_cfg, run_cfg, place, checkpoint):
 
 def freeze_unread(model, batch):
     """Freeze what no loss reads (the last layer's image stream without ITM, say): DDP refuses parameters that
-    get no gradient. They are found by one step, on any batch, of a shadow with shapes and no numbers."""
+    get no gradient. They are found by one step, on any batch, of a copy on the meta device."""
     with torch.device("meta"):
         shadow = type(model)(model.cfg)
     shadow.to("meta")({name: tensor.to("meta") for name, tensor in batch.items()})["loss"].backward()

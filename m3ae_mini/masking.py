@@ -28,8 +28,8 @@ def epoch_order(seed, epoch, size):
 
 
 def split_patches(noise, ratio):
-    """noise (B, L) -> keep (B, K), restore (B, L). The int(L·(1 - ratio)) patches of least noise stay
-    visible, ordered by their noise. restore[b, l] is the place of patch l in [kept ; hidden]."""
+    """noise (B, L) -> keep (B, K), restore (B, L), MAE's ids_keep and ids_restore: the int(L·(1 - ratio))
+    patches of least noise stay visible, ordered by it; restore[b, l]: patch l's place in [kept ; hidden]."""
     order = noise.argsort(dim=1, stable=True)                                          # (B, L)
     restore = order.argsort(dim=1)                                                     # (B, L)
     return order[:, :int(noise.shape[1] * (1 - ratio))], restore

@@ -1,14 +1,10 @@
 """How good is it? Sums and counts over a chunk, which add up over chunks and processes to means."""
 import torch
 
-NAMES = {"acc": "accuracy", "acc_open": "on open questions", "acc_closed": "on closed questions",
-         "unknown": "right answer not in the list"}
-
 
 def tally(hits, rows=None):
     """hits, any shape: what is averaged; rows: bool of that shape, which of them count. -> (sum, count)."""
-    hits = hits.float()
-    rows = torch.ones_like(hits) if rows is None else rows.float()
+    hits, rows = hits.float(), (torch.ones_like(hits) if rows is None else rows).float()
     return torch.stack([(hits * rows).sum(), rows.sum()])
 
 
@@ -30,8 +26,8 @@ def choice(told, truths, choices, task, closed):
 
 def recall(scores, right, direction):
     """scores (Q, C) of every candidate for every query, right bool (Q, C) -> {name: share of the queries with
-    a right candidate among the first 1, 5, 10}. Among equal scores the wrong ones come first, so that a model
-    that scores all alike finds nothing."""
+    a right candidate among the first 1, 5, 10}. Where scores are equal, or not numbers, the wrong ones come
+    first: a model that scores all alike finds nothing."""
     best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)                   # (Q, 1)
-    before = ((scores >= best) & ~right).sum(1)                                           # (Q,)
+    before = (~(scores < best) & ~right).sum(1)                                           # (Q,)
     return {f"{direction}, recall@{k}": (before < k).float().mean().item() for k in (1, 5, 10)}

@@ -42,7 +42,7 @@ def drop(x, share, training=True):
     if x.device.type != "cpu" or not share or not training:
         return F.dropout(x, share, training)
     bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
-    keep = bits[:x.numel()].view(x.shape) >= round(share * 2 ** 16) - 2 ** 15   # True: 1 - share
+    keep = bits[:x.numel()].view(x.shape) >= round(share * 2 ** 16) - 2 ** 15   # True for 1 - share of all
     return (x * keep).mul_(1 / (1 - share))
 
 
@@ -123,11 +123,11 @@ class PostNormLayer(nn.Module):
 
     def forward(self, x, mask=None, other=None, other_mask=None, queries=None):
         """x and, if any, other (B, N, W) -> (B, N, W), or (B, queries, W) for the first tokens alone"""
-        share = self.dropout, self.training
-        x = self.attn_norm(x[:, :queries] + drop(self.attn(x, mask, queries), *share))
+        how = self.dropout, self.training
+        x = self.attn_norm(x[:, :queries] + drop(self.attn(x, mask, queries), *how))
         if other is not None:
-            x = self.cross_norm(x + drop(self.cross(x, other, other_mask), *share))
-        return self.down_norm(x + drop(self.down(F.gelu(self.up(x))), *share))
+            x = self.cross_norm(x + drop(self.cross(x, other, other_mask), *how))
+        return self.down_norm(x + drop(self.down(F.gelu(self.up(x))), *how))
 
 
 def patchify(image, size):
@@ -264,7 +264,7 @@ class Trunk(nn.Module):
 
 
 def recompute(model):
-    """Keep of each layer only what enters it; the backward pass computes the rest again, to the same bits."""
+    """Activation checkpointing: a layer keeps what enters it, the backward pass computes the rest again."""
     for layer in model.modules():
         if isinstance(layer, (PreNormBlock, PostNormLayer)):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -182,7 +182,7 @@ class M3AE(Trunk):
     def __init__(self, cfg):
         super().__init__(cfg)
         self.loss_weights = {name: weight for name in OBJECTIVES[cfg.task]
-                             if (weight := getattr(cfg, name, 1.0))}    # cfg's field, if any
+                             if (weight := getattr(cfg, name, 1.0))}    # a task's one loss has no field: 1
         self.objectives = nn.ModuleDict({name: OBJECTIVES[cfg.task][name](cfg) for name in self.loss_weights})
         initialise(self)
         if "mim" in self.objectives:

@@ -50,10 +50,13 @@ class Tokenizer:
 
     @classmethod
     def choose(cls, train_cfg, run_cfg, texts):
-        """The tokenizer asked for, else this run's, --init_text's, --init's, else one trained on `texts`."""
-        folders = run_cfg.out, train_cfg.init_text, train_cfg.init, os.path.dirname(train_cfg.init)
+        """The tokenizer asked for, else this run's, else that of the weights, else one trained on `texts`."""
+        start, text = train_cfg.init.removeprefix("none"), train_cfg.init_text
+        folders = run_cfg.out, text, start, os.path.dirname(os.path.abspath(start)) if start else ""
         there = [folder for folder in folders if folder and os.path.isfile(f"{folder}/tokenizer.json")]
         asked = run_cfg.tokenizer or next(iter(there), None)
+        need(asked or not (start or text),    # embeddings mean nothing under another tokenizer's ids
+             f"{text or start} comes without a tokenizer.json: give the one of its training by --tokenizer")
         return cls.load(asked) if asked else cls.train(texts, train_cfg.vocab)
 
     @classmethod

@@ -1,6 +1,6 @@
 """Which of the design choices matter? The tiny model with one change, pre-trained and fine-tuned on phantoms.
 
-    python tests/ablate.py                             every row of the README's table
+    python tests/ablate.py                             every row that is shipped: the README's, and others
     python tests/ablate.py no_mim contrastive          some of them
     python tests/ablate.py mine.diff                   one of your own, as `git diff` wrote it
 

@@ -10,7 +10,7 @@ torch.set_num_threads(1)         # on tensors this small a second thread only wa
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="ten times as many kills")
+    parser.addoption("--long", action="store_true", help="10 times the kills, 20 times the mutations")
 
 
 @pytest.fixture

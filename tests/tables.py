@@ -128,6 +128,7 @@ class Run:
                 self.call("-m", f"data.prepare {flags} --out {pack}")
         self.call(self.code / self.command.split()[0],
                   f"{self.command.partition(' ')[2]} --out {self.out} --resume")
+        need(self.found(), f"{self.out} was stopped before its end: the same command goes on with it")
 
     def call(self, script, flags):
         """Run a script with one thread, its output to the end of a file. UserError where it fails."""

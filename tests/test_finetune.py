@@ -148,6 +148,27 @@ def test_blind_sees_nothing(packs, pretrained, tmp_path, monkeypatch):
     assert len(seen) >= 4 and all(torch.equal(image, seen[0][:1].expand_as(image)) for image in seen)
 
 
+def test_each_task_learns_what_is_its_own(pretrained, tmp_path, monkeypatch):
+    """A pack of one's own table may hold answers and labels: questions learn the ones, classes the others."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = [row._replace(answer="yes#no", closed=True) for row in labelled_rows(folder, "cls")]
+    packed(rows, tmp_path / "pack", "cls", folder)
+    for task, choices in ("cls", sorted(FINDINGS)), ("vqa", ["yes", "no"]):
+        out = tmp_path / task
+        started(monkeypatch, task, "--data", tmp_path / "pack", "--init", pretrained, "--out", out, "--steps", 1)
+        assert json.loads((out / "config.json").read_text())["data"]["choices"] == choices
+
+
+def test_retrieval_scores_are_not_rounded_to_ties(packs, pretrained, tmp_path, monkeypatch):
+    """In bf16 too: of 8 bits many scores would be equal, and a tie with a wrong candidate is no hit."""
+    caught, recall = [], metrics.recall
+    monkeypatch.setattr(metrics, "recall", lambda *args: caught.append(args[0]) or recall(*args))
+    started(monkeypatch, "irtr", "--data", packs["irtr"], "--init", pretrained, "--out", tmp_path / "zero",
+            "--zero_shot", "--dtype", "bfloat16")
+    assert (caught[0] != caught[0].bfloat16().float()).float().mean() > 0.9
+
+
 def test_zero_shot_ranks_by_the_matching_head(packs, pretrained, tmp_path, monkeypatch):
     started(monkeypatch, "irtr", "--data", packs["irtr"], "--init", pretrained, "--out", tmp_path / "zero",
             "--zero_shot")
@@ -264,6 +285,9 @@ def test_recall_by_hand():
     found = metrics.recall(scores, right, "x")
     assert found["x, recall@1"] == pytest.approx(1 / 3)      # the second alone; a tie is no hit
     assert found["x, recall@5"] == found["x, recall@10"] == 1
+    for bad in scores.masked_fill(right, torch.nan), torch.full((3, 12), torch.nan):
+        wide = torch.nn.functional.pad(right, (0, bad.shape[1] - right.shape[1]))
+        assert metrics.recall(bad, wide, "x")["x, recall@1"] == 0
 
 
 # -------------------------------------------------------------------------------- bad input
@@ -290,6 +314,17 @@ def test_what_it_refuses(packs, pretrained, tmp_path, monkeypatch):
             for i, row in enumerate(labelled_rows(folder, "cls"))]
     packed(rows, tmp_path / "rare", "cls", folder)
     refused("no training sample has the class rare", "cls", "--data", tmp_path / "rare", "--init", "none")
+
+
+def test_a_checkpoint_without_its_tokenizer(packs, pretrained, tmp_path, monkeypatch):
+    """Another one of the same size would put words on each other's vectors."""
+    (tmp_path / "best.pt").write_bytes((pretrained / "best.pt").read_bytes())
+    flags = ["--data", packs["vqa"], "--steps", 1, "--test_samples", 0]
+    with pytest.raises(UserError, match="best.pt comes without a tokenizer.json: give"):
+        started(monkeypatch, "vqa", *flags, "--init", tmp_path / "best.pt", "--out", tmp_path / "never")
+    monkeypatch.chdir(pretrained)                            # there it stands beside it
+    started(monkeypatch, "vqa", *flags, "--init", "best.pt", "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == Path("tokenizer.json").read_bytes()
 
 
 def test_another_tokenizer_than_the_checkpoints(packs, pretrained, tmp_path, monkeypatch):

@@ -247,8 +247,8 @@ class Packs(Target):
         """All that training, fine-tuning and the sheet of --show take from the pack."""
         flags = [*SMALL, "--data", str(self.folder), "--tokenizer", str(self.folder.parent), "--crop", "0.9"]
         cfg, train_cfg, run_cfg, _ = parse("", argv=flags)
-        packs, tokenizer, cfg = train.prepare(cfg, train_cfg, run_cfg, {})
-        texts = []
+        samples, _, tokenizer, cfg = train.prepare(cfg, train_cfg, run_cfg, {})
+        packs, texts = samples.packs, []
         for split in ("train", "val", "test"):
             samples = Samples(packs, split, tokenizer, cfg, train_cfg)
             for _, _, numbers, batch in load(samples, validation_chunks(samples, 64), 0, "cpu", crop=True):

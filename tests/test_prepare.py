@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from data import Row, draw, medicat, medpix, prepare, roco, table
+from data import Row, draw, medicat, medpix, phantoms, prepare, roco, table
 from m3ae_mini.config import UserError
-from data.pack import SAMPLE_DTYPE, SPLITS, Pack
+from data.pack import SAMPLE_DTYPE, SPLITS, Pack, open_packs
 
 REPO = Path(__file__).parent.parent
 REAL = REPO.parent / "shared" / "data"
@@ -311,6 +311,50 @@ def test_an_existing_pack_is_replaced_only_on_demand(records, tmp_path):
         packed(records, records, overwrite=True)
 
 
+def test_a_pack_that_appears_meanwhile_stays(records, tmp_path):
+    out = tmp_path / "pack"
+
+    def rows():
+        yield from table.rows(records, "pretrain")
+        packed(records, out)                                   # somebody else is faster
+    with pytest.raises(UserError, match="has appeared"):
+        prepare.pack(rows(), out, "table", "pretrain", 8, root=records)
+    assert Pack(out).size == 16 and listing(tmp_path) == ["pack", "records"]
+
+
+def test_an_interrupt_between_the_renames(records, tmp_path, monkeypatch):
+    out, rename = tmp_path / "pack", Path.rename
+    packed(records, out)
+
+    def first_alone(source, target):
+        if ".tmp-" in source.name:
+            raise KeyboardInterrupt
+        return rename(source, target)
+    monkeypatch.setattr(Path, "rename", first_alone)
+    with pytest.raises(KeyboardInterrupt):
+        packed(records, out, size=8, overwrite=True)
+    assert Pack(out).size == 16 and listing(tmp_path) == ["pack", "records"]
+
+
+def test_what_a_killed_preparation_left_is_named(records, tmp_path, capsys):
+    (tmp_path / "pack.tmp-1").mkdir()
+    packed(records, tmp_path / "pack")
+    assert "pack.tmp-1 is of another preparation: if that one was killed, remove it" in capsys.readouterr().err
+
+
+def test_phantoms_drawn_twice_at_once_are_one_pack(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(phantoms, "COUNTS", {"train": 4, "val": 2, "test": 2})
+    rows = phantoms.rows
+
+    def slow(root, task):
+        monkeypatch.setattr(phantoms, "rows", rows)
+        open_packs("phantoms", 16, crop=1)                     # another process, at the same time
+        return rows(root, task)
+    monkeypatch.setattr(phantoms, "rows", slow)
+    assert open_packs("phantoms", 16, crop=1)[0].split["train"] == range(4)
+
+
 def test_nothing_to_train_on(tmp_path):
     for rows in [], rows_of(3, "val"), [row._replace(skip="excluded") for row in rows_of(3)]:
         with pytest.raises(UserError, match="no training rows"):
@@ -351,15 +395,16 @@ def test_an_interrupt_leaves_nothing(tmp_path):
     assert "Traceback" not in said and listing(tmp_path / "packs") == []
 
 
-def test_damage_is_found(records, tmp_path):
+def test_a_sheet_of_a_damaged_pack(records, tmp_path):
+    """A line that names another picture: its length is right, so the pack opens."""
     out = tmp_path / "pack"
     packed(records, out)
-    pixels = bytearray((out / "images.bin").read_bytes())
-    pixels[100] ^= 1
-    (out / "images.bin").write_bytes(pixels)
-    damaged = Pack(out)   # its size is right
-    with pytest.raises(UserError, match="images.bin does not have the check sum"):
-        damaged.verify()
+    sheet = prepare.contact_sheet(Pack(out))
+    lines = (out / "samples.jsonl").read_bytes()
+    (out / "samples.jsonl").write_bytes(lines.replace(b'"picture": 12,', b'"picture": 92,'))
+    assert prepare.contact_sheet(Pack(out)) == sheet           # what samples.npy says counts
+    with pytest.raises(UserError, match="samples.jsonl does not have the check sum"):
+        Pack(out).verify()
 
 
 # -------------------------------------------------------------------------------------- the command line
@@ -391,6 +436,12 @@ def test_command_line(records, tmp_path, capsys):
     in_a_file = out / "meta.json" / "pack"
     assert "cannot be written" in refused(capsys, "table", "--root", records, "--out", in_a_file)
     assert "train/radiology" in refused(capsys, "roco", "--root", records, "--out", new)
+
+    def forbidden(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "iterdir", forbidden)
+        assert "records: Permission denied" in refused(capsys, "table", "--root", records, "--out", new)
     for wrong in ["nonsense"], ["table", "--size", "0"], ["table", "--task", "x"]:
         with pytest.raises(SystemExit) as end:
             prepare.main(wrong)
@@ -406,6 +457,8 @@ def test_exclude_knows_pictures_by_their_names(tmp_path):
     assert [row.skip for row in rows] == ["excluded", None, "excluded", None]
     with pytest.raises(UserError, match="no folder"):
         list(prepare.excluding([], tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="none of the pictures is in"):       # that of the data set, say
+        list(prepare.excluding([Row("train", Path("synpic3.jpg"), "text")], tmp_path))
 
 
 # --------------------------------------------------------------------------------------------- the readers
@@ -429,6 +482,9 @@ def test_a_table_without_splits_is_split_by_picture(tmp_path):
     assert all(row.split == splits[row.picture] for row in rows)
     share = {split: list(splits.values()).count(split) / 2000 for split in SPLITS}
     assert abs(share["val"] - 0.1) < 0.02 and abs(share["test"] - 0.1) < 0.02
+    (tmp_path / "t.csv").write_text("\n".join(["file,text"] + [f"./{line}" for line in lines]))
+    again = list(table.rows(tmp_path, "pretrain"))             # the same pictures, spelled otherwise
+    assert [row.split for row in again] == [row.split for row in rows]
     assert [round(draw(f"{i}.png"), 6) for i in range(3)] == [0.059171, 0.579619, 0.201021]   # for ever
 
 

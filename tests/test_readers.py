@@ -107,7 +107,7 @@ def test_vqa_rad(tmp_path):
     assert all(bool(row.skip) == (row.split == "test") for row in captions)
 
 
-def test_vqa_rad_uses_a_valset_unless_it_is_the_test_set(tmp_path, capsys):
+def test_vqa_rad_uses_a_valset_unless_it_is_a_copy(tmp_path, capsys):
     rad_miniature(tmp_path)
     held_out = list(vqa_rad.rows(tmp_path, "vqa"))
     write(tmp_path / "valset.json", [rad_entry(qid) for qid in range(500, 505)])
@@ -117,7 +117,20 @@ def test_vqa_rad_uses_a_valset_unless_it_is_the_test_set(tmp_path, capsys):
 
     write(tmp_path / "valset.json", json.loads((tmp_path / "testset.json").read_text()))
     assert list(vqa_rad.rows(tmp_path, "vqa")) == held_out
-    assert "valset.json is not used, 10 of its 10 questions" in capsys.readouterr().err
+    assert "not used, 10 of its 10 questions are those of testset.json" in capsys.readouterr().err
+    write(tmp_path / "valset.json", json.loads((tmp_path / "trainset.json").read_text())[:7])
+    assert list(vqa_rad.rows(tmp_path, "vqa")) == held_out
+    assert "not used, 7 of its 7 questions are those of trainset.json" in capsys.readouterr().err
+
+
+def test_vqa_rad_leaves_a_test_question_out_of_the_captions_wherever_it_stands(tmp_path):
+    rad_miniature(tmp_path)
+    train = json.loads((tmp_path / "trainset.json").read_text())
+    twin = rad_entry(900, 2.5, " Open") | {"qid": 300}                                # as one of the test set
+    write(tmp_path / "trainset.json", [*train, twin])
+    captions = [row for row in vqa_rad.rows(tmp_path, "pretrain") if "finding 900 " in row.text]
+    assert len(captions) == 2 and all(row.skip for row in captions)
+    assert not any(row.skip for row in vqa_rad.rows(tmp_path, "vqa"))
 
 
 @pytest.mark.parametrize("content, sentence", [
@@ -343,6 +356,8 @@ def test_real_vqa_rad():
     assert all(row.answer and row.group for row in rows) and {row.closed for row in rows} == {True, False}
     assert len({row.picture for row in rows}) == 314 and all(row.picture.is_file() for row in rows)
     assert 0.08 < sum(row.split == "val" for row in rows) / 3064 < 0.12
+    left_out = [row.split for row in vqa_rad.rows(REAL / "vqa_rad", "pretrain") if row.skip]
+    assert len(left_out) == 451 + 22                       # 14 stand in the training file, too, some twice
 
 
 @needs(not (REAL / "vqa_med_2019").is_dir())

@@ -201,7 +201,8 @@ def test_a_signal_ends_the_step_and_saves(pack, tmp_path, number):
     assert 3 <= step < 300 and len(logged(out)) == step
 
 
-def test_a_second_signal_stops_at_once(pack, tmp_path):
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_stops_at_once(pack, tmp_path, first):
     """While the step goes on (it sleeps here for a minute), the second signal ends the process."""
     def slow():
         loop.StopSignal.agree = lambda *_: (tmp_path / "in the step").touch() or time.sleep(60)
@@ -209,8 +210,8 @@ def test_a_second_signal_stops_at_once(pack, tmp_path):
     pid = forked("--data", pack, "--out", tmp_path / "run", "--steps", 9, prepare=slow)
     while not (tmp_path / "in the step").exists():
         time.sleep(0.01)
-    for _ in range(2):
-        os.kill(pid, signal.SIGTERM)
+    for number in first, signal.SIGTERM:
+        os.kill(pid, number)
         time.sleep(0.5)
     assert ended(pid) == -signal.SIGTERM
 
@@ -351,7 +352,7 @@ def test_a_bad_gradient_of_one_process_skips_the_step_on_all(pack, tmp_path):
     pids = together(tmp_path, "--data", pack, "--steps", 4, "--out", tmp_path / "run", "--test_samples", 0,
                     prepare=spoiled)
     assert [ended(pid) for pid in pids] == [0, 0]
-    assert [line["skipped"] for line in logged(tmp_path / "run")] == [0, 1, 1, 1]
+    assert [line["skipped"] for line in logged(tmp_path / "run")] == [0, 1, 0, 0]
     one, two = (torch.load(tmp_path / f"model{rank}") for rank in range(2))
     assert all(torch.equal(one[name], two[name]) and one[name].isfinite().all() for name in one)
 
@@ -450,7 +451,7 @@ def test_gradients_that_are_not_finite_skip_and_then_stop(pack, tmp_path, monkey
     flags = ["--data", pack, "--eval_every", 1000, "--test_samples", 0]
     monkeypatch.setattr(loop, "learner", poisoned({2, 3, 4}))
     started(monkeypatch, *SMALL, *flags, "--out", tmp_path / "some", "--steps", 6)
-    assert [line["skipped"] for line in logged(tmp_path / "some")] == [0, 1, 2, 3, 3, 3]
+    assert [line["skipped"] for line in logged(tmp_path / "some")] == [0, 1, 1, 1, 0, 0]
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "some")["model"].values())
 
     monkeypatch.setattr(loop, "learner", poisoned(range(3, 99)))

@@ -43,7 +43,7 @@ def test_what_has_finished_is_kept_and_what_fails_is_named(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", tables.TABLES)
-def test_rows_of_a_table_differ_in_their_start_alone(name, monkeypatch):
+def test_rows_of_a_table_are_commands_that_the_scripts_take(name, monkeypatch):
     args = argparse.Namespace(vqa_rad="a folder", medpix="another", text="a third")
     cells = {(task, row): run for task, row, run in tables.TABLES[name](args, 0)}
     more = {"vqa_rad": {"from scratch, text encoder of --text"}, "medpix": {"zero-shot"}}.get(name, set())
