@@ -76,8 +76,8 @@ class Sheet:
 
 
 def front(model, samples, path):
-    """The first test sample with a finding of each kind: original, masked, reconstructed; its caption, green
-    where a hidden word was found, red where not."""
+    """Of each kind the first test sample whose caption tells a finding by "with": original, masked,
+    reconstructed; its caption, green where a hidden word was found, red where not."""
     kinds = sorted(samples.packs[0].meta["groups"])
     batch = chunk(samples, [first(samples, lambda line: line["group"] == kind and " with " in line["text"])
                             for kind in kinds])

@@ -35,9 +35,9 @@ from m3ae_mini.data import Samples, load, validation_chunks
 from m3ae_mini.text import Tokenizer
 from test_data import CAPTIONS, bert_tokenizer
 from test_prepare import medpix_entry, roco_miniature, write_lines
-from test_readers import MELINDA, med_miniature, rad_entry, rad_miniature, slake_entry, write_csv
+from test_readers import MELINDA, med_miniature, rad_miniature, slake_entry, write_csv
 from test_train import SMALL
-from test_weights import hugging_face, released, safetensors, saved
+from test_weights import hugging_face, released, saved
 
 SECONDS = 20                           # of work for one mutation, a hundred times what a whole file takes
 MEMORY = 2 ** 30                       # bytes of address space beyond what the process has before

@@ -239,6 +239,11 @@ def test_damage_is_named_and_the_other_checkpoint_taken(pack, tmp_path, monkeypa
     assert "last.pt is damaged" in said.err and f"steps 3 to 4, from {out / 'prev.pt'}" in said.out
     assert equal(weights(out), whole)
 
+    for name in "last.pt", "prev.pt":
+        (out / name).write_bytes(b"PK nothing")
+    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+        started(monkeypatch, *SMALL, *flags, "--out", out, "--resume")
+
 
 @pytest.mark.parametrize("renames, name", [(1, "new.pt"), (2, "new.pt"), (3, "last.pt")])
 def test_a_kill_between_the_renames(pack, tmp_path, renames, name):

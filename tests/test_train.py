@@ -128,24 +128,6 @@ def test_resume_equals_a_run_that_never_stopped(pack, tmp_path, monkeypatch):
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
 
-def test_resume_takes_prev_when_last_is_damaged(pack, tmp_path, monkeypatch, capsys):
-    flags = [*SMALL, "--data", pack, "--steps", 4, "--save_every", 2, "--out", tmp_path / "run"]
-    started(monkeypatch, *flags)
-    weights = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
-    content = bytearray((tmp_path / "run" / "last.pt").read_bytes())
-    content[len(content) // 2] ^= 1
-    (tmp_path / "run" / "last.pt").write_bytes(content)
-    started(monkeypatch, *flags, "--resume")
-    assert "last.pt is damaged" in capsys.readouterr().err
-    again = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
-    assert all(torch.equal(weights[name], again[name]) for name in weights)
-
-    for name in ("last.pt", "prev.pt"):
-        (tmp_path / "run" / name).write_bytes(b"PK nothing")
-    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
-        started(monkeypatch, *flags, "--resume")
-
-
 @pytest.mark.parametrize("off", ["", "mlm", "mim", "itm", "mlm mim", "mlm itm", "mim itm"])
 def test_every_combination_of_losses_trains(pack, tmp_path, monkeypatch, off):
     flags = [flag for name in off.split() for flag in (f"--{name}", 0)]
