@@ -195,7 +195,8 @@ def compare(cfg, args):
 
 def operations(way, cfg, args):
     """Floating-point operations of a step's matrix products, forward and backward, counted on shapes without
-    numbers. Attention is not fused here, which multiplies as much: the counter knows no fused CPU kernel."""
+    numbers; what --recompute does twice counts once. Attention is not fused here, which multiplies as much:
+    the counter knows no fused CPU kernel."""
     batch = {name: tensor.to("meta") for name, tensor in noise(cfg, args.batch_size, args).items()}
     with mock.patch.object(trunk, "attend", plain_attention), FlopCounterMode(display=False) as counter:
         WAYS[way](on_meta(cfg), batch)["loss"].backward()
