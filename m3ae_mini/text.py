@@ -51,7 +51,7 @@ class Tokenizer:
     @classmethod
     def choose(cls, train_cfg, run_cfg, texts):
         """The tokenizer asked for, else this run's, else that of the weights, else one trained on `texts`."""
-        start, text = train_cfg.init.removeprefix("none"), train_cfg.init_text
+        start, text = "" if train_cfg.init == "none" else train_cfg.init, train_cfg.init_text
         folders = run_cfg.out, text, start, os.path.dirname(os.path.abspath(start)) if start else ""
         there = [folder for folder in folders if folder and os.path.isfile(f"{folder}/tokenizer.json")]
         asked = run_cfg.tokenizer or next(iter(there), None)

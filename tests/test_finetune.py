@@ -325,6 +325,9 @@ def test_a_checkpoint_without_its_tokenizer(packs, pretrained, tmp_path, monkeyp
     monkeypatch.chdir(pretrained)                            # there it stands beside it
     started(monkeypatch, "vqa", *flags, "--init", "best.pt", "--out", tmp_path / "run")
     assert (tmp_path / "run" / "tokenizer.json").read_bytes() == Path("tokenizer.json").read_bytes()
+    monkeypatch.chdir(tmp_path)                              # a name that begins as "none" does
+    Path("nonesuch").symlink_to(pretrained)
+    started(monkeypatch, "vqa", *flags, "--init", "nonesuch", "--out", tmp_path / "such")
 
 
 def test_another_tokenizer_than_the_checkpoints(packs, pretrained, tmp_path, monkeypatch):
