@@ -76,8 +76,7 @@ def main():
     torch.manual_seed(train_cfg.seed)
     model = M3AE(cfg)
     if sources and not checkpoint:
-        table = weights.start(model, sources)
-        print(table) if place.main else None
+        place.say(weights.start(model, sources))
     net, optimizer, scaler, step, best = loop.learner(model, train, train_cfg, run_cfg, place, checkpoint)
     log = loop.Log(out, step) if place.main else None
     del sources, make                  # they hold what was loaded
@@ -151,7 +150,7 @@ def main():
     bar.close()
 
     if stopping and step < train_cfg.steps:
-        return print(f"stopped after step {step:,}; go on with --resume") if place.main else None
+        return place.say(f"stopped after step {step:,}; go on with --resume")
     if run_cfg.test_samples:
         state = loop.load_checkpoint(place.from_main(lambda: out / "best.pt"))   # once that process wrote it
         model.load_state_dict(state["model"])

@@ -51,8 +51,7 @@ def main():
     torch.manual_seed(train_cfg.seed)
     model = M3AE(cfg)
     if sources and not checkpoint:
-        table = weights.start(model, sources)
-        print(table) if place.main else None
+        place.say(weights.start(model, sources))
     net, optimizer, scaler, step, best = loop.learner(model, train, train_cfg, run_cfg, place, checkpoint)
     log = loop.Log(out, step) if place.main else None
     del sources, make                                                          # they hold what was loaded
@@ -128,7 +127,7 @@ def main():
     bar.close()
 
     if stopping and step < train_cfg.steps:
-        print(f"stopped after step {step:,}; go on with --resume") if place.main else None
+        place.say(f"stopped after step {step:,}; go on with --resume")
     elif run_cfg.test_samples and any(len(pack.split["test"]) for pack in train.packs):
         report(model, train, run_cfg.test_samples, place, out)
 

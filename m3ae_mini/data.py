@@ -6,6 +6,7 @@ device on a stream of its own; the batch is normalised there. Which sample stand
 it follows from the step number alone (masking.py), so there is no state to save."""
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from itertools import islice
 
 import numpy as np
@@ -155,17 +156,12 @@ def normalise(image):
 def training_chunks(samples, train_cfg, start, rank=0, world=1):
     """The chunks of process `rank` from step `start` on: (step, chunk, sample numbers (micro_batch,)). Sample
     n of the one global stream is step · batch + its place; epochs follow on, nothing is dropped."""
-    order, known = None, None
+    order = lru_cache(1)(lambda epoch: masking.epoch_order(train_cfg.seed, epoch, samples.n))
     for step in range(start, train_cfg.steps):
         for chunk in range(rank, train_cfg.batch_size // train_cfg.micro_batch, world):
             first = step * train_cfg.batch_size + chunk * train_cfg.micro_batch
-            numbers = []
-            for n in range(first, first + train_cfg.micro_batch):
-                if n // samples.n != known:
-                    known = n // samples.n
-                    order = masking.epoch_order(train_cfg.seed, known, samples.n)
-                numbers.append(order[n % samples.n])
-            yield step, chunk, np.array(numbers)
+            places = range(first, first + train_cfg.micro_batch)
+            yield step, chunk, np.array([order(n // samples.n)[n % samples.n] for n in places])
 
 
 def validation_chunks(samples, limit, rank=0, world=1):

@@ -97,6 +97,11 @@ class Place:
         """Matrix products in self.dtype; a context that does nothing for float32."""
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
+    def say(self, text):
+        """Print it, once for all processes."""
+        if self.main:
+            print(text)
+
     def from_main(self, make):
         """make() on the main process; its result, or its UserError, on every process."""
         try:
@@ -315,12 +320,12 @@ def learner(model, train, train_cfg, run_cfg, place, checkpoint):
                                   betas=(0.9, train_cfg.beta2), fused=place.device.type != "mps")
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
     step, best = restore(checkpoint, model, optimizer, scaler) if checkpoint else (0, -math.inf)
-    recompute(model) if run_cfg.recompute else None
+    if run_cfg.recompute:
+        recompute(model)
     net = torch.compile(model) if run_cfg.compile else model
     if place.world > 1:
         net = DistributedDataParallel(net, gradient_as_bucket_view=True, broadcast_buffers=False)
-    if place.main:
-        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters on {place.world} × "
+    place.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters on {place.world} × "
               f"{place.device.type} in {str(place.dtype)[6:]}; steps {step:,} to {train_cfg.steps:,}"
               + (f", from {checkpoint}" if checkpoint else ""))
     return net, optimizer, scaler, step, best

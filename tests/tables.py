@@ -180,12 +180,16 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=TABLES)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, … [3]")
+    parser.add_argument("--tasks", nargs="+", choices=("vqa", "cls", "irtr"), default=("vqa", "cls", "irtr"),
+                        help="the part of the table that these tasks give [all of it]")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once [one a core]")
     for name in "vqa_rad", "medpix":
         parser.add_argument(f"--{name}", metavar="DIR", help="the folder of this data set")
     parser.add_argument("--text", metavar="DIR", help="vqa_rad: a Hugging Face folder, for one more row")
     args, start = parser.parse_args(), time.perf_counter()
-    cells = [cell for seed in range(args.seeds) for cell in TABLES[args.name](args, seed)]
+    cells = [cell for seed in range(args.seeds) for cell in TABLES[args.name](args, seed)
+             if cell[0] in args.tasks]
+    need(cells, f"the table {args.name} has no row of {', '.join(args.tasks)}: leave --tasks out")
     make_all([run for _, _, run in cells], args.jobs)
     text, found = as_table(cells)
     (ROOT / OUT / f"{args.name}.md").write_text(text)

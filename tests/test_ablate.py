@@ -114,6 +114,34 @@ def test_what_a_hidden_word_knows(name, mixes, code_of, small_config, random_bat
     assert torch.equal(*logits) != mixes
 
 
+def test_contrast_tells_pairs_from_other_rows(code_of, small_config):
+    """Without a fusion: little loss where pairs are alike, much where rows are swapped; twins don't count."""
+    contrast = objectives_by("contrastive", code_of).Contrastive(small_config())
+    rows = torch.eye(4, 64)[:, None]                                           # (B, 1, D)
+    for linear in contrast.text, contrast.image:
+        linear.weight.data = torch.eye(64)
+    batch = {"text_ids": torch.arange(4)[:, None]}
+    assert contrast(None, batch, rows, rows)["itc_loss"] < 1e-4
+    assert contrast(None, batch, rows, rows.roll(1, dims=0))["itc_loss"] > 10
+    twins = {"text_ids": torch.tensor([[7], [7], [8], [9]])}
+    left_out = contrast(None, twins, rows, rows)["itc_logits"].isinf().nonzero().tolist()
+    assert left_out == [[0, 1], [1, 0]]
+
+
+def test_pixels_are_restored_as_they_were_before_they_were_perturbed(code_of, small_config, random_batch):
+    cfg = small_config()
+    torch.manual_seed(0)
+    model, batch, seen = objectives_by("perturbed_input", code_of).M3AE(cfg), random_batch(cfg), []
+    mim, encode = model.objectives["mim"], model.encode_image
+    model.encode_image = lambda image, noise: seen.append(image) or encode(image, noise)
+    for training in True, False:
+        model.train(training)
+        out = mim(model, batch, model.encode_text(batch["text_ids"], batch["text_mask"]), None)
+        error = (out["mim_pred"] - mim.target(batch["image"], cfg)).square().mean(-1)[out["mim_hidden"] == 1]
+        assert torch.isclose(out["mim_loss"], error.mean())
+        assert torch.equal(seen[-1], batch["image"]) != training
+
+
 def test_a_table_holds_what_has_finished(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(ablate, "ROOT", tmp_path)

@@ -156,7 +156,8 @@ def test_each_task_learns_what_is_its_own(pretrained, tmp_path, monkeypatch):
     packed(rows, tmp_path / "pack", "cls", folder)
     for task, choices in ("cls", sorted(FINDINGS)), ("vqa", ["yes", "no"]):
         out = tmp_path / task
-        started(monkeypatch, task, "--data", tmp_path / "pack", "--init", pretrained, "--out", out, "--steps", 1)
+        flags = "--data", tmp_path / "pack", "--init", pretrained, "--out", out, "--steps", 1
+        started(monkeypatch, task, *flags)
         assert json.loads((out / "config.json").read_text())["data"]["choices"] == choices
 
 

@@ -339,7 +339,8 @@ def test_an_interrupt_between_the_renames(records, tmp_path, monkeypatch):
 def test_what_a_killed_preparation_left_is_named(records, tmp_path, capsys):
     (tmp_path / "pack.tmp-1").mkdir()
     packed(records, tmp_path / "pack")
-    assert "pack.tmp-1 is of another preparation: if that one was killed, remove it" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "pack.tmp-1 is of another preparation: if that one was killed, remove it" in told
 
 
 def test_phantoms_drawn_twice_at_once_are_one_pack(tmp_path, monkeypatch):
