@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from data.pack import open_packs
-from data.prepare import open_picture, square
+from data.prepare import clean, open_picture, square
 from m3ae_mini import M3AE, ModelConfig, loop, masking, metrics, pictures, weights
 from m3ae_mini.config import RunConfig, TrainConfig, UserError, need, opt, parse
 from m3ae_mini.data import VAL_SEED, Samples, load, normalise, numbered, training_chunks, validation_chunks
@@ -50,7 +50,7 @@ def main():
     configs = ModelConfig, TrainConfig, RunConfig, TaskConfig
     cfg, train_cfg, run_cfg, task_cfg, args = parse(__doc__, configs, add)
     if args.predict:
-        return predict(train_cfg.init, *args.predict)
+        return predict(cfg.task, train_cfg.init, *args.predict)
     run_cfg = replace(run_cfg, out=args.out or f"runs/{cfg.task}")
     out = Path(run_cfg.out)
 
@@ -69,8 +69,8 @@ def main():
     mean = mean_picture(train, place.device) if task_cfg.blind else None       # (3, S, S) or None
     if place.main:
         loop.write_whole(out / "tokenizer.json", lambda file: file.write(tokenizer.json.encode()))
-        print(f"{train.n:,} training and {val.n:,} validation samples; {train.cut:,} texts of more than "
-              f"{cfg.max_text_len} tokens are cut" + (f"; {len(choices):,} choices" if choices else ""))
+        print(f"{train.n:,} training and {val.n:,} validation samples; {train.cut + val.cut + test.cut:,} "
+              f"texts of more than {cfg.max_text_len} tokens are cut; choices: {len(choices):,}")
 
     # ------------------------------------------------------------------------------------ the model
     torch.manual_seed(train_cfg.seed)
@@ -134,15 +134,14 @@ def main():
         pause = time.perf_counter()
         if step % run_cfg.eval_every == 0 or last:
             found = evaluate(model, val, choices, mean, place, run_cfg.eval_samples)
-            score = found["score"]
             if place.main:
                 log.write(step, "val", **found)
                 shown = "  ".join(f"{name} {value:.4g}" for name, value in found.items() if " " not in name)
                 tqdm.write(f"step {step:,}  {shown}")
                 pictures.curves(log.lines(), out / "pictures" / "curves.png")
-                if score > best:
+                if found["score"] > best:
                     loop.save(out / "best.pt", model, step)
-            best = max(best, score)
+            best = max(best, found["score"])
 
         if (step % run_cfg.save_every == 0 or last or stopping) and place.main:
             loop.save_checkpoint(out, model, optimizer, scaler, step, best)
@@ -152,15 +151,15 @@ def main():
     if stopping and step < train_cfg.steps:
         return place.say(f"stopped after step {step:,}; go on with --resume")
     if run_cfg.test_samples:
-        state = loop.load_checkpoint(place.from_main(lambda: out / "best.pt"))   # once that process wrote it
+        best = place.from_main(partial(loop.whole_checkpoint, out, "best.pt", "last.pt"))
+        state = loop.load_checkpoint(best)
         model.load_state_dict(state["model"])
         report(model, test, choices, mean, place, run_cfg, state["step"])
 
 
 def prepare(cfg, train_cfg, run_cfg, task_cfg, sources):
-    """Open the packs and the tokenizer and fit the configuration to them -> the samples of the three
-    splits, the names of the answers or classes (none in retrieval), tokenizer, configuration. UserError
-    where they, or the weights to start from, don't fit each other."""
+    """Open the packs and the tokenizer, fit the configuration to them -> the samples of three splits, answers
+    or classes (none in retrieval), tokenizer, configuration. UserError where these or the weights misfit."""
     packs = open_packs(run_cfg.data, cfg.image_size, train_cfg.crop, cfg.task)
     texts = (line["text"] for pack in packs for line in pack.lines("train"))
     tokenizer = Tokenizer.choose(train_cfg, run_cfg, texts)
@@ -173,6 +172,8 @@ def prepare(cfg, train_cfg, run_cfg, task_cfg, sources):
     cfg = replace(cfg, vocab_size=tokenizer.vocab_size, text_kind=tokenizer.kind,
                   **({number: len(choices)} if number else {}))
     cfg.check()
+    need(learned(train_cfg.init, cfg.task) in (None, choices), f"{train_cfg.init} has learned other answers "
+         "or classes: start from the run that it was started from")
     weights.check(cfg, sources)
     index = {choice: i for i, choice in enumerate(choices)}
     splits = []
@@ -184,6 +185,16 @@ def prepare(cfg, train_cfg, run_cfg, task_cfg, sources):
             samples.labels = np.array([next(right, -1) for right in known])
         splits.append(samples)
     return *splits, choices, tokenizer, cfg
+
+
+def learned(run, task):
+    """The answers or classes that a run has learned for a task, as its config.json tells, or None."""
+    try:
+        told = json.loads((Path(run) / "config.json").read_text())
+        fits = told["model"]["task"] == task and not told["task"]["blind"]
+        return [str(name) for name in told["data"]["choices"]] if fits else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def truth(line, task):
@@ -254,7 +265,7 @@ def retrieval(model, samples, mean, place, limit):
     numbers = np.concatenate([chunk for _, _, chunk in validation_chunks(samples, limit)])        # (n,)
     picture = numbered((which, int(samples.packs[which].samples["picture"][row]))
                        for which, row in samples.where[numbers])                                  # (n,)
-    text = numbered(samples.text(n).tobytes() for n in numbers)                                   # (n,)
+    text = numbered(samples.text(n)[:samples.cfg.max_text_len - 2].tobytes() for n in numbers)    # (n,)
     _, first_picture = np.unique(picture, return_index=True)                                      # (P,)
     _, first_text = np.unique(text, return_index=True)                                            # (Q,)
 
@@ -273,8 +284,7 @@ def retrieval(model, samples, mean, place, limit):
 
         own = np.arange(place.rank, len(first_picture), place.world)                     # this process's
         scores = torch.zeros(len(texts), len(first_picture), device=place.device)                 # (Q, P)
-        bar = tqdm(total=len(own) * len(texts), desc="pairs", leave=False, disable=not place.main,
-                   dynamic_ncols=True)
+        bar = tqdm(total=len(own) * len(texts), desc="pairs", leave=False, disable=not place.main)
         for start, batch in zip(range(0, len(own), PAIRS), batches(numbers[first_picture[own]])):
             shown = batch["image"] if mean is None else mean.expand_as(batch["image"])
             for p, image in zip(own[start:start + PAIRS], model.encode_image(shown)):             # (1+L, D)
@@ -299,24 +309,20 @@ def report(model, test, choices, mean, place, run_cfg, step):
         return
     loop.Log(run_cfg.out, math.inf).write(step, "test", **found)
     print(f"\nOn {min(run_cfg.test_samples, test.n):,} test samples (step {step:,}):")
+    del found["score"]
     for name, value in found.items():
-        if name != "score":
-            print(f"  {NAMES.get(name, name):32}{value:7.1%}")
+        print(f"  {NAMES.get(name, name):32}{value:7.1%}")
 
 
 # ---------------------------------------------------------------------------------------------- prediction
 
 @torch.no_grad()
-def predict(run, picture, text):
+def predict(task, run, picture, text):
     """Print the five likeliest answers of a fine-tuned run for a picture and a question, and save the picture
     with the text's attention over it among the run's pictures."""
-    run, picture = Path(run), Path(picture)
-    try:
-        choices = [str(name) for name in json.loads((run / "config.json").read_text())["data"]["choices"]]
-        tokenizer, (cfg, state) = Tokenizer.load(run), weights.load_m3ae(run)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{run} is no run of finetune.py: give one by --init") from None
-    need(cfg.task in RIGHT, f"{run} has learned {cfg.task}, which predicts nothing: give a run of vqa or cls")
+    run, picture, text, choices = Path(run), Path(picture), clean(text), learned(run, task)
+    need(choices, f"{run} is no run of finetune.py {task} that saw pictures: give one by --init")
+    tokenizer, (cfg, state) = Tokenizer.load(run), weights.load_m3ae(run)
     try:
         pixels = np.array(square(open_picture(picture), cfg.image_size).convert("RGB"))         # (S, S, 3)
     except Exception as error:         # Pillow's formats raise all kinds on a damaged file
@@ -325,8 +331,8 @@ def predict(run, picture, text):
     model = M3AE(cfg).eval()
     model.load_state_dict(state)
     (body, _), = tokenizer.encode([text])
-    need(len(body) <= cfg.max_text_len - 2,
-         f"the text has {len(body)} tokens, {cfg.max_text_len - 2} can be read: shorten it")
+    need(0 < len(body) <= cfg.max_text_len - 2,
+         f"the text has {len(body)} tokens, 1 to {cfg.max_text_len - 2} can be read: write another")
     ids = torch.tensor([[tokenizer.cls_id, *body, tokenizer.sep_id]])                             # (1, T)
     image = normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None])                          # (1, 3, S, S)
     batch = {"image": image, "text_ids": ids, "text_mask": torch.ones_like(ids),
@@ -335,7 +341,8 @@ def predict(run, picture, text):
     likely = (logits.sigmoid() if cfg.task == "vqa" else logits.softmax(0)).topk(min(5, len(choices)))
     for share, i in zip(likely.values.tolist(), likely.indices.tolist()):
         print(f"{share:7.1%}  {choices[i]}")
-    out = run / "pictures" / f"{picture.stem[:99]}-attention.png"
+    out = run / "pictures" / f"{picture.stem[:60]}-attention.png"
+    out.parent.mkdir(exist_ok=True)
     pictures.attention(model, batch, tokenizer.words(ids[0]), out)
     print(f"attention: {out}")
 

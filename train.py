@@ -44,8 +44,8 @@ def main():
     checkpoint = place.from_main(lambda: loop.open_run(run_cfg, settings, place))  # --gpus starts torchrun
     if place.main:
         loop.write_whole(out / "tokenizer.json", lambda file: file.write(tokenizer.json.encode()))
-        print(f"{train.n:,} training and {val.n:,} validation samples; {train.cut:,} captions of more than "
-              f"{cfg.max_text_len} tokens are cut; vocabulary {cfg.vocab_size:,}")
+        print(f"{train.n:,} training and {val.n:,} validation samples; {train.cut + val.cut:,} captions of "
+              f"more than {cfg.max_text_len} tokens are cut; vocabulary {cfg.vocab_size:,}")
 
     # ------------------------------------------------------------------------------------ the model
     torch.manual_seed(train_cfg.seed)
@@ -75,9 +75,8 @@ def main():
                 with place.autocast():
                     losses = net(batch)
                 scaler.scale(losses["loss"] / chunks).backward()
-            for name in losses:
-                if name.endswith("loss"):
-                    sums[name] = sums.get(name, 0) + losses[name].detach()
+            for name in [name for name in losses if name.endswith("loss")]:
+                sums[name] = sums.get(name, 0) + losses[name].detach()
 
         # Step. A gradient that is not finite is the same on all processes by now, so all of them skip it.
         scaler.unscale_(optimizer)
@@ -168,12 +167,11 @@ def figures(model, batch):
     own = torch.arange(len(batch["image"]), device=batch["image"].device)     # (B,)
     other, kin = batch["other_index"], batch["kin_index"]                     # (B,) each
     text = model.encode_text(batch["text_ids"], batch["text_mask"])           # (B, T, D)
-    image = model.encode_image(batch["image"])                                # (B, 1+L, D)
-    sums = {}
+    sums, image = {}, model.encode_image(batch["image"])                      # (B, 1+L, D)
 
     if "mlm" in model.objectives:
         def restored(index):
-            out = model.objectives["mlm"](model, batch, None, image.index_select(0, index))
+            out = model.objectives["mlm"](model, batch, text, image.index_select(0, index))
             return out, (out["mlm_logits"].argmax(-1) == out["mlm_targets"])  # (M,)
 
         out, right = restored(own)
@@ -190,7 +188,7 @@ def figures(model, batch):
     if "mim" in model.objectives:
         def error(index):
             swapped = batch | {"text_mask": batch["text_mask"].index_select(0, index)}
-            out = model.objectives["mim"](model, swapped, text.index_select(0, index), None)
+            out = model.objectives["mim"](model, swapped, text.index_select(0, index), image)
             target = MIM.target(batch["image"], model.cfg)
             return (out["mim_pred"] - target).square().mean(-1), out["mim_hidden"].bool()   # (B, L) each
 
@@ -211,12 +209,16 @@ def figures(model, batch):
             partner = index != own                                            # (B,)
             both = (right.float() + (~says_match(index)[0]).float()) / 2
             sums[f"itm_acc_{name}"] = metrics.tally(both, partner)
+
+    for name in model.objectives.keys() - {"mlm", "mim", "itm"}:              # of your own: its loss alone
+        loss = model.objectives[name](model, batch, text, image)[f"{name}_loss"]
+        sums[f"{name}_loss"] = torch.stack([loss * len(own), loss.new_tensor(len(own))])
     return sums
 
 
 def report(model, train, limit, place, out):
     """The best checkpoint on the test split, each figure beside what ignorance gives. train: its Samples."""
-    best = loop.load_checkpoint(place.from_main(lambda: out / "best.pt"))  # once the main process wrote it
+    best = loop.load_checkpoint(place.from_main(partial(loop.whole_checkpoint, out, "best.pt", "last.pt")))
     model.load_state_dict(best["model"])
     cfg, test = train.cfg, Samples(train.packs, "test", train.tokenizer, train.cfg, train.train_cfg)
     found = evaluate(model, test, place, limit)

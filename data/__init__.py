@@ -59,8 +59,12 @@ def csv_records(path: Path, *columns: str) -> Iterator[tuple[int, dict[str, str]
     """(number of its last line, {column: field}) for every row of a CSV file whose header has `columns`."""
     table = csv.reader(lines(path), strict=True)
     try:
-        header = _with_keys(dict.fromkeys(next(table, [])), columns, f"{path}, line 1")
-        for values in filter(None, table):   # empty lines are left out
+        names = next(table, [])
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"{path}, line 1: the column '{twice[0]}' stands there twice: rename or remove "
+                            "one")
+        header = _with_keys(dict.fromkeys(names), columns, f"{path}, line 1")
+        for values in filter(any, table):   # empty lines are left out, and those of separators alone
             if len(values) != len(header):
                 raise UserError(f"{path}, line {table.line_num}: {len(values)} fields, not {len(header)}")
             yield table.line_num, dict(zip(header, values))
@@ -71,7 +75,7 @@ def csv_records(path: Path, *columns: str) -> Iterator[tuple[int, dict[str, str]
 def _json(text: str, path: Path, line: int) -> Any:
     """What the text, which begins at a line of the file, says in JSON."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=lambda name: None)      # NaN, as some write an empty cell
     except json.JSONDecodeError as error:
         line, why = line + error.lineno - 1, error.msg
     except RecursionError:

@@ -41,11 +41,12 @@ def normalise_answer(text: str) -> str:
 
 
 def question_row(split: str, picture: Path, record: dict, where: str, group: str | None = None) -> Row:
-    """The row of a record with "question", "answer" (text or a number) and "answer_type" (OPEN or CLOSED, in
-    any case, blanks around it). UserError, which begins with `where`, on anything else."""
+    """The row of a record with "question", "answer" (text or a number; "#" in it turns into a blank, as that
+    stands between alternatives in a pack) and "answer_type" (OPEN or CLOSED, in any case, blanks around it).
+    UserError, which begins with `where`, on anything else."""
     kind = str(record["answer_type"]).strip().upper()
     if kind not in ("OPEN", "CLOSED"):
         raise UserError(f"{where}: the answer_type is '{record['answer_type']}', it must be OPEN or CLOSED")
-    answer = None if record["answer"] is None else normalise_answer(str(record["answer"]))
+    answer = None if record["answer"] is None else normalise_answer(str(record["answer"]).replace("#", " "))
     question = "" if record["question"] is None else str(record["question"])
     return Row(split, picture, question, answer, closed=kind == "CLOSED", group=group)

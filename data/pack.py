@@ -136,12 +136,13 @@ class Pack:
     def tokens(self, tokenizer):
         """-> (offsets (N+1,), tokens (n,)), uint32, mapped from disk: sample r has
         tokens[offsets[r]:offsets[r+1]], each 2·id + 1 where a word starts, else 2·id. Made on first use and
-        kept in the pack under the tokenizer's hash."""
-        path, count = self.folder / f"tokens.{tokenizer.hash}.npy", len(self.samples)
+        kept in the pack, under a name that tells tokenizer and texts."""
+        path, count = self.token_file(tokenizer), len(self.samples)
         if path.is_file():
             with contextlib.suppress(UserError):
                 table = self.array(path.name, np.uint32)
-                if len(table) > count + 2 and zlib.crc32(table[:-1]) == table[-1]:
+                fits = len(table) > count + 2 and table[count] == len(table) - count - 2
+                if fits and zlib.crc32(table[:-1]) == table[-1]:
                     return table[:count + 1], table[count + 1:-1]
             print(f"warning: {path} is damaged or of an older form: made again", file=sys.stderr)
 
@@ -161,6 +162,11 @@ class Pack:
             finally:
                 beside.unlink(missing_ok=True)     # a disk that is full needs the room
         return table[:count + 1], table[count + 1:-1]
+
+    def token_file(self, tokenizer):
+        """Where `tokens` keeps what it made. Another pack's file, left or copied here, has another name."""
+        told = f"{tokenizer.hash} {self.files['samples.jsonl'][1]}"
+        return self.folder / f"tokens.{hashlib.sha256(told.encode('utf-8', 'replace')).hexdigest()[:16]}.npy"
 
     def verify(self):
         """Read every byte and compare the check sums of meta.json; UserError names the first damaged file."""

@@ -53,15 +53,23 @@ FORMATS = "BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP".split()
 def open_picture(path: Path) -> Image.Image:
     """The picture as it is meant to be seen, in mode L or RGB: turned as its EXIF says, grey of more than
     8 bits stretched from its own least and greatest value to 0 … 255, transparency over black, the rest
-    converted. Raises what Pillow raises on a damaged file, a truncated one, or one of over 89 megapixels."""
+    converted (colour of 16 bits keeps the upper 8). Raises what Pillow raises on a damaged file, a truncated
+    one, or one of over 89 megapixels; ValueError on several pictures in one file, and on 16 bits of grey
+    beside transparency, of which Pillow reads 8."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                  # odd tags, which no pixel depends on
         warnings.simplefilter("error", Image.DecompressionBombWarning)   # the 89 megapixels
         with Image.open(path, formats=FORMATS) as file:
+            if file.format != "MPO" and getattr(file, "n_frames", 1) > 1:      # MPO: a JPEG and its preview
+                raise ValueError(f"it holds {file.n_frames} pictures: export the one that is meant")
+            if any(str(tile[3]).startswith("LA;16") for tile in file.tile):
+                raise ValueError("it is of 16 bits with transparency: export it without transparency")
+            white_is_zero = getattr(file, "tag_v2", {}).get(262) == 0      # Pillow minds it at 8 bits alone
             picture = ImageOps.exif_transpose(file)   # decodes it whole
 
         if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-            return _stretched(np.asarray(picture, dtype=np.float64))
+            values = np.asarray(picture, dtype=np.float64)
+            return _stretched(-values if white_is_zero else values)
         if picture.has_transparency_data:
             black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
             picture = Image.alpha_composite(black, picture.convert("RGBA"))
@@ -184,15 +192,15 @@ def excluding(rows: Iterable[Row], folder: Path) -> Iterator[Row]:
     underscore of it: "MPX1007_synpic46719.png" of MedPix is "synpic46719.jpg" of VQA-RAD."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder} to exclude the pictures of")
-    stems, found = {file.stem for file in folder.iterdir()}, False
+    stems, found = {file.stem for file in folder.rglob("*")}, False
     for row in rows:
         stem = row.picture.stem if isinstance(row.picture, Path) else None
         known = stem is not None and (stem in stems or stem.rsplit("_", 1)[-1] in stems)
         found |= known
         yield row._replace(skip=row.skip or "excluded") if known else row
     if not found:
-        raise UserError(f"none of the pictures is in {folder}: give the folder that holds the picture files "
-                        "themselves, or leave --exclude out")
+        raise UserError(f"none of the pictures is in {folder} or below it: give the folder that holds the "
+                        "picture files, or leave --exclude out")
 
 
 def unusable(source: Any, root: Path | None) -> str | None:
@@ -344,9 +352,10 @@ def draft(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside `out` that takes its place when the block ends well and is removed when it does not.
     UserError where, without `overwrite`, somebody else's pack has appeared there by then."""
     place = out.resolve()   # behind a link, and with a name where `out` is "."
-    for other in place.parent.glob(f"{glob.escape(place.name)}.tmp-*"):
-        print(f"prepare: {other} is of another preparation: if that one was killed, remove it",
-              file=sys.stderr)
+    for kind, mend in (("tmp", "remove it"), ("old", f"remove it, or, where {out} is gone, rename it back")):
+        for other in place.parent.glob(f"{glob.escape(place.name)}.{kind}-*"):
+            print(f"prepare: {other} is of another preparation: if that one was killed, {mend}",
+                  file=sys.stderr)
     folder = place.with_name(f"{place.name}.tmp-{os.getpid()}")
     replaced = place.with_name(f"{place.name}.old-{os.getpid()}")
     try:
@@ -374,7 +383,8 @@ def contact_sheet(pack: Pack, count: int = 24, columns: int = 6, cell: int = 208
     samples = [pack.line(row) for row in numbers]
     captions = []   # lines of text
     for sample in samples:
-        facts = " · ".join(sample[key] for key in ("split", "group", "answer") if key in sample)
+        facts = " · ".join(sample[key] for key in ("split", "group", "answer", "label")
+                           if key in sample)
         captions.append(textwrap.wrap(facts, 32, max_lines=2, placeholder=" …")
                         + textwrap.wrap(sample["text"], 32, max_lines=9, placeholder=" …"))
 
@@ -444,7 +454,7 @@ def positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> None:
     if args.show:
-        out = args.out or args.show.with_name(f"{args.show.name}.png")
+        out = args.out or Path(f"{args.show.resolve()}.png")
         sheet = contact_sheet(Pack(args.show))
         try:
             sheet.save(out)
@@ -459,6 +469,8 @@ def run(args: argparse.Namespace) -> None:
 
     if args.name is None or args.out is None:
         raise UserError("give a data set's NAME and --out PACK, or --show PACK, or --verify PACK (--help)")
+    if args.size ** 2 > Image.MAX_IMAGE_PIXELS:
+        raise UserError(f"--size {args.size} is too large: use at most {int(Image.MAX_IMAGE_PIXELS ** 0.5)}")
     if args.root is None and args.name != "phantoms":
         raise UserError(f"say by --root where {args.name} lies")
     if args.root is not None and not args.root.exists():

@@ -5,7 +5,7 @@
 
 Columns: picture (or image, path, file), relative to the table's folder; text (or caption, question); and
 where you have them answer (in the spelling of data.answers; "#" stands between alternatives), closed (is it a
-yes/no question or a choice?), label, group (pictures of one kind), patient and split. Without a split the
+yes/no question or a choice?), label, group (pictures of one kind), patient and split. Without splits the
 patient decides, or where there is none the picture's name, the same way each time: one in ten goes to test,
 one in ten to val, the others to train."""
 import os
@@ -21,6 +21,7 @@ TEXT = "text", "caption", "question"
 SPLITS = {"train": "train", "training": "train",
           "val": "val", "valid": "val", "validation": "val", "dev": "val",
           "test": "test", "testing": "test"}
+COLUMNS = {*PICTURE, *TEXT, "answer", "closed", "label", "group", "patient", "split"}
 CLOSED = {"closed": True, "true": True, "yes": True, "1": True,
           "open": False, "false": False, "no": False, "0": False}
 
@@ -28,17 +29,22 @@ CLOSED = {"closed": True, "true": True, "yes": True, "1": True,
 def rows(root: Path, task: str) -> Iterator[Row]:
     """`root` is the table, or a folder that holds one. A malformed row is a UserError naming file and line.
     What a task needs of a row (an answer, a label) is looked for when it is packed."""
-    path = _table(root)
+    path, splits = _table(root), set()
     for number, fields in _fields(path):
         where = f"{path}, line {number}"
         picture, text = _first(fields, PICTURE, where), _first(fields, TEXT, where)
         if not picture:
             raise UserError(f"{where}: the picture's name is empty")
+        splits.add(bool(fields.get("split")))
+        if len(splits) > 1:
+            raise UserError(f"{where}: some rows have a split and some none: give it in all, or in none")
         answer = fields.get("answer")
-        if answer is not None:
-            answer = "#".join(filter(None, map(normalise_answer, answer.split("#"))))
+        if answer is not None:         # "A" may be a choice, and no article
+            parts = [part.strip() for part in answer.split("#")]
+            answer = "#".join(filter(None, (normalise_answer(part) or part.lower() for part in parts)))
         patient = fields.get("patient") or os.path.normpath(picture)
-        yield Row(_split(fields, patient, where), path.parent / picture, text,
+        picture = Path(os.path.normpath(path.parent / picture))
+        yield Row(_split(fields, patient, where), picture, text,
                   answer=answer, closed=_closed(fields, where), label=fields.get("label"),
                   group=fields.get("group"))
 
@@ -46,7 +52,7 @@ def rows(root: Path, task: str) -> Iterator[Row]:
 def _table(root: Path) -> Path:
     """The one .csv or .jsonl file of a folder, or the file itself."""
     files = [root] if root.is_file() else sorted(root.iterdir())
-    tables = [file for file in files if file.suffix in (".csv", ".jsonl")]
+    tables = [file for file in files if file.suffix.lower() in (".csv", ".jsonl")]
     if not tables:
         raise UserError(f"{root} holds no table: it needs a .csv with a header or a .jsonl")
     if len(tables) > 1:
@@ -57,21 +63,26 @@ def _table(root: Path) -> Path:
 
 def _fields(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """(line number, {column in small letters: what stands there})"""
-    for number, record in csv_records(path) if path.suffix == ".csv" else records(path):
+    for number, record in csv_records(path) if path.suffix.lower() == ".csv" else records(path):
         fields = {}
         for key, value in record.items():
-            if isinstance(value, (list, dict)):
+            column = key.strip().lower()
+            if column in fields:
+                raise UserError(f"{path}, line {number}: {key} stands there twice: rename or remove one")
+            if isinstance(value, (list, dict)) and column in COLUMNS:
                 raise UserError(f"{path}, line {number}: {key} is not plain text")
-            fields[key.strip().lower()] = "" if value is None else str(value).strip()
+            fields[column] = "" if value is None else str(value).strip()
         yield number, fields
 
 
 def _first(fields: dict[str, str], names: tuple[str, ...], where: str) -> str:
-    """What stands in the first of the columns `names` that is there."""
-    for name in names:
-        if name in fields:
-            return fields[name]
-    raise UserError(f"{where}: no {names[0]} (or {', '.join(names[1:])}) among {', '.join(fields)}")
+    """What stands in the one of the columns `names` that is there."""
+    there = [name for name in names if name in fields]
+    if not there:
+        raise UserError(f"{where}: no {names[0]} (or {', '.join(names[1:])}) among {', '.join(fields)}")
+    if len(there) > 1:
+        raise UserError(f"{where}: which is meant, {' or '.join(there)}? rename or remove the other")
+    return fields[there[0]]
 
 
 def _split(fields: dict[str, str], patient: str, where: str) -> str:

@@ -156,11 +156,11 @@ def normalise(image):
 def training_chunks(samples, train_cfg, start, rank=0, world=1):
     """The chunks of process `rank` from step `start` on: (step, chunk, sample numbers (micro_batch,)). Sample
     n of the one global stream is step · batch + its place; epochs follow on, nothing is dropped."""
+    batch, micro = train_cfg.batch_size, train_cfg.micro_batch
     order = lru_cache(1)(lambda epoch: masking.epoch_order(train_cfg.seed, epoch, samples.n))
     for step in range(start, train_cfg.steps):
-        for chunk in range(rank, train_cfg.batch_size // train_cfg.micro_batch, world):
-            first = step * train_cfg.batch_size + chunk * train_cfg.micro_batch
-            places = range(first, first + train_cfg.micro_batch)
+        for chunk in range(rank, batch // micro, world):
+            places = step * batch + chunk * micro + np.arange(micro)
             yield step, chunk, np.array([order(n // samples.n)[n % samples.n] for n in places])
 
 

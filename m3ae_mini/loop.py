@@ -219,7 +219,7 @@ def open_run(run_cfg, settings, place):
             fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         write_whole(config, lambda file: file.write(json.dumps(settings, indent=1).encode()))
         (out / "pictures").mkdir(exist_ok=True)
-        return newest_checkpoint(out)
+        return whole_checkpoint(out, "new.pt", "last.pt", "prev.pt")       # new.pt: killed between renames
     except BlockingIOError:
         raise UserError(f"another run is at work in {out}: wait for it, or choose another --out") from None
     except OSError as error:
@@ -237,7 +237,7 @@ def write_whole(path, write):
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:               # the latter is torch.save's for a full disk
         raise UserError(f"{path} can't be written ({getattr(error, 'strerror', None) or error}): what was "
-                        "saved before is whole; make room, then --resume") from None
+                        "saved before is whole; make room, then --resume, or choose another place") from None
     finally:
         beside.unlink(missing_ok=True)                     # a disk that is full needs the room
 
@@ -279,16 +279,16 @@ def restore(path, model, optimizer, scaler):
         return int(state["step"]), float(state["best"])
 
 
-def newest_checkpoint(out):
-    """The path of a run's newest whole checkpoint, or None. (new.pt: a kill came between the renames.)"""
-    paths = [path for name in ("new.pt", "last.pt", "prev.pt") if (path := out / name).exists()]
+def whole_checkpoint(out, *names):
+    """The path of the first of a run's checkpoints `names` that is there and whole, or None."""
+    paths = [path for name in names if (path := out / name).exists()]
     for path in paths:
         try:
             load_checkpoint(path)
             return path
         except UserError as error:
             need(path != paths[-1], f"no checkpoint in {out} can be read: {error}")
-            print(f"warning: {error}; an older one is taken", file=sys.stderr)
+            print(f"warning: {error}; another one is taken", file=sys.stderr)
 
 
 class Log:
@@ -338,7 +338,7 @@ def freeze_unread(model, batch):
         shadow = type(model)(model.cfg)
     shadow.to("meta")({name: tensor.to("meta") for name, tensor in batch.items()})["loss"].backward()
     for parameter, twin in zip(model.parameters(), shadow.parameters(), strict=True):
-        parameter.requires_grad_(twin.grad is not None)
+        parameter.requires_grad_(parameter.requires_grad and twin.grad is not None)
 
 
 def parameter_groups(model, train_cfg):

@@ -113,19 +113,18 @@ class PostNormLayer(nn.Module):
         super().__init__()
         self.attn = SelfAttention(width, heads, cfg.attn_dropout)
         self.attn_norm = nn.LayerNorm(width, eps=eps)
-        if cross:
-            self.cross = CrossAttention(width, heads, cfg.attn_dropout)
-            self.cross_norm = nn.LayerNorm(width, eps=eps)
+        self.cross = CrossAttention(width, heads, cfg.attn_dropout) if cross else None
+        self.cross_norm = nn.LayerNorm(width, eps=eps) if cross else None
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
         self.down_norm = nn.LayerNorm(width, eps=eps)
         self.dropout = cfg.dropout
 
     def forward(self, x, mask=None, other=None, other_mask=None, queries=None):
-        """x and, if any, other (B, N, W) -> (B, N, W), or (B, queries, W) for the first tokens alone"""
+        """x (B, N, W), and to look at other (B, M, W) -> (B, N, W), or (B, queries, W) for the first alone"""
         how = self.dropout, self.training
         x = self.attn_norm(x[:, :queries] + drop(self.attn(x, mask, queries), *how))
-        if other is not None:
+        if self.cross is not None:
             x = self.cross_norm(x + drop(self.cross(x, other, other_mask), *how))
         return self.down_norm(x + drop(self.down(F.gelu(self.up(x))), *how))
 

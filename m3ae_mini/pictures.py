@@ -57,7 +57,7 @@ def reconstructions(model, samples, place, path, count=8):
     cell, gap, columns, lines = max(144, samples.cfg.image_size), 12, 2, 1 + (count - 1) // 2
     width = 3 * cell + 2 * gap
     captions = [caption(samples.tokenizer, batch, i, guesses, width) for i in range(count)]
-    height = cell + 42 + max(y for words in captions for _, y, _, _ in words)          # room for the longest
+    height = cell + 42 + max((word[1] for words in captions for word in words), default=0)
     sheet = Image.new("RGB", (columns * (width + 2 * gap) + gap, lines * height + gap), BACK)
     draw = ImageDraw.Draw(sheet)
     for i, words in enumerate(captions):

@@ -23,6 +23,7 @@ class Tokenizer:
         self.backend = backend
         self.backend.no_padding()         # many tokenizer.json files cut and pad; here the loader does both
         self.backend.no_truncation()
+        self.backend.encode_special_tokens = True              # "<mask>" in somebody's text is text
         self.kind = next((kind for kind, names in SPECIAL.items()
                           if all(backend.token_to_id(name) is not None for name in names)), None)
         need(self.kind, f"{source} has neither RoBERTa's special tokens {' '.join(SPECIAL['roberta'])} "

@@ -338,6 +338,8 @@ def export():
     need(not Path(out).exists(), f"{out} exists already: choose another name")
     cfg, state = load_m3ae(run_folder)
     content = {"state_dict": to_official(state, cfg), "model_config": asdict(cfg)}
+    need(from_official(content["state_dict"], cfg).keys() == state.keys(),
+         f"{run_folder} holds tensors that have no released name: it can't be exported")
     write_whole(out, lambda file: torch.save(content, file))
     print(f"wrote {out}")
 

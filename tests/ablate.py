@@ -51,6 +51,7 @@ def begin(name):
     """A row's name -> its short name, with a copy of this checkout and the row's diff in its folder, so that
     nobody's edits disturb it. UserError where the diff does not apply, or is not the one it began with."""
     path = Path(name) if name.endswith(".diff") else DIFFS / f"{name}.diff"
+    need(name in FLAGS or path.stem not in FLAGS, f"{path}: {path.stem} is a row of flags: rename your file")
     need(name in FLAGS or path.is_file(), f"{path} is not there: use a file, or one of {', '.join(names())}")
     patch = b"" if name in FLAGS else path.read_bytes()
     row = ROOT / OUT / "ablations" / path.stem

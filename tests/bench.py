@@ -267,7 +267,8 @@ def write_pack(folder, count, cfg):
     lengths[0] = longest
     tokens = 2 * draw.integers(5, cfg.vocab_size, size=lengths.sum()) + (draw.random(lengths.sum()) < 0.7)
     table = np.concatenate([[0], lengths.cumsum(), tokens]).astype(np.uint32)
-    np.save(folder / "tokens.noise.npy", np.append(table, np.uint32(zlib.crc32(table))))     # see Pack.tokens
+    tokens = pack.Pack(folder).token_file(SimpleNamespace(hash="noise"))       # see Pack.tokens
+    np.save(tokens, np.append(table, np.uint32(zlib.crc32(table))))
 
 
 def open_pack(folder, cfg, train_cfg):

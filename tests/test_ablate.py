@@ -177,6 +177,10 @@ def test_a_diff_of_ones_own(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="nothing.diff is not there: use a file, or one of unchanged, no_mim"):
         ablate.begin("nothing")
 
+    (tmp_path / "no_mim.diff").touch()
+    with pytest.raises(UserError, match="no_mim is a row of flags: rename your file"):
+        ablate.begin(str(tmp_path / "no_mim.diff"))
+
     mine = tmp_path / "mine.diff"
     mine.write_text("--- a/m3ae_mini/model.py\n+++ b/m3ae_mini/model.py\n@@ -1 +1 @@\n-no such line\n+new\n")
     with pytest.raises(UserError, match="mine.diff does not apply to this code"):

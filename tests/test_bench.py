@@ -35,11 +35,12 @@ def test_another_loss_is_noticed():
 
 @pytest.mark.parametrize("flags, figure, ways", [
     ("step --preset tiny --attn_dropout 0 --ways plain fast", "samples/s", 2),
-    ("loader --pictures 16", "pictures/s and core", 3), ("retrieval --preset tiny --pairs 16", "s per pair", 2)])
+    ("loader --pictures 16", "pictures/s and core", 3),
+    ("retrieval --preset tiny --pairs 16", "s per pair", 2)])
 def test_it_runs(flags, figure, ways, monkeypatch, capsys):
     """The packs that it writes itself are packs that the loader reads: each way gives a row with figures."""
     threads = torch.get_num_threads()
-    monkeypatch.setattr(bench, "in_fresh_process", lambda function, *args: function(*args))    # faster in one
+    monkeypatch.setattr(bench, "in_fresh_process", lambda function, *args: function(*args))
     monkeypatch.setattr(sys, "argv", ["bench.py", *flags.split(), "--repeats", "1", "--device", "cpu"])
     bench.main()
     torch.set_num_threads(threads)

@@ -1,5 +1,6 @@
 """Tokenizers, packs and the loader."""
 import json
+import shutil
 import threading
 
 import numpy as np
@@ -387,6 +388,22 @@ def test_an_empty_split(made, tmp_path):
         Samples([pack], "val", made[2], *settings(made[2]))
 
 
+def test_tokens_of_another_pack_are_not_taken(made, tmp_path):
+    """A new pack is copied over an old one, whose tokens stay there."""
+    counts = {"train": 8, "val": 4, "test": 4}
+    old, _ = write_pack(tmp_path / "old", CAPTIONS, counts)
+    new, _ = write_pack(tmp_path / "new", CAPTIONS[::-1], counts)
+    old.tokens(made[2])
+    shutil.copytree(new.folder, old.folder, dirs_exist_ok=True)
+    (offsets, tokens), (_, right) = Pack(old.folder).tokens(made[2]), new.tokens(made[2])
+    assert len(tokens) == len(right) and (tokens == right).all() and len(offsets) == 17
+
+
+def test_a_special_tokens_name_in_a_text_is_text(made):
+    (ids, _), = made[2].encode(["a <mask> of <pad> </s>"])
+    assert set(ids) <= set(made[2].ordinary)
+
+
 def full_disk(file, _):
     file.write(b"half")
     raise OSError(28, "No space left on device")
@@ -401,7 +418,7 @@ def test_tokens_are_kept_beside_the_pack(made, tmp_path):
     again = pack.tokens(tokenizer)
     assert (again[0] == offsets).all() and (again[1] == tokens).all()
     assert len(pack.tokens(Tokenizer.train(CAPTIONS, 262))[1]) > len(tokens)  # other tokenizer, other tokens
-    file = pack.folder / f"tokens.{tokenizer.hash}.npy"
+    file = pack.token_file(tokenizer)
     file.unlink()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np, "save", full_disk)

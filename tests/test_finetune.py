@@ -237,6 +237,47 @@ def test_answers_outside_the_list_count_as_wrong(packs, tmp_path, monkeypatch):
     assert choices[:4] == list(FINDINGS) and set(choices[4:]) == {"hernia", "mass", "fracture", "rib"}
 
 
+def test_a_head_that_learned_other_answers_is_not_taken(packs, pretrained, tmp_path, monkeypatch):
+    started(monkeypatch, "cls", "--data", packs["cls"], "--init", pretrained, "--out", tmp_path / "first",
+            "--steps", 1)
+    flags = "--init", tmp_path / "first", "--steps", 1
+    started(monkeypatch, "cls", "--data", packs["cls"], *flags, "--out", tmp_path / "same")
+    started(monkeypatch, "vqa", "--data", packs["vqa"], *flags, "--out", tmp_path / "another-task")
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = [row._replace(label=f"no {row.label}") for row in labelled_rows(folder, "cls")]
+    packed(rows, tmp_path / "pack", "cls", folder)
+    with pytest.raises(UserError, match="first has learned other answers or classes: start from the run"):
+        started(monkeypatch, "cls", "--data", tmp_path / "pack", *flags, "--out", tmp_path / "other")
+
+
+def test_texts_that_are_the_same_once_they_are_cut_are_one(packs, pretrained, tmp_path, monkeypatch):
+    """Two captions that differ behind the last token that is read: each is right for both pictures."""
+    folder, caught = tmp_path / "pictures", []
+    folder.mkdir()
+    rows = [row._replace(text="nodule " * 40 + row.text) for row in labelled_rows(folder, "irtr")]
+    packed(rows, tmp_path / "pack", "irtr", folder)
+    monkeypatch.setattr(metrics, "recall", lambda _, right, direction: caught.append(right) or {"r": 1.0})
+    flags = "--data", tmp_path / "pack", "--init", pretrained, "--out", tmp_path / "zero"
+    started(monkeypatch, "irtr", *flags, "--zero_shot")
+    assert caught[0].shape == (1, 6) and caught[0].all()               # one text, right for all the pictures
+
+
+def test_a_best_checkpoint_that_is_damaged_or_missing(packs, pretrained, tmp_path, monkeypatch, capsys):
+    """The run ends with the last one tested, and says so."""
+    for name in "damaged", "missing":
+        flags = "--data", packs["vqa"], "--init", pretrained, "--out", tmp_path / name
+        started(monkeypatch, "vqa", *flags, "--steps", 2)
+        best = tmp_path / name / "best.pt"
+        best.write_bytes(best.read_bytes()[:-200]) if name == "damaged" else best.unlink()
+        capsys.readouterr()
+        started(monkeypatch, "vqa", *flags, "--steps", 2, "--resume")
+        said = capsys.readouterr()
+        assert "On 11 test samples (step 2)" in said.out
+        warned = "best.pt can't be read" in said.err and "another one is taken" in said.err
+        assert warned == (name == "damaged")
+
+
 def test_prediction(packs, pretrained, tmp_path, monkeypatch, capsys):
     run, picture = tmp_path / "run", tmp_path / "chest.png"
     started(monkeypatch, "vqa", "--data", packs["vqa"], "--init", pretrained, "--out", run, "--steps", 2)
@@ -252,14 +293,19 @@ def test_prediction(packs, pretrained, tmp_path, monkeypatch, capsys):
     (tmp_path / "broken.png").write_bytes(picture.read_bytes()[:200])
     for shown, asked, sentence in ((tmp_path / "broken.png", "What?", "can't be read as a picture"),
                                    (tmp_path / "none.png", "What?", "can't be read as a picture"),
-                                   (picture, "left " * 99, "shorten it")):
+                                   (picture, "left " * 99, "99 tokens, 1 to 30 can"),
+                                   (picture, " ", "0 tokens")):
         with pytest.raises(UserError, match=sentence):
             started(monkeypatch, "vqa", "--init", run, "--predict", shown, asked)
     with pytest.raises(UserError, match="no run of finetune.py"):
         started(monkeypatch, "vqa", "--init", pretrained, "--predict", picture, "What?")
+    with pytest.raises(UserError, match="no run of finetune.py cls that saw pictures"):
+        started(monkeypatch, "cls", "--init", run, "--predict", picture, "What?")
 
     config = json.loads((run / "config.json").read_text())
-    for choices in "[" * 10 ** 5, json.dumps(config | {"data": {"choices": 3}}), json.dumps([config]):
+    blind = config | {"task": config["task"] | {"blind": True}}
+    for choices in (json.dumps(blind), json.dumps(config | {"data": {"choices": 3}}), json.dumps([config]),
+                    "[" * 10 ** 5):
         (run / "config.json").write_text(choices)
         with pytest.raises(UserError, match="no run of finetune.py"):
             started(monkeypatch, "vqa", "--init", run, "--predict", picture, "What?")

@@ -581,3 +581,10 @@ def test_a_rows_own_text_is_never_a_false_one(small_config, random_batch):
     filled = model(batch | {"false_text_index": torch.cat([(own + 1) % 4, own, own], dim=1)})
     assert torch.allclose(few["irtr_loss"], filled["irtr_loss"], atol=1e-5)
     assert filled["irtr_logits"][:, 2:].isneginf().all()
+
+
+def test_a_fusion_layer_without_the_other_stream_is_an_error(small_config):
+    """A fusion of one's own that forgets a stream must not turn cross-attention off in silence."""
+    cfg = small_config()
+    with pytest.raises(TypeError):
+        M3AE(cfg).fusion.text_layers[0](torch.randn(2, 3, cfg.fusion_width))

@@ -2,9 +2,11 @@
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -72,6 +74,34 @@ def test_deep_grey_is_stretched_by_its_own_range(tmp_path, kind, dtype):
     read = opened(tmp_path, Image.fromarray(values), kind)
     assert read.mode == "L" and np.asarray(read).tolist() == [[0, 25, 128], [255, 64, 191]]
     assert not np.any(opened(tmp_path, Image.fromarray(np.full((3, 3), 7, dtype=dtype)), kind))
+
+
+def test_deep_grey_whose_zero_is_white(tmp_path):
+    """MONOCHROME1, exported: the same ramp is seen in 8 and in 16 bits."""
+    for dtype, top in (np.uint8, 255), (np.uint16, 4095):
+        ramp = np.linspace(0, top, 40).astype(dtype).reshape(5, 8)
+        opened(tmp_path, Image.fromarray(ramp), "tiff")
+        file, entry = tmp_path / "picture.tiff", struct.pack("<HHI", 262, 3, 1)    # PhotometricInterpretation
+        assert entry + b"\1" in file.read_bytes()
+        file.write_bytes(file.read_bytes().replace(entry + b"\1", entry + b"\0"))     # white is zero
+        seen = np.asarray(prepare.open_picture(file))
+        assert (seen[0, 0], seen[-1, -1]) == (255, 0)
+
+
+def test_what_pillow_would_cut_is_refused(tmp_path):
+    frames = [noise(8, 8, seed=seed) for seed in range(3)]
+    for kind in "tiff", "gif":
+        with pytest.raises(ValueError, match="holds 3 pictures"):
+            opened(tmp_path, frames[0], kind, save_all=True, append_images=frames[1:])
+    raw = b"".join(bytes([0]) + row.tobytes() for row in np.full((4, 4, 2), 300, dtype=">u2"))  # filter 0
+
+    def chunk(name, data):
+        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+    head = (4).to_bytes(4, "big") * 2 + bytes([16, 4, 0, 0, 0])                # 16 bits, grey with alpha
+    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
+                                        + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b""))
+    with pytest.raises(ValueError, match="16 bits with transparency"):
+        prepare.open_picture(tmp_path / "deep.png")
 
 
 def test_float_pixels_that_are_no_numbers_turn_black(tmp_path):
@@ -286,10 +316,10 @@ def test_names_that_leave_the_folder_are_refused(records, tmp_path):
              "inner.png", "a\0b.png"]
     with open(records / "table.jsonl", "a") as file:
         for name in names:
-            file.write(json.dumps({"image": name, "caption": "leave", "split": "train"}) + "\n")
+            file.write(json.dumps({"image": name, "caption": f"leave {name!r}", "split": "train"}) + "\n")
     meta = packed(records, tmp_path / "pack", allow_missing=True)
     assert meta["skipped"]["outside the data set's folder"] == 4 and meta["skipped"]["missing picture"] == 1
-    texts = [s["source"] for s in json_lines(tmp_path / "pack" / "samples.jsonl") if s["text"] == "leave"]
+    texts = [s["source"] for s in json_lines(tmp_path / "pack" / "samples.jsonl") if "leave" in s["text"]]
     assert texts == ["inner.png"]
 
 
@@ -338,8 +368,10 @@ def test_an_interrupt_between_the_renames(records, tmp_path, monkeypatch):
 
 def test_what_a_killed_preparation_left_is_named(records, tmp_path, capsys):
     (tmp_path / "pack.tmp-1").mkdir()
+    (tmp_path / "pack.old-1").mkdir()
     packed(records, tmp_path / "pack")
     told = capsys.readouterr().err
+    assert "pack.old-1 is of another preparation" in told and "rename it back" in told
     assert "pack.tmp-1 is of another preparation: if that one was killed, remove it" in told
 
 
@@ -429,7 +461,12 @@ def test_command_line(records, tmp_path, capsys):
         assert sheet.width > 1000 and len(np.unique(sheet)) > 20
 
     assert "exists already" in refused(capsys, "table", "--root", records, "--out", out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(out)
+        (tmp_path / "pack.png").unlink()
+        assert prepare.main(["--show", "."]) == 0 and (tmp_path / "pack.png").is_file()
     new = tmp_path / "new"
+    assert "use at most 9459" in refused(capsys, "table", "--root", records, "--out", new, "--size", "9460")
     assert "correct --root" in refused(capsys, "table", "--root", tmp_path / "nowhere", "--out", new)
     assert "--root" in refused(capsys, "table", "--out", new)
     assert "--out" in refused(capsys, "table", "--root", records)
@@ -454,6 +491,10 @@ def test_exclude_knows_pictures_by_their_names(tmp_path):
     for name in "synpic1.jpg", "synpic22.png":
         (tmp_path / name).touch()
     names = ["MPX7_synpic1.png", "MPX7_synpic2.png", "synpic22.jpg", "a_synpic222.png"]
+    rows = prepare.excluding([Row("train", Path(name), "text") for name in names], tmp_path)
+    assert [row.skip for row in rows] == ["excluded", None, "excluded", None]
+    (tmp_path / "below").mkdir()
+    (tmp_path / "synpic22.png").rename(tmp_path / "below" / "synpic22.png")
     rows = prepare.excluding([Row("train", Path(name), "text") for name in names], tmp_path)
     assert [row.skip for row in rows] == ["excluded", None, "excluded", None]
     with pytest.raises(UserError, match="no folder"):
@@ -509,12 +550,28 @@ def test_all_pictures_of_a_patient_are_in_one_split_and_answers_in_one_spelling(
     ("t.csv", ["picture,text", 'a,"b'], "line 2: not valid CSV"),
     ("t.csv", ["picture,text", ",b"], "line 2: the picture's name is empty"),
     ("t.csv", ["picture,words", "a,b"], "line 2: no text .* among picture, words"),
+    ("t.csv", ["picture,caption,question", "a,b,c"], "line 2: which is meant, caption or question"),
+    ("t.csv", ["picture,text,text", "a,b,c"], "line 1: the column 'text' stands there twice"),
+    ("t.csv", ["picture,Text,text", "a,b,c"], "line 2: text stands there twice"),
+    ("t.csv", ["picture,text,split", "a,b,train", "c,d,"], "line 3: some rows have a split and some none"),
     ("t.txt", ["picture,text"], "holds no table"),
 ])
 def test_a_malformed_table_is_named_by_file_and_line(tmp_path, name, lines, sentence):
     (tmp_path / name).write_text("\n".join(lines))
     with pytest.raises(UserError, match=sentence):
         list(table.rows(tmp_path, "pretrain"))
+
+
+def test_what_tables_hold_besides(tmp_path):
+    """An ending in capitals, a line of commas, a choice called A, a path in two spellings; NaN as an empty
+    cell, as pandas writes it; a column of lists that nothing reads."""
+    (tmp_path / "T.CSV").write_text("picture,text,answer\na.png,Which?,A\n,,\nb/../a.png,Which?,The B#a\n")
+    first, second = table.rows(tmp_path, "vqa")
+    assert (first.answer, second.answer) == ("a", "b#a") and first.picture == second.picture
+    (tmp_path / "T.CSV").unlink()
+    (tmp_path / "t.jsonl").write_text(
+        '{"picture": "a.png", "text": "Which?", "answer": NaN, "patient": NaN, "box": [1, 2]}')
+    assert [(row.answer, row.text) for row in table.rows(tmp_path, "vqa")] == [("", "Which?")]
 
 
 def test_a_table_must_be_one_and_utf8(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from data import Row, medpix, melinda, prepare, roco, slake, vqa_med_2019, vqa_rad
-from data.answers import normalise_answer
+from data.answers import normalise_answer, question_row
 from m3ae_mini.config import UserError
 from data.pack import SPLITS
 
@@ -105,6 +105,12 @@ def test_vqa_rad(tmp_path):
     captions = list(vqa_rad.rows(root, "pretrain"))          # nothing of the test set, no answer left out
     assert [row.text for row in captions] == [f"{row.text} {row.answer}." for row in again]
     assert all(bool(row.skip) == (row.split == "test") for row in captions)
+
+
+def test_a_mark_between_alternatives_is_none_within_an_answer(tmp_path):
+    record = {"question": "Where?", "answer": "L4#L5", "answer_type": "OPEN"}
+    row = question_row("train", tmp_path, record, "")
+    assert row.answer == "l4 l5"
 
 
 def test_vqa_rad_uses_a_valset_unless_it_is_a_copy(tmp_path, capsys):

@@ -27,6 +27,8 @@ from m3ae_mini.config import PRESETS
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)     # (language, text)
 COMMANDS = [line for language, text in BLOCKS if not language for line in text.splitlines()]
+PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
+WITHIN = [" ".join(found.split()) for found in re.findall(r"`(python [^`]+ [^`]+)`", PROSE)]
 # These need a data set, weights or machines that not everybody has: their flags are checked, and they fit.
 FOREIGN = re.compile("MedPix|medpix|roco|medicat|vqa_rad|Slake|VQA-Med|melinda|MINILM|runs/base")
 SHORT = ("--steps 1 --batch_size 8 --micro_batch 4 --eval_samples 8 --test_samples 8 --gpus 0 "
@@ -70,7 +72,7 @@ def test_the_two_commands_come_first():
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && ")
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "pytest" not in c])
+@pytest.mark.parametrize("command", [c for c in COMMANDS + WITHIN if not re.search("pytest|--help", c)])
 def test_flags(command, monkeypatch):
     name, arguments = words(command)
     if name in ("train.py", "finetune.py") and "--predict" not in arguments:

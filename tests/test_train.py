@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 import train
-from m3ae_mini import loop
+from m3ae_mini import M3AE, loop
 from m3ae_mini.config import RunConfig, TrainConfig, UserError
+from m3ae_mini.objectives import OBJECTIVES
 from m3ae_mini.text import Tokenizer
 from test_data import CAPTIONS, write_pack
 
@@ -48,6 +49,36 @@ def losses(out):
 
 
 # -------------------------------------------------------------------------------- a run
+
+def test_what_the_user_froze_stays_frozen(small_config, random_batch):
+    cfg = small_config(itm=0.0)
+    model = M3AE(cfg)
+    model.vit.requires_grad_(False)
+    loop.freeze_unread(model, random_batch(cfg) | {"mlm_positions": torch.arange(4)})
+    assert not any(parameter.requires_grad for parameter in model.vit.parameters())
+    assert not any(parameter.requires_grad for parameter in model.image_pooler.parameters())    # unread
+    assert all(parameter.requires_grad for parameter in model.text.parameters())
+
+
+class Length(torch.nn.Module):
+    """A loss of somebody's own: how long is the text?"""
+    reads = ("text",)
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.fc = torch.nn.Linear(cfg.fusion_width, 1)
+
+    def forward(self, model, batch, text, image):
+        told = self.fc(text[:, 0])[:, 0]                                               # (B,)
+        return {"length_loss": (told - batch["text_mask"].sum(1)).square().mean()}
+
+
+def test_another_loss_is_trained_logged_and_validated(pack, tmp_path, monkeypatch):
+    monkeypatch.setitem(OBJECTIVES["pretrain"], "length", Length)
+    started(monkeypatch, *SMALL, "--data", pack, "--out", tmp_path / "run", "--steps", 2)
+    for split in "train", "val", "test":
+        assert logged(tmp_path / "run", split)[-1]["length_loss"] > 0
+
 
 def test_a_run_leaves_what_it_promises(pack, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"

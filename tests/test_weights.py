@@ -178,6 +178,15 @@ def test_retrieval_starts_from_the_itm_head():
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_has_no_released_name_is_not_exported(tmp_path, monkeypatch):
+    state = own(CFG) | {"objectives.mim.of_my_own": torch.ones(3)}
+    saved(tmp_path / "last.pt", {"model": state, "model_config": asdict(CFG)})
+    monkeypatch.setattr(sys, "argv", ["weights.py", "export", str(tmp_path), str(tmp_path / "out.ckpt")])
+    with pytest.raises(UserError, match="tensors that have no released name"):
+        export()
+    assert not (tmp_path / "out.ckpt").exists()
+
+
 def test_export_command(tmp_path, monkeypatch, capsys):
     for arguments, message in (["export", "none", "out.ckpt"], "none can't be read"), (["import"], "usage: "):
         monkeypatch.setattr(sys, "argv", ["weights", *arguments])
