@@ -318,8 +318,7 @@ def report(model, test, choices, mean, place, run_cfg, step):
 
 @torch.no_grad()
 def predict(task, run, picture, text):
-    """Print the five likeliest answers of a fine-tuned run for a picture and a question, and save the picture
-    with the text's attention over it among the run's pictures."""
+    """Print a fine-tuned run's five likeliest answers about a picture; save a picture of the text's attention."""
     run, picture, text, choices = Path(run), Path(picture), clean(text), learned(run, task)
     need(choices, f"{run} is no run of finetune.py {task} that saw pictures: give one by --init")
     tokenizer, (cfg, state) = Tokenizer.load(run), weights.load_m3ae(run)

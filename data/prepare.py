@@ -454,7 +454,7 @@ def positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> None:
     if args.show:
-        out = args.out or Path(f"{args.show.resolve()}.png")
+        out = args.out or Path(os.path.relpath(f"{os.path.abspath(args.show)}.png"))       # "." has no name
         sheet = contact_sheet(Pack(args.show))
         try:
             sheet.save(out)
