@@ -318,7 +318,7 @@ def report(model, test, choices, mean, place, run_cfg, step):
 
 @torch.no_grad()
 def predict(task, run, picture, text):
-    """Print a fine-tuned run's five likeliest answers about a picture; save a picture of the text's attention."""
+    """Print the five likeliest answers of a fine-tuned run about a picture, and save the text's attention."""
     run, picture, text, choices = Path(run), Path(picture), clean(text), learned(run, task)
     need(choices, f"{run} is no run of finetune.py {task} that saw pictures: give one by --init")
     tokenizer, (cfg, state) = Tokenizer.load(run), weights.load_m3ae(run)
