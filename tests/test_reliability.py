@@ -128,9 +128,9 @@ def test_killed_at_any_moment_it_ends_the_same(pack, questions, tmp_path, reques
     assert ended(forked(*flags, "--out", tmp_path / "whole")) == 0
     whole, length = weights(tmp_path / "whole"), time.monotonic() - began
 
-    draw, killed, left = random.Random(0), 0, set()
+    draw, killed, left, enough = random.Random(0), 0, set(), kills(request) // share
     out = tmp_path / "parts"
-    while killed < kills(request) // share:
+    while killed < enough or len(left) < 3 and killed < 5 * enough:      # a busy machine moves the moments
         pid = forked(*flags, "--out", out, "--resume")
         time.sleep(draw.random() * length)
         os.kill(pid, signal.SIGKILL)
