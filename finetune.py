@@ -76,7 +76,7 @@ def main():
     torch.manual_seed(train_cfg.seed)
     model = M3AE(cfg)
     if sources and not checkpoint:
-        place.say(weights.start(model, sources))
+        place.say(weights.start(model, sources))           # they are put in on every process, told by one
     net, optimizer, scaler, step, best = loop.learner(model, train, train_cfg, run_cfg, place, checkpoint)
     log = loop.Log(out, step) if place.main else None
     del sources, make                  # they hold what was loaded
@@ -151,8 +151,8 @@ def main():
     if stopping and step < train_cfg.steps:
         return place.say(f"stopped after step {step:,}; go on with --resume")
     if run_cfg.test_samples:
-        best = place.from_main(partial(loop.whole_checkpoint, out, "best.pt", "last.pt"))
-        state = loop.load_checkpoint(best)
+        tested = place.from_main(partial(loop.whole_checkpoint, out, "best.pt", "last.pt"))
+        state = loop.load_checkpoint(tested)
         model.load_state_dict(state["model"])
         report(model, test, choices, mean, place, run_cfg, state["step"])
 

@@ -51,7 +51,7 @@ def main():
     torch.manual_seed(train_cfg.seed)
     model = M3AE(cfg)
     if sources and not checkpoint:
-        place.say(weights.start(model, sources))
+        place.say(weights.start(model, sources))           # they are put in on every process, told by one
     net, optimizer, scaler, step, best = loop.learner(model, train, train_cfg, run_cfg, place, checkpoint)
     log = loop.Log(out, step) if place.main else None
     del sources, make                                                          # they hold what was loaded
