@@ -165,7 +165,7 @@ def figures(model, batch):
     are restored with the right picture, with another row's (`other`) and with one of the same kind (`kin`);
     the same hidden patches with the right text and with another row's. Rows without one don't count."""
     own = torch.arange(len(batch["image"]), device=batch["image"].device)     # (B,)
-    other, kin = batch["other_index"], batch["kin_index"]                     # (B,) each
+    random, hard = batch["random_negative_index"], batch["hard_negative_index"]                     # (B,) each
     text = model.encode_text(batch["text_ids"], batch["text_mask"])           # (B, T, D)
     sums, image = {}, model.encode_image(batch["image"])                      # (B, 1+L, D)
 
@@ -179,7 +179,7 @@ def figures(model, batch):
         row = batch["mlm_positions"] // batch["mlm_ids"].shape[1]             # (M,) each masked token's row
         sums["mlm_loss"] = torch.stack([out["mlm_loss"] * counts.sum(), counts.sum()])
         sums["mlm_acc"] = metrics.tally(right, counts)
-        for name, index in (("other", other), ("kin", kin)):
+        for name, index in (("random", random), ("hard", hard)):
             partner = counts & (index != own)[row]                            # (M,)
             swapped = restored(index)[1]
             sums[f"mlm_acc_{name}"] = metrics.tally(swapped, partner)
@@ -194,7 +194,7 @@ def figures(model, batch):
 
         with_own, hidden = error(own)
         sums["mim_loss"] = metrics.tally(with_own, hidden)
-        sums["mim_gain_other"] = metrics.tally(error(other)[0] - with_own, hidden & (other != own)[:, None])
+        sums["mim_gain_random"] = metrics.tally(error(random)[0] - with_own, hidden & (random != own)[:, None])
 
     if "itm" in model.objectives:
         def says_match(index):
@@ -205,7 +205,7 @@ def figures(model, batch):
         mixed, loss = says_match(batch["itm_index"])
         sums["itm_loss"] = torch.stack([loss * len(own), loss.new_tensor(len(own))])
         sums["itm_acc"] = metrics.tally(mixed == (batch["itm_index"] == own))
-        for name, index in (("other", other), ("kin", kin)):
+        for name, index in (("random", random), ("hard", hard)):
             partner = index != own                                            # (B,)
             both = (right.float() + (~says_match(index)[0]).float()) / 2
             sums[f"itm_acc_{name}"] = metrics.tally(both, partner)
@@ -238,19 +238,19 @@ def report(model, train, limit, place, out):
     if cfg.mlm:
         print(f"  masked tokens restored    {found['mlm_acc']:6.1%}   always the commonest token: "
               f"{found['commonest']:.1%}")
-        print(f"    cross-modal gain        {100 * found['mlm_gain_other']:+6.1f} points over another image")
-        print(f"    within the kind        {100 * found['mlm_gain_kin']:+7.1f} points over one of its kind"
-              if "mlm_gain_kin" in found else "    within the kind: the data name no kinds")
+        print(f"    cross-modal gain        {100 * found['mlm_gain_random']:+6.1f} points over another image")
+        print(f"    within the kind        {100 * found['mlm_gain_hard']:+7.1f} points over one of its kind"
+              if "mlm_gain_hard" in found else "    within the kind: the data name no kinds")
     if cfg.itm:
-        print(f"  matching, any picture     {found['itm_acc_other']:6.1%}   guessing: 50.0%; the kind alone: "
+        print(f"  matching, any picture     {found['itm_acc_random']:6.1%}   guessing: 50.0%; the kind alone: "
               f"{found['kind_alone']:.1%}")
-        print(f"    within the kind         {found['itm_acc_kin']:6.1%}   guessing and the kind alone: 50.0%"
-              if "itm_acc_kin" in found else "    within the kind: the data name no kinds")
+        print(f"    within the kind         {found['itm_acc_hard']:6.1%}   guessing and the kind alone: 50.0%"
+              if "itm_acc_hard" in found else "    within the kind: the data name no kinds")
     if cfg.mim:
         share = 1 - found["mim_loss"] / found["constant_patch"]
         print(f"  reconstruction error      {found['mim_loss']:6.3f}   the mean patch at each place: "
               f"{found['constant_patch']:.3f} ({abs(share):.0%} {'below' if share > 0 else 'above'})")
-        print(f"    cross-modal gain        {found['mim_gain_other']:+6.3f} with another row's text")
+        print(f"    cross-modal gain        {found['mim_gain_random']:+6.3f} with another row's text")
         if "noise_floor" in found:
             print(f"    the floor               {found['noise_floor']:6.3f}   the same picture without noise")
     print(f"Pictures: {out / 'pictures'}")
@@ -284,7 +284,7 @@ def baselines(train, test, limit, device, drawn_clean=None, most=8192):
             pairs["noise_floor"] = metrics.tally((clean - target).square().mean(-1), hidden)
 
         group = np.array([test.line(n).get("group", "") for n in numbers])
-        other = batch["other_index"].cpu().numpy()
+        other = batch["random_negative_index"].cpu().numpy()
         partner = torch.from_numpy(other != np.arange(len(other)))
         told = torch.from_numpy(group != group[other])     # who knows the kind says "no" to these, else "yes"
         pairs["kind_alone"] = metrics.tally((1 + told.float()) / 2, partner).to(device)

@@ -120,7 +120,7 @@ class TrainConfig:
     clip: float = opt(0.0, "gradient clipping: the largest norm; 0 turns it off")
     word_ratio: float = opt(0.15, "share of the text's tokens that is hidden")
     whole_word: bool = opt(True, "hide whole words; off: single tokens")
-    kin: float = opt(0.0, "share of wrong pictures that are of the text's kind (hard negatives); paper: 0")
+    hard_negatives: float = opt(0.0, "share of wrong pictures that are of the text's kind (hard negatives); paper: 0")
     crop: float = opt(1.0, "least share of a training picture's area that a random crop keeps; 1: none")
     vocab: int = opt(8192, "largest vocabulary of a tokenizer trained on the data")
     init: str = opt("", "start from this run or M³AE checkpoint; none: from random values")
@@ -157,11 +157,11 @@ PRESETS = {
     "small": SCRATCH | dict(
         image_size=128, max_text_len=48, text_max_positions=130, vit_width=192, vit_blocks=4, vit_heads=6,
         text_width=192, text_layers=3, text_heads=6, fusion_width=192, fusion_layers=3, fusion_heads=6,
-        decoder_width=128, steps=3000, lr=5e-4, kin=0.5, eval_every=250, save_every=250),
+        decoder_width=128, steps=3000, lr=5e-4, hard_negatives=0.5, eval_every=250, save_every=250),
     "tiny": SCRATCH | dict(
         image_size=48, patch_size=12, max_text_len=32, text_max_positions=66, vit_width=128, vit_blocks=3,
         vit_heads=4, text_width=128, text_layers=2, text_heads=4, fusion_width=128, fusion_layers=2,
-        fusion_heads=4, decoder_width=64, dropout=0.0, steps=1500, lr=1e-3, kin=0.75, vocab=1024,
+        fusion_heads=4, decoder_width=64, dropout=0.0, steps=1500, lr=1e-3, hard_negatives=0.75, vocab=1024,
         eval_every=375, save_every=375, eval_samples=512)}
 
 # Fine-tuning: what differs from the preset in each task; for base as in the paper.

@@ -57,7 +57,7 @@ class Samples:
 
     def batch(self, numbers, seed, step, chunk, images, crop=False):
         """The chunk of samples `numbers` (B,): a dict of arrays; for "pretrain" text_ids, text_mask, mlm_ids,
-        mlm_labels (B, T), mlm_positions (M,), mim_noise (B, L), itm_index, other_index, kin_index (B,).
+        mlm_labels (B, T), mlm_positions (M,), mim_noise (B, L), itm_index, random_negative_index, hard_negative_index (B,).
         Fills images, uint8 (B, 3, S, S). What is random follows from seed, step, chunk and place in it."""
         cfg, tok, size = self.cfg, self.tokenizer, len(numbers)
 
@@ -88,16 +88,16 @@ class Samples:
         text = numbered(body.tobytes() for body in bodies)
         if cfg.task == "irtr":
             draws = uniform(masking.WRONG, size, size)
-            batch["false_text_index"] = masking.wrong_rows(picture, text, draws, min(FALSE_TEXTS, size))
+            batch["false_text_index"] = masking.sample_negatives(picture, text, draws, min(FALSE_TEXTS, size))
         if cfg.task != "pretrain":
             return batch if self.labels is None else batch | {f"{cfg.task}_labels": self.labels[numbers]}
 
         group = numbered(self.packs[which].meta["groups"][row["group"]] if row["group"] >= 0 else place
                          for place, (which, row) in enumerate(rows))
         draws = uniform(masking.WRONG, size, 3 * size + 2)      # matching's, then those of validation alone
-        batch["itm_index"] = masking.mismatch(picture, text, draws[:, :size + 2], group, self.train_cfg.kin)
-        batch["other_index"] = masking.wrong_rows(picture, text, draws[:, size + 2:2 * size + 2], 1)[:, 0]
-        batch["kin_index"] = masking.wrong_rows(picture, text, draws[:, 2 * size + 2:], 1, group)[:, 0]
+        batch["itm_index"] = masking.sample_itm_pairs(picture, text, draws[:, :size + 2], group, self.train_cfg.hard_negatives)
+        batch["random_negative_index"] = masking.sample_negatives(picture, text, draws[:, size + 2:2 * size + 2], 1)[:, 0]
+        batch["hard_negative_index"] = masking.sample_negatives(picture, text, draws[:, 2 * size + 2:], 1, group)[:, 0]
 
         # Hidden patches; hidden words, drawn for max_text_len places, whatever the batch's length.
         patches = (cfg.image_size // cfg.patch_size) ** 2

@@ -58,7 +58,7 @@ def hide_words(ids, chosen, draws, mask_id, ordinary):
     return np.where(chosen, put, ids)
 
 
-def wrong_rows(picture, text, draws, amount, group=None):
+def sample_negatives(picture, text, draws, amount, group=None):
     """For every row of a chunk, `amount` (at most B) other rows that differ from it in picture *and* in text,
     drawn without repeats -> int64 (B, amount); where there are too few, the row's own number stands instead.
 
@@ -71,13 +71,13 @@ def wrong_rows(picture, text, draws, amount, group=None):
     return np.where(np.take_along_axis(fits, order, axis=1), order, np.arange(len(picture))[:, None])
 
 
-def mismatch(picture, text, draws, group, kin=0.0):
+def sample_itm_pairs(picture, text, draws, group, hard_negatives=0.0):
     """Image-text matching: the picture each text goes with, int64 (B,). Half of the rows, rounded down, get
-    another row's picture; one without a partner stays a match. A share `kin` of the wrong pictures is of the
+    another row's picture; one without a partner stays a match. A share `hard_negatives` of the wrong pictures is of the
     text's own group where there is one, so that the kind does not tell. draws: uniform (B, B+2)."""
-    any_row = wrong_rows(picture, text, draws[:, 2:], 1)[:, 0]                         # (B,) the partner
-    kin_row = wrong_rows(picture, text, draws[:, 2:], 1, group)[:, 0]                  # (B,)
+    random_index = sample_negatives(picture, text, draws[:, 2:], 1)[:, 0]                         # (B,) the partner
+    hard_index = sample_negatives(picture, text, draws[:, 2:], 1, group)[:, 0]                  # (B,)
     own = np.arange(len(picture))
-    wrong = np.where((draws[:, 1] < kin) & (kin_row != own), kin_row, any_row)         # (B,)
+    wrong = np.where((draws[:, 1] < hard_negatives) & (hard_index != own), hard_index, random_index)         # (B,)
     half = np.argsort(draws[:, 0], kind="stable")[:len(own) // 2]                      # (B // 2,)
     return np.where(np.isin(own, half), wrong, own)

@@ -125,7 +125,7 @@ def attention(model, batch, words, path):
 
 def curves(lines, path):
     """The lines of metrics.jsonl, dicts -> a panel for each figure: training grey, validation green."""
-    names = ("mlm_loss", "mim_loss", "itm_loss", "mlm_acc", "mlm_gain_kin", "itm_acc_kin", "loss", "score")
+    names = ("mlm_loss", "mim_loss", "itm_loss", "mlm_acc", "mlm_gain_hard", "itm_acc_hard", "loss", "score")
     splits = {"train": GREY, "val": GREEN}
     lines = [line for line in lines if line["split"] in splits]
     names = [name for name in names if any(line.get(name) is not None for line in lines)]

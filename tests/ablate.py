@@ -41,8 +41,8 @@ FLAGS = {                              # name: (what it changes, flags of train.
     "single_tokens": ("single tokens are hidden, not whole words", "--no-whole_word"),
 }
 FIGURES = {                            # (which run, its figure): head of the column
-    ("pretrain", "mlm_gain_kin"): "words: gain over a picture of the same kind",
-    ("pretrain", "itm_acc_kin"): "matching within the kind",
+    ("pretrain", "mlm_gain_hard"): "words: gain over a picture of the same kind",
+    ("pretrain", "itm_acc_hard"): "matching within the kind",
     ("vqa", "acc"): "questions",
     ("cls", "acc"): "classes"}
 

@@ -148,7 +148,7 @@ def test_a_table_holds_what_has_finished(tmp_path, monkeypatch):
     for name, gains in ("unchanged", (0.125, 0.25)), ("no_mlm", (None,)):
         for seed, gain in enumerate(gains):
             for which, run in ablate.runs(name, seed).items():
-                found = {"acc": 0.5} if which != "pretrain" else {"mlm_gain_kin": gain} if gain else {}
+                found = {"acc": 0.5} if which != "pretrain" else {"mlm_gain_hard": gain} if gain else {}
                 (tmp_path / run.out).mkdir(parents=True)
                 line = json.dumps({"step": 9, "split": "test", **found})
                 (tmp_path / run.out / "metrics.jsonl").write_text(line + "\n")

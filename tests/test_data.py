@@ -278,12 +278,12 @@ def test_wrong_pictures_differ_in_picture_and_caption(tmp_path, made):
     for step in range(20):
         batch = samples.batch(numbers, 0, step, 0, np.empty((16, 3, 16, 16), np.uint8))
         assert (batch["itm_index"] != numbers).sum() == 8
-        for name in ("itm_index", "other_index", "kin_index"):
+        for name in ("itm_index", "random_negative_index", "hard_negative_index"):
             moved = batch[name] != numbers
             assert (batch[name][moved] // 4 != numbers[moved] // 4).all()     # another picture
             assert (batch[name][moved] % 4 != numbers[moved] % 4).all()       # and another caption
-        assert (batch["kin_index"] // 4 % 2 == numbers // 4 % 2).all()        # of the same kind
-        assert (batch["kin_index"] != numbers).all() and (batch["other_index"] != numbers).all()
+        assert (batch["hard_negative_index"] // 4 % 2 == numbers // 4 % 2).all()        # of the same kind
+        assert (batch["hard_negative_index"] != numbers).all() and (batch["random_negative_index"] != numbers).all()
 
 
 def test_crops_equal_pillows(made, tmp_path):

@@ -7,8 +7,8 @@ import torch
 
 from m3ae_mini import masking
 from m3ae_mini.masking import (
-    PATCHES, VALIDATION, WORDS, WRONG, choose_words, epoch_order, hide_words, mismatch, split_patches,
-    torch_seed, uniform, wrong_rows)
+    PATCHES, VALIDATION, WORDS, WRONG, choose_words, epoch_order, hide_words, sample_itm_pairs, split_patches,
+    torch_seed, uniform, sample_negatives)
 
 
 # -------------------------------------------------------------------------------- draws
@@ -185,7 +185,7 @@ def test_wrong_rows_differ_in_both(grouped):
     seen = np.zeros((16, 16), int)
     for step in range(300):
         numbers = uniform(0, WRONG, step, 0, (16, 16))
-        wrong = wrong_rows(picture, text, numbers, 3, group if grouped else None)
+        wrong = sample_negatives(picture, text, numbers, 3, group if grouped else None)
         assert wrong.shape == (16, 3) and wrong.dtype == np.int64
         for i, row in enumerate(wrong.tolist()):
             others = [j for j in row if j != i]
@@ -203,38 +203,38 @@ def test_wrong_rows_differ_in_both(grouped):
 
 def test_wrong_rows_where_there_are_too_few():
     picture, text = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 1])
-    wrong = wrong_rows(picture, text, uniform(0, WRONG, 0, 0, (4, 4)), 3)
+    wrong = sample_negatives(picture, text, uniform(0, WRONG, 0, 0, (4, 4)), 3)
     # Row 1 shares its picture with row 0 and its text with all others; rows 2 and 3 differ from row 0 alone.
     assert sorted(wrong[0].tolist()) == [0, 2, 3]
     assert wrong[1:].tolist() == [[1, 1, 1], [0, 2, 2], [0, 3, 3]]
 
 
-@pytest.mark.parametrize("kin", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("hard_negatives", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 33])
-def test_half_of_the_rows_are_mismatched(rows, kin):
+def test_half_of_the_rows_are_mismatched(rows, hard_negatives):
     numbers = uniform(0, WRONG, 0, 0, (rows, rows + 2))
-    index = mismatch(np.arange(rows), np.arange(rows), numbers, np.arange(rows) % 3, kin)
+    index = sample_itm_pairs(np.arange(rows), np.arange(rows), numbers, np.arange(rows) % 3, hard_negatives)
     assert index.shape == (rows,) and index.dtype == np.int64
     assert (index != np.arange(rows)).sum() == rows // 2
 
 
-@pytest.mark.parametrize("kin", [0.0, 0.5, 1.0])
-def test_mismatched_rows_differ_in_picture_and_text(kin):
+@pytest.mark.parametrize("hard_negatives", [0.0, 0.5, 1.0])
+def test_mismatched_rows_differ_in_picture_and_text(hard_negatives):
     picture, text, group = chunk()
     seen = np.zeros((16, 16))
     for step in range(400):
-        index = mismatch(picture, text, uniform(0, WRONG, step, 0, (16, 18)), group, kin)
+        index = sample_itm_pairs(picture, text, uniform(0, WRONG, step, 0, (16, 18)), group, hard_negatives)
         moved = index != np.arange(16)
         assert moved.sum() == 8
         assert (picture[index] != picture)[moved].all() and (text[index] != text)[moved].all()
         seen[moved, index[moved]] += 1
     assert abs(seen.sum(axis=1) - 200).max() < 50                              # every row as often (5 sd)
 
-    # A wrong picture is any that fits, or in a share `kin` of the cases any of the same group that fits.
+    # A wrong picture is any that fits, or in a share `hard_negatives` of the cases any of the same group that fits.
     fits = (picture[:, None] != picture) & (text[:, None] != text)
     akin = fits & (group[:, None] == group)
     assert akin.any(axis=1).all()
-    share = (1 - kin) * fits / fits.sum(axis=1, keepdims=True) + kin * akin / akin.sum(axis=1, keepdims=True)
+    share = (1 - hard_negatives) * fits / fits.sum(axis=1, keepdims=True) + hard_negatives * akin / akin.sum(axis=1, keepdims=True)
     expected = 200 * share.sum(axis=0)
     assert (abs(seen.sum(axis=0) - expected) < 5 * expected ** 0.5).all()
     expected = 200 * (share * akin).sum()
@@ -244,15 +244,15 @@ def test_mismatched_rows_differ_in_picture_and_text(kin):
 def test_rows_without_a_partner_stay_a_match():
     numbers = uniform(0, WRONG, 0, 0, (8, 10))
     same, different = np.zeros(8, int), np.arange(8)
-    assert np.array_equal(mismatch(same, different, numbers, same), different)
-    assert np.array_equal(mismatch(different, same, numbers, same), different)
+    assert np.array_equal(sample_itm_pairs(same, different, numbers, same), different)
+    assert np.array_equal(sample_itm_pairs(different, same, numbers, same), different)
 
     alone = np.array([0, 0, 0, 0, 0, 0, 0, 1])                                 # a partner: the last row alone
     for step in range(200):
-        index = mismatch(alone, alone, uniform(0, WRONG, step, 0, (8, 10)), same)
+        index = sample_itm_pairs(alone, alone, uniform(0, WRONG, step, 0, (8, 10)), same)
         assert (alone[index] != alone).sum() == (index != different).sum() <= 4
 
 
 def test_rows_without_kin_get_any_other_picture():
-    index = mismatch(np.arange(8), np.arange(8), uniform(0, WRONG, 0, 0, (8, 10)), np.arange(8), kin=1.0)
+    index = sample_itm_pairs(np.arange(8), np.arange(8), uniform(0, WRONG, 0, 0, (8, 10)), np.arange(8), hard_negatives=1.0)
     assert (index != np.arange(8)).sum() == 4

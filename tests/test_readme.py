@@ -189,7 +189,7 @@ def test_counts(tiny):
     kept = int(patches * (1 - cfg.mask_ratio))
     assert f"{patches - kept} of {patches} patches are hidden" in README
     assert f"for {tiny_steps:,} steps" in README and f"{sum(phantoms.COUNTS.values()):,} phantoms" in README
-    assert f"`tiny` {PRESETS['tiny']['kin']}, `small` {PRESETS['small']['kin']}" in README
+    assert f"`tiny` {PRESETS['tiny']['hard_negatives']}, `small` {PRESETS['small']['hard_negatives']}" in README
     base = 288 ** 2 / 1e3
     assert f"at 288 pixels {base:.0f} or {3 * base:.0f} kB" in README
 

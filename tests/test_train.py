@@ -87,7 +87,7 @@ def test_a_run_leaves_what_it_promises(pack, tmp_path, monkeypatch, capsys):
 
     assert [line["step"] for line in logged(out)] == [1, 2, 3, 4]
     assert [line["step"] for line in logged(out, "val")] == [2, 4] and len(logged(out, "test")) == 1
-    names = {"mlm_acc", "mlm_gain_other", "mlm_gain_kin", "mim_gain_other", "itm_acc"}
+    names = {"mlm_acc", "mlm_gain_random", "mlm_gain_hard", "mim_gain_random", "itm_acc"}
     assert names <= set(logged(out, "val")[0])
     for name in ("last.pt", "prev.pt", "best.pt"):
         state = torch.load(out / name, weights_only=True)
@@ -110,15 +110,15 @@ def test_no_figure_within_the_kind_where_the_data_name_no_kinds(tmp_path, monkey
     started(monkeypatch, *SMALL, "--data", tmp_path / "pack", "--out", tmp_path / "run", "--steps", 1)
     for split in "val", "test":
         line, = logged(tmp_path / "run", split)
-        assert not [name for name in line if "kin" in name and name != "kind_alone"]
-        assert {"mlm_gain_other", "itm_acc_other"} <= line.keys()
+        assert not [name for name in line if "hard_negatives" in name and name != "kind_alone"]
+        assert {"mlm_gain_random", "itm_acc_random"} <= line.keys()
     assert capsys.readouterr().out.count("the data name no kinds") == 2
 
 
 def test_a_report_on_one_sample_has_nobody_to_compare_it_with(pack, tmp_path, monkeypatch, capsys):
     started(monkeypatch, *SMALL, "--data", pack, "--out", tmp_path / "run", "--steps", 1, "--test_samples", 1)
     assert capsys.readouterr().out.count("nan") == 4       # two gains, matching, what the kind alone tells
-    assert "mlm_gain_other" not in logged(tmp_path / "run", "test")[0]
+    assert "mlm_gain_random" not in logged(tmp_path / "run", "test")[0]
 
 
 def test_a_small_rate_is_logged_as_it_is(tmp_path):

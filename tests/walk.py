@@ -36,8 +36,8 @@ MEANING = {
     "mlm_positions": "places of the hidden tokens in the flattened batch, filled up to a multiple of B",
     "mim_noise": "a number for each patch: those with the highest are hidden",
     "itm_index": "which row's picture each text goes with in matching",
-    "other_index": "validation: a row with another picture and another text",
-    "kin_index": "validation: such a row of the same kind of picture"}
+    "random_negative_index": "validation: a row with another picture and another text",
+    "hard_negative_index": "validation: such a row of the same kind of picture"}
 LETTERS = "B rows, S pixels a side, T tokens, L patches, K of them kept, M hidden tokens and filler"
 
 
