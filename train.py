@@ -273,8 +273,8 @@ def baselines(train, test, limit, device, drawn_clean=None, most=8192):
     tokens, sums = [], {}
     for _, _, numbers, batch in load(test, validation_chunks(test, limit), VAL_SEED, device):
         image, target = batch["image"], MIM.target(batch["image"], cfg)       # (B, L, 3·P²)
-        keep, restore = masking.split_patches(batch["mim_noise"], cfg.mask_ratio)
-        hidden = restore >= keep.shape[1]                                     # (B, L)
+        ids_keep, ids_restore = masking.random_masking(batch["mim_noise"], cfg.mask_ratio)
+        hidden = ids_restore >= ids_keep.shape[1]                                     # (B, L)
         pairs = {"constant_patch": metrics.tally((mean - target).square().mean(-1), hidden)}
         if drawn_clean:
             clean = patchify(drawn_clean(numbers).to(image), cfg.patch_size)  # (B, L, 3·P²)

@@ -118,7 +118,7 @@ class TrainConfig:
     weight_decay: float = opt(0.01, "AdamW's decay of matrices; one-dimensional parameters never decay")
     beta2: float = opt(0.98, "AdamW's second beta; the first is 0.9")
     clip: float = opt(0.0, "gradient clipping: the largest norm; 0 turns it off")
-    word_ratio: float = opt(0.15, "share of the text's tokens that is hidden")
+    mlm_ratio: float = opt(0.15, "share of the text's tokens that is hidden")
     whole_word: bool = opt(True, "hide whole words; off: single tokens")
     hard_negatives: float = opt(0.0, "share of wrong pictures that are of the text's kind (hard negatives); paper: 0")
     crop: float = opt(1.0, "least share of a training picture's area that a random crop keeps; 1: none")

@@ -87,41 +87,41 @@ class Samples:
         picture = numbered((which, int(row["picture"])) for which, row in rows)
         text = numbered(body.tobytes() for body in bodies)
         if cfg.task == "irtr":
-            draws = uniform(masking.WRONG, size, size)
-            batch["false_text_index"] = masking.sample_negatives(picture, text, draws, min(FALSE_TEXTS, size))
+            noise = uniform(masking.NEGATIVES, size, size)
+            batch["false_text_index"] = masking.sample_negatives(picture, text, noise, min(FALSE_TEXTS, size))
         if cfg.task != "pretrain":
             return batch if self.labels is None else batch | {f"{cfg.task}_labels": self.labels[numbers]}
 
         group = numbered(self.packs[which].meta["groups"][row["group"]] if row["group"] >= 0 else place
                          for place, (which, row) in enumerate(rows))
-        draws = uniform(masking.WRONG, size, 3 * size + 2)      # matching's, then those of validation alone
-        batch["itm_index"] = masking.sample_itm_pairs(picture, text, draws[:, :size + 2], group, self.train_cfg.hard_negatives)
-        batch["random_negative_index"] = masking.sample_negatives(picture, text, draws[:, size + 2:2 * size + 2], 1)[:, 0]
-        batch["hard_negative_index"] = masking.sample_negatives(picture, text, draws[:, 2 * size + 2:], 1, group)[:, 0]
+        noise = uniform(masking.NEGATIVES, size, 3 * size + 2)      # matching's, then those of validation alone
+        batch["itm_index"] = masking.sample_itm_pairs(picture, text, noise[:, :size + 2], group, self.train_cfg.hard_negatives)
+        batch["random_negative_index"] = masking.sample_negatives(picture, text, noise[:, size + 2:2 * size + 2], 1)[:, 0]
+        batch["hard_negative_index"] = masking.sample_negatives(picture, text, noise[:, 2 * size + 2:], 1, group)[:, 0]
 
         # Hidden patches; hidden words, drawn for max_text_len places, whatever the batch's length.
         patches = (cfg.image_size // cfg.patch_size) ** 2
-        batch["mim_noise"] = uniform(masking.PATCHES, size, patches).astype(np.float32)
-        draws = uniform(masking.WORDS, size, longest + 1, 3)[:, :length + 1]
-        chosen = masking.choose_words(starts, maskable, draws[..., 0], self.train_cfg.word_ratio,
+        batch["mim_noise"] = uniform(masking.MIM_MASK, size, patches).astype(np.float32)
+        noise = uniform(masking.MLM_MASK, size, longest + 1, 3)[:, :length + 1]
+        chosen = masking.sample_word_mask(starts, maskable, noise[..., 0], self.train_cfg.mlm_ratio,
                                       self.train_cfg.whole_word)                       # (B, T)
-        batch["mlm_ids"] = masking.hide_words(ids, chosen, draws[:, :length, 1:], tok.mask_id, tok.ordinary)
+        batch["mlm_ids"] = masking.corrupt_tokens(ids, chosen, noise[:, :length, 1:], tok.mask_id, tok.non_special_ids)
         batch["mlm_labels"] = np.where(chosen, ids, -100)
         places = np.flatnonzero(chosen)  # (M,); zeros fill it up: shapes repeat, and place 0 is never hidden
         batch["mlm_positions"] = np.pad(places, (0, -len(places) % size))
         return batch
 
-    def picture(self, n, out, draws=None):
-        """Read the picture of sample n into out, uint8 (3, s, s). Uniform draws (8, 4) choose a crop of it: a
+    def picture(self, n, out, noise=None):
+        """Read the picture of sample n into out, uint8 (3, s, s). Uniform noise (8, 4) choose a crop of it: a
         box of `crop` to 1 of the area, at an aspect of 3/4 to 4/3, resized by PIL."""
         which, row = self.where[n]
         pack, side, number = self.packs[which], out.shape[-1], self.packs[which].samples["picture"][row]
-        if draws is None and pack.size == side:
+        if noise is None and pack.size == side:
             return pack.read_picture(number, out)
 
         stored = np.empty((3, pack.size, pack.size), dtype=np.uint8)
         pack.read_picture(number, stored)
-        box = crop_box(pack.size, self.train_cfg.crop, draws if draws is not None else ())
+        box = crop_box(pack.size, self.train_cfg.crop, noise if noise is not None else ())
         whole = Image.fromarray(stored.transpose(1, 2, 0))
         out[:] = np.asarray(whole.resize((side, side), Image.Resampling.BICUBIC, box=box)).transpose(2, 0, 1)
 
@@ -132,10 +132,10 @@ def numbered(keys):
     return np.array([seen.setdefault(key, len(seen)) for key in keys])
 
 
-def crop_box(side, smallest, draws):
-    """The first box of the eight that `draws` (8, 4) propose which lies within the square, else the whole
+def crop_box(side, smallest, noise):
+    """The first box of the eight that `noise` (8, 4) propose which lies within the square, else the whole
     square: (left, top, right, bottom) in pixels."""
-    for scale, aspect, x, y in draws:
+    for scale, aspect, x, y in noise:
         area = side * side * (smallest + (1 - smallest) * scale)
         ratio = np.exp(np.log(3 / 4) + aspect * np.log(16 / 9))
         width, height = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)

@@ -169,7 +169,7 @@ class StopSignal:
 def check_batches(train_cfg, model_cfg, world):
     """Every number must be one that makes sense; batch, micro-batch and processes must fit each other."""
     batch, micro, task = train_cfg.batch_size, train_cfg.micro_batch, model_cfg.task
-    limits = {"warmup": 1, "word_ratio": 1, "hard_negatives": 1, "crop": 1, "beta2": 0.9999, "seed": 2 ** 63 - 1}
+    limits = {"warmup": 1, "mlm_ratio": 1, "hard_negatives": 1, "crop": 1, "beta2": 0.9999, "seed": 2 ** 63 - 1}
     for name, value in vars(train_cfg).items():
         least, most = int(name in ("steps", "batch_size", "micro_batch", "vocab")), limits.get(name, 10 ** 9)
         need(isinstance(value, str) or least <= value <= most, f"--{name} {value}: use {least} to {most:,}")

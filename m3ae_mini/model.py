@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .masking import split_patches
+from .masking import random_masking
 
 
 def attend(q, k, v, heads, mask=None, dropout=0.0):
@@ -136,7 +136,7 @@ def patchify(image, size):
 
 
 class ViT(nn.Module):
-    """The paper's vision encoder, CLIP's ViT. Given `keep`, no block sees the other, hidden patches."""
+    """The paper's vision encoder, CLIP's ViT. Given `ids_keep`, no block sees the other, hidden patches."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -148,12 +148,12 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(PreNormBlock(width, cfg.vit_heads) for _ in range(cfg.vit_blocks))
         self.norm_post = nn.LayerNorm(width, eps=1e-5)
 
-    def forward(self, patches, keep=None):
-        """patches (B, L, 3·P²), keep: numbers of the visible (B, K) or None for all -> (B, 1+K | 1+L, W)"""
+    def forward(self, patches, ids_keep=None):
+        """patches (B, L, 3·P²), ids_keep: numbers of the visible (B, K) or None for all -> (B, 1+K | 1+L, W)"""
         pos = self.pos[1:]                                                           # (L, W)
-        if keep is not None:
-            patches = patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[-1]))   # (B, K, 3·P²)
-            pos = pos.index_select(0, keep.flatten()).view(*keep.shape, -1)          # (B, K, W)
+        if ids_keep is not None:
+            patches = patches.gather(1, ids_keep[..., None].expand(-1, -1, patches.shape[-1]))   # (B, K, 3·P²)
+            pos = pos.index_select(0, ids_keep.flatten()).view(*ids_keep.shape, -1)          # (B, K, W)
 
         x = self.patch(patches) + pos                                                # (B, K | L, W)
         cls = (self.cls + self.pos[0]).expand(len(x), 1, -1).to(x.dtype)             # (B, 1, W)
@@ -238,13 +238,13 @@ class Trunk(nn.Module):
 
     def encode_image(self, image, noise=None):
         """image (B, 3, S, S), normalised -> (B, 1+L, D), class token first. With noise (B, L), the patches of
-        high noise are hidden: -> kept tokens (B, 1+K, D), and restore (B, L), the place of every patch among
-        the kept, then the hidden (masking.split_patches)."""
+        high noise are hidden: -> kept tokens (B, 1+K, D), and ids_restore (B, L), the place of every patch among
+        the kept, then the hidden (masking.random_masking)."""
         patches = patchify(image, self.cfg.patch_size)                               # (B, L, 3·P²)
         if noise is None:
             return self.image_proj(self.vit(patches)) + self.modality[1]             # (B, 1+L, D)
-        keep, restore = split_patches(noise, self.cfg.mask_ratio)                    # (B, K), (B, L)
-        return self.image_proj(self.vit(patches, keep)) + self.modality[1], restore  # (B, 1+K, D), (B, L)
+        ids_keep, ids_restore = random_masking(noise, self.cfg.mask_ratio)                    # (B, K), (B, L)
+        return self.image_proj(self.vit(patches, ids_keep)) + self.modality[1], ids_restore  # (B, 1+K, D), (B, L)
 
     def encode_text(self, ids, mask):
         """ids, mask (B, T) int64, mask 1 where a token is real -> (B, T, D)"""

@@ -58,21 +58,21 @@ class MIM(nn.Module):
     def forward(self, model, batch, text, image):
         """text (B, T, D) -> mim_pred (B, L, 3·P²), mim_hidden (B, L), 1 where a patch was hidden, and the
         squared error: mean within a patch, then over the hidden patches."""
-        kept, restore = model.encode_image(batch["image"], batch["mim_noise"])         # (B, 1+K, D), (B, L)
+        kept, ids_restore = model.encode_image(batch["image"], batch["mim_noise"])         # (B, 1+K, D), (B, L)
         _, kept = model.fuse(text, kept, batch["text_mask"], depth=self.depth, want=("image",))
-        pred = self.decode(kept, restore).float()                                      # (B, L, 3·P²)
+        pred = self.decode(kept, ids_restore).float()                                      # (B, L, 3·P²)
         target = self.target(batch["image"], model.cfg)                                # (B, L, 3·P²)
-        hidden = (restore >= kept.shape[1] - 1).float()                                # (B, L)
+        hidden = (ids_restore >= kept.shape[1] - 1).float()                                # (B, L)
         error = (pred - target).square().mean(-1)                                      # (B, L)
         return {"mim_loss": (error * hidden).sum() / hidden.sum(), "mim_pred": pred, "mim_hidden": hidden}
 
-    def decode(self, kept, restore):
-        """kept (B, 1+K, D), restore (B, L) -> predicted patches (B, L, 3·P²)"""
+    def decode(self, kept, ids_restore):
+        """kept (B, 1+K, D), ids_restore (B, L) -> predicted patches (B, L, 3·P²)"""
         x = self.embed(kept)                                                           # (B, 1+K, W)
         # Mask tokens fill up the row behind the kept patches; then every patch goes back to its place.
-        filler = self.mask_token.to(x.dtype).expand(len(x), restore.shape[1] + 1 - x.shape[1], -1)
+        filler = self.mask_token.to(x.dtype).expand(len(x), ids_restore.shape[1] + 1 - x.shape[1], -1)
         patches = torch.cat([x[:, 1:], filler], dim=1)                                 # (B, L, W)
-        patches = patches.gather(1, restore[..., None].expand(-1, -1, x.shape[-1]))    # (B, L, W)
+        patches = patches.gather(1, ids_restore[..., None].expand(-1, -1, x.shape[-1]))    # (B, L, W)
         x = torch.cat([x[:, :1], patches], dim=1) + self.pos                           # (B, 1+L, W)
         for block in self.blocks:
             x = block(x)

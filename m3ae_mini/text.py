@@ -17,7 +17,7 @@ PAD_ID = {"roberta": 1, "bert": 0}
 class Tokenizer:
     """A `tokenizers.Tokenizer` of RoBERTa's or BERT's kind, told apart by the names of the special tokens.
 
-    ids: cls_id, pad_id, sep_id, mask_id; ordinary (n,): those of no special token; vocab_size; json, hash."""
+    ids: cls_id, pad_id, sep_id, mask_id; non_special_ids (n,): those of no special token; vocab_size; json, hash."""
 
     def __init__(self, backend, source="the tokenizer"):
         self.backend = backend
@@ -37,7 +37,7 @@ class Tokenizer:
         self.vocab_size = max(vocab.values()) + 1
         need(self.vocab_size <= 2 * len(vocab), f"{source} has large gaps in its ids: use another tokenizer")
         special = set(ids) | {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        self.ordinary = np.array(sorted(set(vocab.values()) - special))
+        self.non_special_ids = np.array(sorted(set(vocab.values()) - special))
         self.json = backend.to_str()
         self.hash = hashlib.sha256(self.json.encode()).hexdigest()[:16]
 

@@ -33,7 +33,7 @@ FLAGS = {                              # name: (what it changes, flags of train.
     "no_mim": ("pixels are not reconstructed", "--mim 0"),
     "no_mlm": ("words are not restored", "--mlm 0"),
     "no_itm": ("no image-text matching", "--itm 0"),
-    "mask_50_50": ("half of the patches and of the words are hidden", "--mask_ratio 0.5 --word_ratio 0.5"),
+    "mask_50_50": ("half of the patches and of the words are hidden", "--mask_ratio 0.5 --mlm_ratio 0.5"),
     "mask_15_15": ("15 % of the patches and of the words are hidden", "--mask_ratio 0.15"),
     "pixels_last": ("pixels are decoded after the last fusion layer", "--mim_layer -1"),
     "pixels_first": ("pixels are decoded before the fusion", "--mim_layer 0"),

@@ -33,12 +33,12 @@ def random_batch():
     """A function: (cfg, rows, seed) -> a batch for every task, its texts of unequal length."""
     def make(cfg, rows=4, seed=0):
         draw = torch.Generator().manual_seed(seed)
-        start, pad, end, ordinary = (0, 1, 2, 5) if cfg.text_kind == "roberta" else (2, 0, 3, 5)
+        start, pad, end, non_special_ids = (0, 1, 2, 5) if cfg.text_kind == "roberta" else (2, 0, 3, 5)
         row = torch.arange(rows)                                                       # (B,)
         length = cfg.max_text_len - row[:, None] % 7                                   # (B, 1)
         column = torch.arange(cfg.max_text_len)                                        # (T,)
 
-        ids = torch.randint(ordinary, cfg.vocab_size, (rows, cfg.max_text_len), generator=draw)
+        ids = torch.randint(non_special_ids, cfg.vocab_size, (rows, cfg.max_text_len), generator=draw)
         ids[:, 0] = start
         ids = torch.where(column == length - 1, end, ids).where(column < length, pad)
         hidden = (column == 1) | (column == 3)                                         # (T,)

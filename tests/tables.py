@@ -49,7 +49,7 @@ def phantoms(args, seed):
 
 
 REAL = "--device cpu --image_size 96 --patch_size 16"      # the tiny preset for real pictures
-READ = "--vocab 2000 --hard_negatives 0.5 --word_ratio 0.25 --dropout 0.1"        # pre-training on real captions
+READ = "--vocab 2000 --hard_negatives 0.5 --mlm_ratio 0.25 --dropout 0.1"        # pre-training on real captions
 
 
 def vqa_rad(args, seed):

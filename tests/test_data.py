@@ -79,7 +79,7 @@ def test_trained_tokenizer_has_robertas_special_tokens():
     assert tokenizer.kind == "roberta" and tokenizer.vocab_size <= 300
     assert (tokenizer.cls_id, tokenizer.pad_id, tokenizer.sep_id) == (0, 1, 2)
     assert tokenizer.mask_id == tokenizer.vocab_size - 1
-    assert set(tokenizer.ordinary) == set(range(tokenizer.vocab_size)) - {0, 1, 2, 3, tokenizer.mask_id}
+    assert set(tokenizer.non_special_ids) == set(range(tokenizer.vocab_size)) - {0, 1, 2, 3, tokenizer.mask_id}
     ids, _ = tokenizer.encode(["Large EFFUSION"])[0]
     assert "".join(tokenizer.words(ids)).strip() == "large effusion"
 
@@ -401,7 +401,7 @@ def test_tokens_of_another_pack_are_not_taken(made, tmp_path):
 
 def test_a_special_tokens_name_in_a_text_is_text(made):
     (ids, _), = made[2].encode(["a <mask> of <pad> </s>"])
-    assert set(ids) <= set(made[2].ordinary)
+    assert set(ids) <= set(made[2].non_special_ids)
 
 
 def full_disk(file, _):

@@ -7,11 +7,11 @@ import torch
 
 from m3ae_mini import masking
 from m3ae_mini.masking import (
-    PATCHES, VALIDATION, WORDS, WRONG, choose_words, epoch_order, hide_words, sample_itm_pairs, split_patches,
+    PATCHES, VALIDATION, WORDS, WRONG, sample_word_mask, epoch_order, corrupt_tokens, sample_itm_pairs, random_masking,
     torch_seed, uniform, sample_negatives)
 
 
-# -------------------------------------------------------------------------------- draws
+# -------------------------------------------------------------------------------- noise
 
 def test_a_draw_is_pure():
     first = uniform(7, WORDS, 3, 1, (4, 5))
@@ -25,7 +25,7 @@ def test_a_row_does_not_know_how_many_there_are():
 
 
 def test_every_place_has_numbers_of_its_own():
-    purposes = [masking.ORDER, masking.PATCHES, masking.WORDS, masking.WRONG, masking.CROP, masking.DROPOUT]
+    purposes = [masking.ORDER, masking.MIM_MASK, masking.MLM_MASK, masking.NEGATIVES, masking.CROP, masking.DROPOUT]
     steps = [0, 1, 2, VALIDATION, VALIDATION + 1]
     places = list(itertools.product([0, 1, 2 ** 32], purposes, steps, [0, 1, 2]))
     numbers = np.concatenate([uniform(*place, (50,)) for place in places])
@@ -53,17 +53,17 @@ def test_epoch_order():
 @pytest.mark.parametrize("patches, ratio, visible", [(16, 0.75, 4), (324, 0.75, 81), (10, 0.33, 6)])
 def test_split_patches(patches, ratio, visible):
     noise = torch.from_numpy(uniform(0, PATCHES, 0, 0, (3, patches))).float()
-    keep, restore = split_patches(noise, ratio)
-    assert keep.shape == (3, visible) and restore.shape == (3, patches)
+    ids_keep, ids_restore = random_masking(noise, ratio)
+    assert ids_keep.shape == (3, visible) and ids_restore.shape == (3, patches)
     for b in range(3):
         order = sorted(range(patches), key=noise[b].tolist().__getitem__)
-        assert keep[b].tolist() == order[:visible]
-        assert [order[place] for place in restore[b]] == list(range(patches))
+        assert ids_keep[b].tolist() == order[:visible]
+        assert [order[place] for place in ids_restore[b]] == list(range(patches))
 
 
 def test_split_patches_of_equal_noise():
-    keep, restore = split_patches(torch.zeros(1, 16), 0.75)
-    assert keep[0].tolist() == [0, 1, 2, 3] and restore[0].tolist() == list(range(16))
+    ids_keep, ids_restore = random_masking(torch.zeros(1, 16), 0.75)
+    assert ids_keep[0].tolist() == [0, 1, 2, 3] and ids_restore[0].tolist() == list(range(16))
 
 
 # -------------------------------------------------------------------------------- words
@@ -92,7 +92,7 @@ LAYOUTS = {"specials start": dict(), "specials do not": dict(specials_start=Fals
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_whole_words_are_hidden(layout):
     starts, real, word = texts(200, 9, [1, 2, 3], 40, **layout)
-    chosen = choose_words(starts, real, uniform(0, WORDS, 0, 0, (200, 41)), 0.15)
+    chosen = sample_word_mask(starts, real, uniform(0, WORDS, 0, 0, (200, 41)), 0.15)
     assert chosen.any(axis=1).all()
     assert not chosen[~real].any()
     for b in range(200):
@@ -107,13 +107,13 @@ def test_whole_words_are_hidden(layout):
 @pytest.mark.parametrize("ratio", [0.15, 0.4])
 def test_share_of_hidden_tokens(ratio):
     starts, real, _ = texts(2000, 40, [1, 1, 1, 2], 64)
-    chosen = choose_words(starts, real, uniform(0, WORDS, 0, 0, (2000, 65)), ratio)
+    chosen = sample_word_mask(starts, real, uniform(0, WORDS, 0, 0, (2000, 65)), ratio)
     assert ratio <= chosen.sum() / real.sum() < ratio + 0.01                   # the last word may go beyond
 
 
 def test_single_tokens():
     starts, real, word = texts(2000, 12, [2, 3], 40)
-    chosen = choose_words(starts, real, uniform(0, WORDS, 0, 0, (2000, 41)), 0.15, whole_word=False)
+    chosen = sample_word_mask(starts, real, uniform(0, WORDS, 0, 0, (2000, 41)), 0.15, whole_word=False)
     assert not chosen[~real].any()
     assert np.array_equal(chosen.sum(axis=1), np.round(0.15 * real.sum(axis=1)))
     split = [0 < chosen[b][word[b] == w].sum() < (word[b] == w).sum() for b in range(50) for w in range(12)]
@@ -124,7 +124,7 @@ def test_single_tokens():
 @pytest.mark.parametrize("tokens_per_word", [1, 2])
 def test_every_word_is_as_likely(tokens_per_word, whole_word):
     starts, real, _ = texts(8000, 10, [tokens_per_word], 24)
-    chosen = choose_words(starts, real, uniform(0, WORDS, 0, 0, (8000, 25)), 0.2, whole_word)
+    chosen = sample_word_mask(starts, real, uniform(0, WORDS, 0, 0, (8000, 25)), 0.2, whole_word)
     share = chosen[:, 1:1 + 10 * tokens_per_word].mean(axis=0)
     assert abs(share - 0.2).max() < 5 * (0.2 * 0.8 / 8000) ** 0.5
 
@@ -132,43 +132,43 @@ def test_every_word_is_as_likely(tokens_per_word, whole_word):
 def test_short_texts_have_a_hidden_word():
     starts, real, word = texts(50, 1, [1, 2, 3], 8)
     numbers = uniform(0, WORDS, 0, 0, (50, 9))
-    assert np.array_equal(choose_words(starts, real, numbers, 0.15), real)     # the only word
-    assert (choose_words(starts, real, numbers, 0.15, whole_word=False).sum(axis=1) == 1).all()
+    assert np.array_equal(sample_word_mask(starts, real, numbers, 0.15), real)     # the only word
+    assert (sample_word_mask(starts, real, numbers, 0.15, whole_word=False).sum(axis=1) == 1).all()
 
 
 def test_text_without_words_hides_nothing():
     nothing = np.zeros((2, 8), bool)
-    assert not choose_words(nothing, nothing, uniform(0, WORDS, 0, 0, (2, 9)), 0.15).any()
+    assert not sample_word_mask(nothing, nothing, uniform(0, WORDS, 0, 0, (2, 9)), 0.15).any()
 
 
 def test_padding_does_not_change_which_words():
     """The loader cuts texts to the longest of a chunk; the choice among the same numbers is the same."""
     starts, real, _ = texts(100, 6, [1, 2], 30)
     numbers = uniform(0, WORDS, 0, 0, (100, 31))
-    whole = choose_words(starts, real, numbers, 0.15)
-    short = choose_words(starts[:, :16], real[:, :16], numbers[:, :17], 0.15)
+    whole = sample_word_mask(starts, real, numbers, 0.15)
+    short = sample_word_mask(starts[:, :16], real[:, :16], numbers[:, :17], 0.15)
     assert not real[:, 16:].any() and np.array_equal(whole[:, :16], short)
 
 
 def test_what_stands_for_hidden_tokens():
-    ordinary = np.arange(10, 1000)
+    non_special_ids = np.arange(10, 1000)
     ids = np.full((400, 100), 5)
     chosen = np.arange(100) % 2 == np.zeros((400, 1))
-    put = hide_words(ids, chosen, uniform(0, WORDS, 0, 1, (400, 100, 2)), 4, ordinary)
+    put = corrupt_tokens(ids, chosen, uniform(0, WORDS, 0, 1, (400, 100, 2)), 4, non_special_ids)
     assert put.dtype == ids.dtype and (put[~chosen] == 5).all()
 
     put = put[chosen]
     random = put[(put != 4) & (put != 5)]
     for count, share in (((put == 4).sum(), 0.8), (len(random), 0.1), ((put == 5).sum(), 0.1)):
         assert abs(count / len(put) - share) < 5 * (share * (1 - share) / len(put)) ** 0.5
-    assert np.isin(random, ordinary).all() and random.min() < 40 and random.max() > 970
-    assert abs(random.mean() - ordinary.mean()) < 5 * ordinary.std() / len(random) ** 0.5
+    assert np.isin(random, non_special_ids).all() and random.min() < 40 and random.max() > 970
+    assert abs(random.mean() - non_special_ids.mean()) < 5 * non_special_ids.std() / len(random) ** 0.5
 
 
 def test_limits_of_the_numbers():
-    """0.8 and 0.9 belong to the next kind; the largest number still is an ordinary token."""
+    """0.8 and 0.9 belong to the next kind; the largest number still is an non_special_ids token."""
     numbers = np.array([[[0.0, 0.0], [0.8, 0.0], [np.nextafter(1, 0), 0.0], [0.85, np.nextafter(1, 0)]]])
-    put = hide_words(np.full((1, 4), 7), np.ones((1, 4), bool), numbers, 4, np.array([20, 30]))
+    put = corrupt_tokens(np.full((1, 4), 7), np.ones((1, 4), bool), numbers, 4, np.array([20, 30]))
     assert put.tolist() == [[4, 20, 7, 30]]
 
 

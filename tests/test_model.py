@@ -44,9 +44,9 @@ def test_shapes_of_the_trunk(small_config, random_batch):
     model, batch = seeded(cfg), random_batch(cfg)
     mask = batch["text_mask"]
     text, image = model.encode_text(batch["text_ids"], mask), model.encode_image(batch["image"])
-    kept, restore = model.encode_image(batch["image"], batch["mim_noise"])
+    kept, ids_restore = model.encode_image(batch["image"], batch["mim_noise"])
     assert text.shape == (4, 12, 64) and image.shape == (4, 1 + PATCHES, 64)
-    assert kept.shape == (4, 1 + KEPT, 64) and restore.shape == (4, PATCHES)
+    assert kept.shape == (4, 1 + KEPT, 64) and ids_restore.shape == (4, PATCHES)
     assert [x.shape for x in model.fuse(text, image, mask)] == [text.shape, image.shape]
     assert [x.shape for x in model.fuse(text, kept, mask)] == [text.shape, kept.shape]
     assert model.joint(text, image, mask).shape == (4, 128)
@@ -566,8 +566,8 @@ def test_dropout_spares_image_encoder_and_decoder(small_config, random_batch):
     model, batch = seeded(cfg), random_batch(cfg)
     assert torch.equal(model.encode_image(batch["image"]), model.encode_image(batch["image"]))
     decode = model.objectives["mim"].decode
-    kept, restore = model.encode_image(batch["image"], batch["mim_noise"])
-    assert torch.equal(decode(kept, restore), decode(kept, restore))
+    kept, ids_restore = model.encode_image(batch["image"], batch["mim_noise"])
+    assert torch.equal(decode(kept, ids_restore), decode(kept, ids_restore))
     encode = model.encode_text
     assert not torch.equal(*(encode(batch["text_ids"], batch["text_mask"]) for _ in range(2)))
 
