@@ -37,7 +37,7 @@ RIGHT = {"vqa": "answer", "cls": "label"}                  # where a pack's line
 class TaskConfig:
     """What only the tasks ask."""
     answers: str = opt("train", "the answer list: train (of the training questions) or all (as released)")
-    blind: bool = opt(False, "put the mean picture in the place of every picture, in training and in test")
+    blind: bool = opt(False, "put the mean picture in the dist_env of every picture, in training and in test")
     zero_shot: bool = opt(False, "irtr: rank by the matching head of --init, without training")
 
 
@@ -58,16 +58,16 @@ def main():
     need(train_cfg.init, "say by --init which run or checkpoint to start from, or --init none")
     cfg, sources = weights.sources(cfg, train_cfg, vars(args))
     make = partial(prepare, cfg, train_cfg, run_cfg, task_cfg, sources)
-    place, (train, val, test, choices, tokenizer, cfg) = loop.begin(train_cfg, cfg, run_cfg, make)
+    dist_env, (train, val, test, choices, tokenizer, cfg) = loop.begin(train_cfg, cfg, run_cfg, make)
     train_cfg, run_cfg = loop.in_steps(train_cfg, run_cfg, train.n)
 
     settings = {"model": asdict(cfg), "train": asdict(train_cfg), "run": asdict(run_cfg),
                 "task": asdict(task_cfg),
                 "data": {"packs": [pack.fingerprint() for pack in train.packs], "tokenizer": tokenizer.hash,
                          "choices": choices}}
-    checkpoint = place.from_main(lambda: loop.open_run(run_cfg, settings, place))  # --gpus starts torchrun
-    mean = mean_picture(train, place.device) if task_cfg.blind else None       # (3, S, S) or None
-    if place.main:
+    checkpoint = dist_env.from_main(lambda: loop.open_run(run_cfg, settings, dist_env))  # --gpus starts torchrun
+    mean = mean_picture(train, dist_env.device) if task_cfg.blind else None       # (3, S, S) or None
+    if dist_env.main:
         loop.write_whole(out / "tokenizer.json", lambda file: file.write(tokenizer.json.encode()))
         print(f"{train.n:,} training and {val.n:,} validation samples; {train.cut + val.cut + test.cut:,} "
               f"texts of more than {cfg.max_text_len} tokens are cut; choices: {len(choices):,}")
@@ -76,18 +76,18 @@ def main():
     torch.manual_seed(train_cfg.seed)
     model = M3AE(cfg)
     if sources and not checkpoint:
-        place.say(weights.start(model, sources))           # they are put in on every process, told by one
-    net, optimizer, scaler, step, best = loop.learner(model, train, train_cfg, run_cfg, place, checkpoint)
-    log = loop.Log(out, step) if place.main else None
+        dist_env.say(weights.start(model, sources))           # they are put in on every process, told by one
+    net, optimizer, scaler, step, best = loop.learner(model, train, train_cfg, run_cfg, dist_env, checkpoint)
+    log = loop.Log(out, step) if dist_env.main else None
     del sources, make                  # they hold what was loaded
     if task_cfg.zero_shot:
-        return report(model, test, choices, mean, place, run_cfg, step)
+        return report(model, test, choices, mean, dist_env, run_cfg, step)
 
     # ------------------------------------------------------------------------------------ the loop
-    chunks = train_cfg.batch_size // train_cfg.micro_batch // place.world      # of a step, on this process
-    batches = load(train, training_chunks(train, train_cfg, step, place.rank, place.world), train_cfg.seed,
-                   place.device, crop=train_cfg.crop < 1)
-    bar = tqdm(total=train_cfg.steps, initial=step, unit="step", disable=not place.main, dynamic_ncols=True)
+    chunks = train_cfg.batch_size // train_cfg.micro_batch // dist_env.world      # of a step, on this process
+    batches = load(train, training_chunks(train, train_cfg, step, dist_env.rank, dist_env.world), train_cfg.seed,
+                   dist_env.device, crop=train_cfg.crop < 1)
+    bar = tqdm(total=train_cfg.steps, initial=step, unit="step", disable=not dist_env.main, dynamic_ncols=True)
     sums, since, skipped, clock = 0, 0, 0, time.perf_counter()                 # since the log's last line
     stop, stopping, in_a_row = loop.StopSignal(), False, 0
     model.train()
@@ -100,8 +100,8 @@ def main():
             torch.manual_seed(masking.torch_seed(train_cfg.seed, step, chunk))         # dropout
             if mean is not None:
                 batch["image"] = mean.expand_as(batch["image"])
-            with net.no_sync() if place.world > 1 and i < chunks else nullcontext():
-                with place.autocast():
+            with net.no_sync() if dist_env.world > 1 and i < chunks else nullcontext():
+                with dist_env.autocast():
                     loss = net(batch)["loss"]
                 scaler.scale(loss / chunks).backward()
             sums = sums + loss.detach()
@@ -109,7 +109,7 @@ def main():
         # Step. A gradient that is not finite is the same on all processes by now, so all of them skip it.
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train_cfg.clip or math.inf)
-        norm, stopping = stop.agree(norm, place)                                       # one host read
+        norm, stopping = stop.agree(norm, dist_env)                                       # one host read
         if math.isfinite(norm):
             scaler.step(optimizer)
             in_a_row = 0
@@ -123,8 +123,8 @@ def main():
         # Log; then, while the clock stands still, validate and save.
         last = step == train_cfg.steps
         if step % run_cfg.log_every == 0 or last:
-            value = place.total({"loss": sums})["loss"] / (since * chunks * place.world)
-            if place.main:
+            value = dist_env.total({"loss": sums})["loss"] / (since * chunks * dist_env.world)
+            if dist_env.main:
                 speed = since * train_cfg.batch_size / (time.perf_counter() - clock)
                 log.write(step, "train", lr=rate, norm=norm, skipped=skipped, samples_per_s=speed, loss=value)
                 bar.set_postfix_str(f"loss {value:.3f} {speed:,.0f} samples/s")
@@ -133,8 +133,8 @@ def main():
 
         pause = time.perf_counter()
         if step % run_cfg.eval_every == 0 or last:
-            found = evaluate(model, val, choices, mean, place, run_cfg.eval_samples)
-            if place.main:
+            found = evaluate(model, val, choices, mean, dist_env, run_cfg.eval_samples)
+            if dist_env.main:
                 log.write(step, "val", **found)
                 shown = "  ".join(f"{name} {value:.4g}" for name, value in found.items() if " " not in name)
                 tqdm.write(f"step {step:,}  {shown}")
@@ -143,18 +143,18 @@ def main():
                     loop.save(out / "best.pt", model, step)
             best = max(best, found["score"])
 
-        if (step % run_cfg.save_every == 0 or last or stopping) and place.main:
+        if (step % run_cfg.save_every == 0 or last or stopping) and dist_env.main:
             loop.save_checkpoint(out, model, optimizer, scaler, step, best)
         clock += time.perf_counter() - pause
     bar.close()
 
     if stopping and step < train_cfg.steps:
-        return place.say(f"stopped after step {step:,}; go on with --resume")
+        return dist_env.say(f"stopped after step {step:,}; go on with --resume")
     if run_cfg.test_samples:
-        tested = place.from_main(partial(loop.whole_checkpoint, out, "best.pt", "last.pt"))
+        tested = dist_env.from_main(partial(loop.whole_checkpoint, out, "best.pt", "last.pt"))
         state = loop.load_checkpoint(tested)
         model.load_state_dict(state["model"])
-        report(model, test, choices, mean, place, run_cfg, state["step"])
+        report(model, test, choices, mean, dist_env, run_cfg, state["step"])
 
 
 def prepare(cfg, train_cfg, run_cfg, task_cfg, sources):
@@ -230,20 +230,20 @@ def mean_picture(samples, device):
 # ---------------------------------------------------------------------------------------------- evaluation
 
 @torch.no_grad()
-def evaluate(model, samples, choices, mean, place, limit):
+def evaluate(model, samples, choices, mean, dist_env, limit):
     """Every figure of the task over at most `limit` samples, each counted once, and `score`, by which the
     best checkpoint is chosen: accuracy, or the mean of the recalls."""
     model.eval()
     if model.cfg.task == "irtr":
-        found = retrieval(model, samples, mean, place, limit)
+        found = retrieval(model, samples, mean, dist_env, limit)
         found["score"] = sum(found.values()) / len(found)
     else:
         sums = {}
-        chunks = validation_chunks(samples, limit, place.rank, place.world)
-        for _, _, numbers, batch in load(samples, chunks, VAL_SEED, place.device):
+        chunks = validation_chunks(samples, limit, dist_env.rank, dist_env.world)
+        for _, _, numbers, batch in load(samples, chunks, VAL_SEED, dist_env.device):
             if mean is not None:
                 batch["image"] = mean.expand_as(batch["image"])
-            with place.autocast():
+            with dist_env.autocast():
                 logits = model(batch)[f"{model.cfg.task}_logits"]                      # (B, A)
             lines = [samples.line(n) for n in numbers]
             told = [choices[i] for i in logits.argmax(-1).tolist()]
@@ -251,13 +251,13 @@ def evaluate(model, samples, choices, mean, place, limit):
                                    model.cfg.task, [line.get("closed") for line in lines])
             for name, pair in pairs.items():
                 sums[name] = sums.get(name, 0) + pair
-        found = {name: total / count for name, (total, count) in place.total(sums).items() if count}
+        found = {name: total / count for name, (total, count) in dist_env.total(sums).items() if count}
         found["score"] = found["acc"]
     model.train()
     return found
 
 
-def retrieval(model, samples, mean, place, limit):
+def retrieval(model, samples, mean, dist_env, limit):
     """Recall at 1, 5 and 10 in both directions among `limit` samples at most (paper, section 3.3).
 
     Each picture is encoded once, each text once a process; only the fusion runs for every pair. The processes
@@ -271,10 +271,10 @@ def retrieval(model, samples, mean, place, limit):
 
     def batches(rows):
         chunks = ((masking.VALIDATION, 0, rows[i:i + PAIRS]) for i in range(0, len(rows), PAIRS))
-        return (batch for _, _, _, batch in load(samples, chunks, VAL_SEED, place.device))
+        return (batch for _, _, _, batch in load(samples, chunks, VAL_SEED, dist_env.device))
 
     texts, masks, fc = [], [], model.objectives["irtr"].fc
-    with place.autocast():
+    with dist_env.autocast():
         for batch in batches(numbers[first_text]):
             room = samples.cfg.max_text_len - batch["text_ids"].shape[1]
             encoded = model.encode_text(batch["text_ids"], batch["text_mask"])                    # (B, T, D)
@@ -282,30 +282,30 @@ def retrieval(model, samples, mean, place, limit):
             masks.append(torch.nn.functional.pad(batch["text_mask"], (0, room)))
         texts, masks = torch.cat(texts), torch.cat(masks)                                # (Q, T, D), (Q, T)
 
-        own = np.arange(place.rank, len(first_picture), place.world)                     # this process's
-        scores = torch.zeros(len(texts), len(first_picture), device=place.device)                 # (Q, P)
-        bar = tqdm(total=len(own) * len(texts), desc="pairs", leave=False, disable=not place.main)
+        own = np.arange(dist_env.rank, len(first_picture), dist_env.world)                     # this process's
+        scores = torch.zeros(len(texts), len(first_picture), device=dist_env.device)                 # (Q, P)
+        bar = tqdm(total=len(own) * len(texts), desc="pairs", leave=False, disable=not dist_env.main)
         for start, batch in zip(range(0, len(own), PAIRS), batches(numbers[first_picture[own]])):
             shown = batch["image"] if mean is None else mean.expand_as(batch["image"])
             for p, image in zip(own[start:start + PAIRS], model.encode_image(shown)):             # (1+L, D)
                 for i in range(0, len(texts), PAIRS):
                     some = slice(i, i + PAIRS)
-                    feature = model.joint(texts[some], image[None], masks[some])
+                    feature = model.pooled_pair(texts[some], image[None], masks[some])
                     # In float32: among equal scores the wrong ones come first, and bf16 makes many equal.
                     scores[some, p] = (feature.float() * fc.weight).sum(1) + fc.bias              # (≤ PAIRS,)
                     bar.update(len(texts[some]))
         bar.close()
 
-    scores, right = place.sum(scores).cpu(), torch.zeros(scores.shape, dtype=torch.bool)          # (Q, P)
+    scores, right = dist_env.sum(scores).cpu(), torch.zeros(scores.shape, dtype=torch.bool)          # (Q, P)
     right[text, picture] = True
     return {**metrics.recall(scores, right, "text to image"),
             **metrics.recall(scores.T, right.T, "image to text")}
 
 
-def report(model, test, choices, mean, place, run_cfg, step):
+def report(model, test, choices, mean, dist_env, run_cfg, step):
     """The test split, once, in metrics.jsonl and in words."""
-    found = evaluate(model, test, choices, mean, place, run_cfg.test_samples)
-    if not place.main:
+    found = evaluate(model, test, choices, mean, dist_env, run_cfg.test_samples)
+    if not dist_env.main:
         return
     loop.Log(run_cfg.out, math.inf).write(step, "test", **found)
     print(f"\nOn {min(run_cfg.test_samples, test.n):,} test samples (step {step:,}):")

@@ -36,13 +36,13 @@ def main():
     # ------------------------------------------------------------------------------------ what to learn from
     cfg, sources = weights.sources(cfg, train_cfg, vars(args))
     make = partial(prepare, cfg, train_cfg, run_cfg, sources)
-    place, (train, val, tokenizer, cfg) = loop.begin(train_cfg, cfg, run_cfg, make)
+    dist_env, (train, val, tokenizer, cfg) = loop.begin(train_cfg, cfg, run_cfg, make)
     train_cfg, run_cfg = loop.in_steps(train_cfg, run_cfg, train.n)
 
     settings = {"model": asdict(cfg), "train": asdict(train_cfg), "run": asdict(run_cfg),
                 "data": {"packs": [pack.fingerprint() for pack in train.packs], "tokenizer": tokenizer.hash}}
-    checkpoint = place.from_main(lambda: loop.open_run(run_cfg, settings, place))  # --gpus starts torchrun
-    if place.main:
+    checkpoint = dist_env.from_main(lambda: loop.open_run(run_cfg, settings, dist_env))  # --gpus starts torchrun
+    if dist_env.main:
         loop.write_whole(out / "tokenizer.json", lambda file: file.write(tokenizer.json.encode()))
         print(f"{train.n:,} training and {val.n:,} validation samples; {train.cut + val.cut:,} captions of "
               f"more than {cfg.max_text_len} tokens are cut; vocabulary {cfg.vocab_size:,}")
@@ -51,16 +51,16 @@ def main():
     torch.manual_seed(train_cfg.seed)
     model = M3AE(cfg)
     if sources and not checkpoint:
-        place.say(weights.start(model, sources))           # they are put in on every process, told by one
-    net, optimizer, scaler, step, best = loop.learner(model, train, train_cfg, run_cfg, place, checkpoint)
-    log = loop.Log(out, step) if place.main else None
+        dist_env.say(weights.start(model, sources))           # they are put in on every process, told by one
+    net, optimizer, scaler, step, best = loop.learner(model, train, train_cfg, run_cfg, dist_env, checkpoint)
+    log = loop.Log(out, step) if dist_env.main else None
     del sources, make                                                          # they hold what was loaded
 
     # ------------------------------------------------------------------------------------ the loop
-    chunks = train_cfg.batch_size // train_cfg.micro_batch // place.world      # of a step, on this process
-    batches = load(train, training_chunks(train, train_cfg, step, place.rank, place.world), train_cfg.seed,
-                   place.device, crop=train_cfg.crop < 1)
-    bar = tqdm(total=train_cfg.steps, initial=step, unit="step", disable=not place.main, dynamic_ncols=True)
+    chunks = train_cfg.batch_size // train_cfg.micro_batch // dist_env.world      # of a step, on this process
+    batches = load(train, training_chunks(train, train_cfg, step, dist_env.rank, dist_env.world), train_cfg.seed,
+                   dist_env.device, crop=train_cfg.crop < 1)
+    bar = tqdm(total=train_cfg.steps, initial=step, unit="step", disable=not dist_env.main, dynamic_ncols=True)
     sums, since, skipped, clock = {}, 0, 0, time.perf_counter()                # since the log's last line
     stop, stopping, in_a_row = loop.StopSignal(), False, 0
     model.train()
@@ -71,8 +71,8 @@ def main():
         # Forward and backward, a chunk at a time; the processes add up their gradients at the last one.
         for i, (_, chunk, _, batch) in enumerate(itertools.islice(batches, chunks), 1):
             torch.manual_seed(masking.torch_seed(train_cfg.seed, step, chunk))         # dropout
-            with net.no_sync() if place.world > 1 and i < chunks else nullcontext():
-                with place.autocast():
+            with net.no_sync() if dist_env.world > 1 and i < chunks else nullcontext():
+                with dist_env.autocast():
                     losses = net(batch)
                 scaler.scale(losses["loss"] / chunks).backward()
             for name in [name for name in losses if name.endswith("loss")]:
@@ -81,7 +81,7 @@ def main():
         # Step. A gradient that is not finite is the same on all processes by now, so all of them skip it.
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train_cfg.clip or math.inf)
-        norm, stopping = stop.agree(norm, place)                                       # one host read
+        norm, stopping = stop.agree(norm, dist_env)                                       # one host read
         if math.isfinite(norm):
             scaler.step(optimizer)
             in_a_row = 0
@@ -95,9 +95,9 @@ def main():
         # Log; then, while the clock stands still, validate and save.
         last = step == train_cfg.steps
         if step % run_cfg.log_every == 0 or last:
-            means = {name: value / (since * chunks * place.world)
-                     for name, value in place.total(sums).items()}
-            if place.main:
+            means = {name: value / (since * chunks * dist_env.world)
+                     for name, value in dist_env.total(sums).items()}
+            if dist_env.main:
                 speed = since * train_cfg.batch_size / (time.perf_counter() - clock)
                 log.write(step, "train", lr=rate, norm=norm, skipped=skipped, samples_per_s=speed, **means)
                 shown = [f"{name[:3]} {value:.3f}" for name, value in means.items() if name != "loss"]
@@ -107,28 +107,28 @@ def main():
 
         pause = time.perf_counter()
         if step % run_cfg.eval_every == 0 or last:
-            found = evaluate(model, val, place, run_cfg.eval_samples)
+            found = evaluate(model, val, dist_env, run_cfg.eval_samples)
             # The best checkpoint is chosen as in the release.
             score = found.get("itm_acc", 0) + found.get("mlm_acc", 0) - found.get("mim_loss", 0)
-            if place.main:
+            if dist_env.main:
                 log.write(step, "val", score=score, **found)
                 shown = "  ".join(f"{name} {value:.4g}" for name, value in found.items())
                 tqdm.write(f"step {step:,}  {shown}")
-                pictures.reconstructions(model, val, place, out / "pictures" / f"step{step:06d}.png")
+                pictures.reconstructions(model, val, dist_env, out / "pictures" / f"step{step:06d}.png")
                 pictures.curves(log.lines(), out / "pictures" / "curves.png")
                 if score > best:
                     loop.save(out / "best.pt", model, step)
             best = max(best, score)
 
-        if (step % run_cfg.save_every == 0 or last or stopping) and place.main:
+        if (step % run_cfg.save_every == 0 or last or stopping) and dist_env.main:
             loop.save_checkpoint(out, model, optimizer, scaler, step, best)
         clock += time.perf_counter() - pause
     bar.close()
 
     if stopping and step < train_cfg.steps:
-        place.say(f"stopped after step {step:,}; go on with --resume")
+        dist_env.say(f"stopped after step {step:,}; go on with --resume")
     elif run_cfg.test_samples and any(len(pack.split["test"]) for pack in train.packs):
-        report(model, train, run_cfg.test_samples, place, out)
+        report(model, train, run_cfg.test_samples, dist_env, out)
 
 
 def prepare(cfg, train_cfg, run_cfg, sources):
@@ -145,17 +145,17 @@ def prepare(cfg, train_cfg, run_cfg, sources):
 
 
 @torch.no_grad()
-def evaluate(model, samples, place, limit):
+def evaluate(model, samples, dist_env, limit):
     """Means over at most `limit` samples, each counted once, masks fixed; what counted none is left out."""
     model.eval()
     sums = {}
-    chunks = validation_chunks(samples, limit, place.rank, place.world)
-    for _, _, _, batch in load(samples, chunks, VAL_SEED, place.device):
-        with place.autocast():
+    chunks = validation_chunks(samples, limit, dist_env.rank, dist_env.world)
+    for _, _, _, batch in load(samples, chunks, VAL_SEED, dist_env.device):
+        with dist_env.autocast():
             for name, pair in figures(model, batch).items():
                 sums[name] = sums.get(name, 0) + pair
     model.train()
-    return {name: total / count for name, (total, count) in place.total(sums).items() if count}
+    return {name: total / count for name, (total, count) in dist_env.total(sums).items() if count}
 
 
 def figures(model, batch):
@@ -216,13 +216,13 @@ def figures(model, batch):
     return sums
 
 
-def report(model, train, limit, place, out):
+def report(model, train, limit, dist_env, out):
     """The best checkpoint on the test split, each figure beside what ignorance gives. train: its Samples."""
-    best = loop.load_checkpoint(place.from_main(partial(loop.whole_checkpoint, out, "best.pt", "last.pt")))
+    best = loop.load_checkpoint(dist_env.from_main(partial(loop.whole_checkpoint, out, "best.pt", "last.pt")))
     model.load_state_dict(best["model"])
     cfg, test = train.cfg, Samples(train.packs, "test", train.tokenizer, train.cfg, train.train_cfg)
-    found = evaluate(model, test, place, limit)
-    if not place.main:
+    found = evaluate(model, test, dist_env, limit)
+    if not dist_env.main:
         return
 
     def drawn_clean(numbers):
@@ -232,7 +232,7 @@ def report(model, train, limit, place, out):
 
     embedded = all(pack.meta["name"] == "phantoms" for pack in train.packs)
     found = defaultdict(lambda: math.nan, found)           # a gain is none where no sample has a partner
-    found |= baselines(train, test, limit, place.device, drawn_clean if embedded else None)
+    found |= baselines(train, test, limit, dist_env.device, drawn_clean if embedded else None)
     loop.Log(out, math.inf).write(best["step"], "test", **found)
     print(f"\nOn {min(limit, test.n):,} held-out samples (step {best['step']:,}):")
     if cfg.mlm:
@@ -248,7 +248,7 @@ def report(model, train, limit, place, out):
               if "itm_acc_hard" in found else "    within the kind: the data name no kinds")
     if cfg.mim:
         share = 1 - found["mim_loss"] / found["constant_patch"]
-        print(f"  reconstruction error      {found['mim_loss']:6.3f}   the mean patch at each place: "
+        print(f"  reconstruction error      {found['mim_loss']:6.3f}   the mean patch at each dist_env: "
               f"{found['constant_patch']:.3f} ({abs(share):.0%} {'below' if share > 0 else 'above'})")
         print(f"    cross-modal gain        {found['mim_gain_random']:+6.3f} with another row's text")
         if "noise_floor" in found:
@@ -262,7 +262,7 @@ def baselines(train, test, limit, device, drawn_clean=None, most=8192):
 
     commonest: the share of the commonest token among the masked ones. kind_alone: matching accuracy over any
     wrong picture of one who sees only its kind. constant_patch: error of the mean normalised patch at each
-    place, the best guess that knows only the place, from `most` training pictures at most. noise_floor:
+    dist_env, the best guess that knows only the dist_env, from `most` training pictures at most. noise_floor:
     error of the pictures drawn_clean(sample number) -> (B, 3, S, S), which know all but the noise."""
     cfg, mean, seen = test.cfg, 0, 0
     for _, _, _, batch in load(train, validation_chunks(train, most), VAL_SEED, device):

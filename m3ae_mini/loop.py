@@ -57,7 +57,7 @@ def run(main):
 
 def begin(train_cfg, model_cfg, run_cfg, prepare):
     """Meet the other processes, where there are any -> (Place, what prepare() returns)."""
-    place = Place(run_cfg)
+    dist_env = Place(run_cfg)
     check_batches(train_cfg, model_cfg, run_cfg.gpus if place.launching else place.world)
     need(min(run_cfg.log_every, run_cfg.eval_samples, run_cfg.test_samples + 1) > 0,
          "--log_every and --eval_samples must be above 0, --test_samples at least 0")
@@ -70,7 +70,7 @@ def begin(train_cfg, model_cfg, run_cfg, prepare):
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
     made = []                                              # one process first: it writes files of first use
     place.from_main(lambda: made.append(prepare()))
-    return place, made[0] if made else prepare()
+    return dist_env, made[0] if made else prepare()
 
 
 class Place:
@@ -160,7 +160,7 @@ class StopSignal:
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_DFL)
 
-    def agree(self, norm, place):
+    def agree(self, norm, dist_env):
         """The gradient's norm, () -> it as a float, and whether any process was asked: all stop together."""
         norm, asked = place.sum(torch.stack([norm / place.world, norm.new_full((), self.asked)])).tolist()
         return norm, asked > 0
@@ -188,7 +188,7 @@ def in_steps(train_cfg, run_cfg, samples):
                                                     save_every=run_cfg.save_every or every)
 
 
-def open_run(run_cfg, settings, place):
+def open_run(run_cfg, settings, dist_env):
     """Start or continue the run in --out, locked against a second -> the newest checkpoint's path, or None.
     settings: the dict of config.json; a run that goes on must keep all but those under "run" (device, …).
     Where --gpus asks for processes, they start here, as whatever can be wrong has been found by now."""
@@ -310,7 +310,7 @@ class Log:
             file.write(json.dumps({"step": step, "split": split, **plain}) + "\n")
 
 
-def learner(model, train, train_cfg, run_cfg, place, checkpoint):
+def learner(model, train, train_cfg, run_cfg, dist_env, checkpoint):
     """What a loop over the samples `train` needs besides the model, as `checkpoint` (a path or None) left it
     -> net (the model as it is called: compiled, wrapped), optimizer, gradient scaler, step, best score."""
     freeze_unread(model, next(load(train, [(0, 0, [0, 1 % train.n])], 0, "cpu"))[3])

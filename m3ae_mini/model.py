@@ -55,10 +55,10 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x, mask=None, queries=None):
-        """x (B, N, W) -> (B, N, W), or (B, queries, W): only the first `queries` tokens look."""
+    def forward(self, x, mask=None, num_queries=None):
+        """x (B, N, W) -> (B, N, W), or (B, queries, W): only the first `num_queries` tokens look."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)                                       # (B, N, W) each
-        x = attend(q[:, :queries], k, v, self.heads, mask, self.dropout if self.training else 0.0)
+        x = attend(q[:, :num_queries], k, v, self.heads, mask, self.dropout if self.training else 0.0)
         return self.out(x)
 
 
@@ -89,7 +89,7 @@ def quick_gelu(x):
     return F.silu(1.702 * x) / 1.702
 
 
-class PreNormBlock(nn.Module):
+class ViTBlock(nn.Module):
     """CLIP's block: norm, self-attention, norm, feed-forward with QuickGELU. Image encoder, pixel decoder."""
 
     def __init__(self, width, heads):
@@ -97,16 +97,16 @@ class PreNormBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-5)
         self.attn = SelfAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-5)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x):
         """x (B, N, W) -> (B, N, W)"""
         x = x + self.attn(self.norm1(x))
-        return x + self.down(quick_gelu(self.up(self.norm2(x))))
+        return x + self.fc2(quick_gelu(self.fc1(self.norm2(x))))
 
 
-class PostNormLayer(nn.Module):
+class BertLayer(nn.Module):
     """BERT's layer: self-attention, (cross-attention,) GELU feed-forward, a norm after each. Text, fusion."""
 
     def __init__(self, cfg, width, heads, eps, cross=False):
@@ -115,18 +115,18 @@ class PostNormLayer(nn.Module):
         self.attn_norm = nn.LayerNorm(width, eps=eps)
         self.cross = CrossAttention(width, heads, cfg.attn_dropout) if cross else None
         self.cross_norm = nn.LayerNorm(width, eps=eps) if cross else None
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-        self.down_norm = nn.LayerNorm(width, eps=eps)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+        self.fc2_norm = nn.LayerNorm(width, eps=eps)
         self.dropout = cfg.dropout
 
-    def forward(self, x, mask=None, other=None, other_mask=None, queries=None):
+    def forward(self, x, mask=None, other=None, other_mask=None, num_queries=None):
         """x (B, N, W), and to look at other (B, M, W) -> (B, N, W), or (B, queries, W) for the first alone"""
         how = self.dropout, self.training
-        x = self.attn_norm(x[:, :queries] + drop(self.attn(x, mask, queries), *how))
+        x = self.attn_norm(x[:, :num_queries] + drop(self.attn(x, mask, num_queries), *how))
         if self.cross is not None:
             x = self.cross_norm(x + drop(self.cross(x, other, other_mask), *how))
-        return self.down_norm(x + drop(self.down(F.gelu(self.up(x))), *how))
+        return self.fc2_norm(x + drop(self.fc2(F.gelu(self.fc1(x))), *how))
 
 
 def patchify(image, size):
@@ -141,22 +141,22 @@ class ViT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         width, patches = cfg.vit_width, (cfg.image_size // cfg.patch_size) ** 2
-        self.patch = nn.Linear(3 * cfg.patch_size ** 2, width, bias=False)
-        self.cls = nn.Parameter(torch.empty(width))
-        self.pos = nn.Parameter(torch.empty(1 + patches, width))
+        self.patch_embed = nn.Linear(3 * cfg.patch_size ** 2, width, bias=False)
+        self.cls_token = nn.Parameter(torch.empty(width))
+        self.pos_embed = nn.Parameter(torch.empty(1 + patches, width))
         self.norm_pre = nn.LayerNorm(width, eps=1e-5)
-        self.blocks = nn.ModuleList(PreNormBlock(width, cfg.vit_heads) for _ in range(cfg.vit_blocks))
+        self.blocks = nn.ModuleList(ViTBlock(width, cfg.vit_heads) for _ in range(cfg.vit_blocks))
         self.norm_post = nn.LayerNorm(width, eps=1e-5)
 
     def forward(self, patches, ids_keep=None):
         """patches (B, L, 3·P²), ids_keep: numbers of the visible (B, K) or None for all -> (B, 1+K | 1+L, W)"""
-        pos = self.pos[1:]                                                           # (L, W)
+        pos = self.pos_embed[1:]                                                           # (L, W)
         if ids_keep is not None:
             patches = patches.gather(1, ids_keep[..., None].expand(-1, -1, patches.shape[-1]))   # (B, K, 3·P²)
             pos = pos.index_select(0, ids_keep.flatten()).view(*ids_keep.shape, -1)          # (B, K, W)
 
-        x = self.patch(patches) + pos                                                # (B, K | L, W)
-        cls = (self.cls + self.pos[0]).expand(len(x), 1, -1).to(x.dtype)             # (B, 1, W)
+        x = self.patch_embed(patches) + pos                                                # (B, K | L, W)
+        cls = (self.cls_token + self.pos_embed[0]).expand(len(x), 1, -1).to(x.dtype)             # (B, 1, W)
         x = self.norm_pre(torch.cat([cls, x], dim=1))                                # (B, 1+K | 1+L, W)
         for block in self.blocks:
             x = block(x)
@@ -175,7 +175,7 @@ class TextEncoder(nn.Module):
         self.token_type = nn.Embedding(1 if self.is_roberta else 2, cfg.text_width)
         self.norm = nn.LayerNorm(cfg.text_width, eps=eps)
         self.dropout = cfg.dropout
-        self.layers = nn.ModuleList(PostNormLayer(cfg, cfg.text_width, cfg.text_heads, eps)
+        self.layers = nn.ModuleList(BertLayer(cfg, cfg.text_width, cfg.text_heads, eps)
                                     for _ in range(cfg.text_layers))
 
     def positions(self, ids):
@@ -202,25 +202,25 @@ class Fusion(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         size, depth = (cfg.fusion_width, cfg.fusion_heads, 1e-12), cfg.fusion_layers
-        self.text_layers = nn.ModuleList(PostNormLayer(cfg, *size, cross=True) for _ in range(depth))
-        self.image_layers = nn.ModuleList(PostNormLayer(cfg, *size, cross=True) for _ in range(depth))
+        self.text_layers = nn.ModuleList(BertLayer(cfg, *size, cross=True) for _ in range(depth))
+        self.image_layers = nn.ModuleList(BertLayer(cfg, *size, cross=True) for _ in range(depth))
 
-    def forward(self, text, image, text_mask, depth=None, want=("text", "image"), queries=None):
+    def forward(self, text, image, text_mask, depth=None, streams=("text", "image"), num_queries=None):
         """text (B, T, D), image (B, N, D), text_mask (B, T) -> both, after `depth` pairs (default: all). Only
-        what somebody reads is computed: the last pair makes the streams in `want` (the other comes back as
-        None), and of those only the first `queries` tokens. Depth 0 returns both streams as they came."""
+        what somebody reads is computed: the last pair makes the streams in `streams` (the other comes back as
+        None), and of those only the first `num_queries` tokens. Depth 0 returns both streams as they came."""
         mask = text_mask.bool()[:, None, None]                                       # (B, 1, 1, T)
         pairs = list(zip(self.text_layers, self.image_layers))[:depth]
         for text_layer, image_layer in pairs[:-1]:
             text, image = text_layer(text, mask, image), image_layer(image, None, text, mask)
         if pairs:
             text_layer, image_layer = pairs[-1]
-            text, image = (text_layer(text, mask, image, queries=queries) if "text" in want else None,
-                           image_layer(image, None, text, mask, queries) if "image" in want else None)
+            text, image = (text_layer(text, mask, image, num_queries=num_queries) if "text" in streams else None,
+                           image_layer(image, None, text, mask, num_queries) if "image" in streams else None)
         return text, image
 
 
-class Trunk(nn.Module):
+class Backbone(nn.Module):
     """What all objectives share: two encoders, two projections, fusion, two poolers (paper, section 2.1)."""
 
     def __init__(self, cfg):
@@ -254,10 +254,10 @@ class Trunk(nn.Module):
         """-> both streams after the last layer; for shapes and `limits` see Fusion.forward"""
         return self.fusion(text, image, text_mask, **limits)
 
-    def joint(self, text, image, text_mask):
+    def pooled_pair(self, text, image, text_mask):
         """text (B, T, D), image (B, N, D) -> the pair's joint feature [text ; image] (B, 2D). Of the last
         layer only token 0 is computed: the poolers read nothing else."""
-        text, image = self.fuse(text, image, text_mask, queries=1)                   # (B, 1, D) each
+        text, image = self.fuse(text, image, text_mask, num_queries=1)                   # (B, 1, D) each
         text, image = self.text_pooler(text[:, 0]), self.image_pooler(image[:, 0])   # (B, D) each
         return torch.cat([text, image], dim=-1).tanh()                               # (B, 2D)
 
@@ -265,7 +265,7 @@ class Trunk(nn.Module):
 def recompute(model):
     """Activation checkpointing: a layer keeps what enters it, the backward pass computes the rest again."""
     for layer in model.modules():
-        if isinstance(layer, (PreNormBlock, PostNormLayer)):
+        if isinstance(layer, (ViTBlock, BertLayer)):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
@@ -285,10 +285,10 @@ def initialise(model):
     nn.init.normal_(model.modality, std=0.02)
 
     vit, width = model.vit, model.cfg.vit_width
-    for vector in (vit.cls, vit.pos):
+    for vector in (vit.cls_token, vit.pos_embed):
         nn.init.normal_(vector, std=width ** -0.5)
     for block in vit.blocks:
         nn.init.normal_(block.attn.qkv.weight, std=width ** -0.5)
         nn.init.normal_(block.attn.out.weight, std=width ** -0.5 * (2 * len(vit.blocks)) ** -0.5)
-        nn.init.normal_(block.up.weight, std=(2 * width) ** -0.5)
-        nn.init.normal_(block.down.weight, std=width ** -0.5 * (2 * len(vit.blocks)) ** -0.5)
+        nn.init.normal_(block.fc1.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(block.fc2.weight, std=width ** -0.5 * (2 * len(vit.blocks)) ** -0.5)

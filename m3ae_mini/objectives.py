@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .model import PreNormBlock, Trunk, initialise, patchify
+from .model import ViTBlock, Backbone, initialise, patchify
 
 
 class MLM(nn.Module):
     """Masked language modelling: restore hidden words from the other words and the whole picture, by an MLP
     on the text stream after the last fusion layer: words are high-level (paper, section 2.3)."""
-    reads = ("image",)
+    inputs = ("image",)
 
     def __init__(self, cfg):
         super().__init__()
@@ -29,7 +29,7 @@ class MLM(nn.Module):
         if where is None:
             where = (labels != -100).nonzero()[:, 0]                                   # (M,)
         stream = model.encode_text(batch["mlm_ids"], batch["text_mask"])               # (B, T, D)
-        stream, _ = model.fuse(stream, image, batch["text_mask"], want=("text",))      # (B, T, D)
+        stream, _ = model.fuse(stream, image, batch["text_mask"], streams=("text",))      # (B, T, D)
 
         # The vocabulary is the widest layer of all: only masked tokens pay for it.
         states = stream.flatten(0, 1).index_select(0, where)                           # (M, D)
@@ -47,11 +47,11 @@ class MIM(nn.Module):
         super().__init__()
         width, side = cfg.decoder_width, cfg.image_size // cfg.patch_size
         self.depth = cfg.fusion_layers if cfg.mim_layer == -1 else cfg.mim_layer
-        self.reads = ("text",) if self.depth else ()
+        self.inputs = ("text",) if self.depth else ()
         self.embed = nn.Linear(cfg.fusion_width, width)
         self.mask_token = nn.Parameter(torch.empty(width))
         self.register_buffer("pos", sine_cosine_positions(width, side), persistent=False)
-        self.blocks = nn.ModuleList(PreNormBlock(width, cfg.decoder_heads) for _ in range(cfg.decoder_layers))
+        self.blocks = nn.ModuleList(ViTBlock(width, cfg.decoder_heads) for _ in range(cfg.decoder_layers))
         self.norm = nn.LayerNorm(width, eps=1e-5)
         self.pred = nn.Linear(width, 3 * cfg.patch_size ** 2)
 
@@ -59,7 +59,7 @@ class MIM(nn.Module):
         """text (B, T, D) -> mim_pred (B, L, 3·P²), mim_hidden (B, L), 1 where a patch was hidden, and the
         squared error: mean within a patch, then over the hidden patches."""
         kept, ids_restore = model.encode_image(batch["image"], batch["mim_noise"])         # (B, 1+K, D), (B, L)
-        _, kept = model.fuse(text, kept, batch["text_mask"], depth=self.depth, want=("image",))
+        _, kept = model.fuse(text, kept, batch["text_mask"], depth=self.depth, streams=("image",))
         pred = self.decode(kept, ids_restore).float()                                      # (B, L, 3·P²)
         target = self.target(batch["image"], model.cfg)                                # (B, L, 3·P²)
         hidden = (ids_restore >= kept.shape[1] - 1).float()                                # (B, L)
@@ -73,7 +73,7 @@ class MIM(nn.Module):
         filler = self.mask_token.to(x.dtype).expand(len(x), ids_restore.shape[1] + 1 - x.shape[1], -1)
         patches = torch.cat([x[:, 1:], filler], dim=1)                                 # (B, L, W)
         patches = patches.gather(1, ids_restore[..., None].expand(-1, -1, x.shape[-1]))    # (B, L, W)
-        x = torch.cat([x[:, :1], patches], dim=1) + self.pos                           # (B, 1+L, W)
+        x = torch.cat([x[:, :1], patches], dim=1) + self.pos_embed                           # (B, 1+L, W)
         for block in self.blocks:
             x = block(x)
         return self.pred(self.norm(x[:, 1:]))                                          # class token dropped
@@ -101,7 +101,7 @@ def sine_cosine_positions(width, side):
 
 class ITM(nn.Module):
     """The third objective, image-text matching: half the rows get another row's picture; which ones?"""
-    reads = ("text", "image")
+    inputs = ("text", "image")
 
     def __init__(self, cfg):
         super().__init__()
@@ -111,15 +111,15 @@ class ITM(nn.Module):
         """text (B, T, D), image (B, 1+L, D); row i of the text goes with image itm_index[i] -> itm_logits
         (B, 2), class 1: they match. A wrong picture is a row that is encoded already, so it costs nothing."""
         index = batch["itm_index"]                                                     # (B,)
-        feature = model.joint(text, image.index_select(0, index), batch["text_mask"])  # (B, 2D)
+        feature = model.pooled_pair(text, image.index_select(0, index), batch["text_mask"])  # (B, 2D)
         logits = self.fc(feature).float()                                              # (B, 2)
         match = (index == torch.arange(len(index), device=index.device)).long()        # (B,)
         return {"itm_loss": F.cross_entropy(logits, match), "itm_logits": logits}
 
 
-class Choice(nn.Module):
+class ClassifierHead(nn.Module):
     """What VQA and classification share: a head on the joint feature, (B, 2D) -> (B, choices)."""
-    reads = ("text", "image")
+    inputs = ("text", "image")
 
     def __init__(self, cfg):
         super().__init__()
@@ -129,30 +129,30 @@ class Choice(nn.Module):
                                   nn.Linear(width, choices))
 
 
-class VQA(Choice):
+class VQA(ClassifierHead):
     """Question answering as a choice from the answer list. A label of -1 (outside it) has no right choice."""
 
     def forward(self, model, batch, text, image):
         """-> vqa_logits (B, A); binary cross-entropy summed over the answers, averaged over the rows."""
-        logits = self.head(model.joint(text, image, batch["text_mask"])).float()       # (B, A)
+        logits = self.head(model.pooled_pair(text, image, batch["text_mask"])).float()       # (B, A)
         answers = torch.arange(logits.shape[1], device=logits.device)                  # (A,)
         target = (batch["vqa_labels"][:, None] == answers).float()                     # (B, A) one-hot
         loss = F.binary_cross_entropy_with_logits(logits, target) * logits.shape[1]
         return {"vqa_loss": loss, "vqa_logits": logits}
 
 
-class Classification(Choice):
+class Classification(ClassifierHead):
     """One class for a picture with its text."""
 
     def forward(self, model, batch, text, image):
         """-> cls_logits (B, C) and their cross-entropy."""
-        logits = self.head(model.joint(text, image, batch["text_mask"])).float()       # (B, C)
+        logits = self.head(model.pooled_pair(text, image, batch["text_mask"])).float()       # (B, C)
         return {"cls_loss": F.cross_entropy(logits, batch["cls_labels"]), "cls_logits": logits}
 
 
 class Retrieval(nn.Module):
     """Which text belongs to the picture: the right one against F texts of other rows."""
-    reads = ("text", "image")
+    inputs = ("text", "image")
 
     def __init__(self, cfg):
         super().__init__()
@@ -164,7 +164,7 @@ class Retrieval(nn.Module):
         own = torch.arange(len(false), device=false.device)[:, None]                   # (B, 1)
         texts = torch.cat([own, false], dim=1)                                         # (B, 1+F)
         pairs = texts.flatten()                                                        # (B·(1+F),)
-        feature = model.joint(text.index_select(0, pairs), image.repeat_interleave(texts.shape[1], dim=0),
+        feature = model.pooled_pair(text.index_select(0, pairs), image.repeat_interleave(texts.shape[1], dim=0),
                               batch["text_mask"].index_select(0, pairs))               # (B·(1+F), 2D)
         logits = self.fc(feature).float().view(texts.shape)                            # (B, 1+F)
         # Where a row had too few partners its own text fills up the false ones: no choice at all.
@@ -176,7 +176,7 @@ OBJECTIVES = {"pretrain": {"mlm": MLM, "mim": MIM, "itm": ITM},
               "vqa": {"vqa": VQA}, "cls": {"cls": Classification}, "irtr": {"irtr": Retrieval}}
 
 
-class M3AE(Trunk):
+class M3AE(Backbone):
     """The trunk and the objectives in use. An objective of weight 0 is not built, and its work not done."""
 
     def __init__(self, cfg):
@@ -193,7 +193,7 @@ class M3AE(Trunk):
     def forward(self, batch):
         """A dict of tensors (the loader's, or a golden case's) -> every objective's outputs, and `loss`,
         their weighted sum. With dropout on, MIM and ITM share one draw for the text (two in the release)."""
-        read = {what for objective in self.objectives.values() for what in objective.reads}
+        read = {what for objective in self.objectives.values() for what in objective.inputs}
         text = self.encode_text(batch["text_ids"], batch["text_mask"]) if "text" in read else None
         image = self.encode_image(batch["image"]) if "image" in read else None
 

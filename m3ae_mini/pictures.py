@@ -40,14 +40,14 @@ def rebuild(model, batch):
 
 
 @torch.no_grad()
-def reconstructions(model, samples, place, path, count=8):
+def reconstructions(model, samples, dist_env, path, count=8):
     """A sheet of `count` samples: original | masked | reconstructed, and the caption with its hidden words
     filled in, green where the model found the word, red (with the true word behind) where it did not."""
     model.eval()
     spread = np.arange(count) * samples.n // count
     _, _, _, batch = next(load(samples, [(0, 0, spread)], VAL_SEED, place.device))
     guesses = None
-    with place.autocast():
+    with dist_env.autocast():
         masked, rebuilt = rebuild(model, batch) if "mim" in model.objectives else (batch["image"],) * 2
         if "mlm" in model.objectives:
             out = model.objectives["mlm"](model, batch, None, model.encode_image(batch["image"]))

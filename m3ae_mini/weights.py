@@ -24,7 +24,7 @@ CLIP_BLOCK = {"norm1.": "ln_1.", "attn.qkv.": "attn.in_proj_", "attn.out.": "att
               "norm2.": "ln_2.", "up.": "mlp.c_fc.", "down.": "mlp.c_proj."}
 BERT_LAYER = {"attn.qkv.": "attention.self.query. attention.self.key. attention.self.value.",
               "attn.out.": "attention.output.dense.", "attn_norm.": "attention.output.LayerNorm.",
-              "up.": "intermediate.dense.", "down.": "output.dense.", "down_norm.": "output.LayerNorm."}
+              "up.": "intermediate.dense.", "down.": "output.dense.", "fc2_norm.": "output.LayerNorm."}
 FUSION_LAYER = BERT_LAYER | {
     "cross.q.": "crossattention.self.query.",
     "cross.kv.": "crossattention.self.key. crossattention.self.value.",
@@ -65,7 +65,7 @@ def from_official(state, cfg):
     for name, released in name_table(cfg):
         if all(r in state for r in released):
             tensor = torch.cat([state[r] for r in released])
-            if name == "vit.patch.weight":
+            if name == "vit.patch_embed.weight":
                 tensor = tensor.permute(0, 2, 3, 1).flatten(1)                         # (W, P·P·3)
             mine[name] = tensor.flatten() if name == "objectives.mim.mask_token" else tensor
     return mine
@@ -77,7 +77,7 @@ def to_official(state, cfg):
     for name, released in name_table(cfg):
         if name in state:
             tensor = state[name][None, None] if name == "objectives.mim.mask_token" else state[name]
-            if name == "vit.patch.weight":                                             # (W, 3, P, P)
+            if name == "vit.patch_embed.weight":                                             # (W, 3, P, P)
                 tensor = tensor.unflatten(1, (cfg.patch_size, cfg.patch_size, 3)).permute(0, 3, 1, 2)
             theirs.update(zip(released, tensor.chunk(len(released))))
     return theirs
@@ -188,10 +188,10 @@ def infer(state, path, known):
 
     def depth(prefix):
         return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
-    patch = math.isqrt(size("vit.patch.weight", 1) // 3)
+    patch = math.isqrt(size("vit.patch_embed.weight", 1) // 3)
     found = dict(
-        patch_size=patch, image_size=patch * math.isqrt(max(1, size("vit.pos")) - 1),
-        vit_width=size("vit.cls"), vit_blocks=depth("vit.blocks."),
+        patch_size=patch, image_size=patch * math.isqrt(max(1, size("vit.pos_embed")) - 1),
+        vit_width=size("vit.cls_token"), vit_blocks=depth("vit.blocks."),
         vocab_size=size("text.word.weight"), text_max_positions=size("text.position.weight"),
         text_width=size("text.word.weight", 1), text_layers=depth("text.layers."),
         text_kind={0: None, 1: "roberta"}.get(size("text.token_type.weight"), "bert"),
@@ -264,7 +264,7 @@ def load_m3ae(path, **given):
 def resize_positions(pos, patches):
     """Learned positions of a square grid (1+L, W) -> (1+patches, W), bicubic; the class position is kept."""
     old, new = math.isqrt(max(1, len(pos)) - 1), math.isqrt(patches)
-    need(len(pos) - 1 == old ** 2 > 0, f"vit.pos has {len(pos)} positions, not those of a class and a square")
+    need(len(pos) - 1 == old ** 2 > 0, f"vit.pos_embed has {len(pos)} positions, not those of a class and a square")
     grid = pos[1:].T.reshape(1, -1, old, old)                                          # (1, W, √L, √L)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False, antialias=False)
     return torch.cat([pos[:1], grid.flatten(2)[0].T])                                  # (1+patches, W)
@@ -281,7 +281,7 @@ def check(cfg, sources, needed=()):
         for name in [name for name in shapes if part(name) in parts]:
             need(name in state, f"{source} has no tensor {name} (as released: {released.get(name, 'none')})")
             tensor, shape = state[name], shapes[name]
-            if name == "vit.pos" and tensor.ndim == 2 and len(tensor) != shape[0]:
+            if name == "vit.pos_embed" and tensor.ndim == 2 and len(tensor) != shape[0]:
                 tensor = resize_positions(tensor, shape[0] - 1)
             need(tensor.shape == shape, f"{source}: {name} has shape {(*tensor.shape,)}, not {(*shape,)}: "
                                         "were --preset, --tokenizer and the sizes those of these weights?")
@@ -303,8 +303,8 @@ def start(model, sources):
         taken = check(model.cfg, {source: tensors})[source]
         model.load_state_dict(taken, strict=False)
         origin.update(dict.fromkeys(taken, source))
-        if "vit.pos" in taken and len(taken["vit.pos"]) != len(state["vit.pos"]):
-            lines += [f"{source}: {len(state['vit.pos'])} image positions resized to {len(taken['vit.pos'])}"]
+        if "vit.pos_embed" in taken and len(taken["vit.pos_embed"]) != len(state["vit.pos_embed"]):
+            lines += [f"{source}: {len(state['vit.pos_embed'])} image positions resized to {len(taken['vit.pos_embed'])}"]
         rest = [*state.rest, *(name for name in tensors if name not in taken)]
         groups = Counter(re.split(r"\.\d+\.|\.(?:weight|bias)$", name)[0] for name in rest)
         shown = ", ".join(f"{group} ({count})" for group, count in groups.items())

@@ -350,7 +350,7 @@ def retrieval(args):
 
     def scores(pairs):
         """pairs of text (B, T, D), its mask, image (1, 1+L, D) or (B, 1+L, D) -> (n²,)"""
-        joint = [model.joint(text, image, mask) for text, mask, image in pairs]
+        joint = [model.pooled_pair(text, image, mask) for text, mask, image in pairs]
         return model.objectives["irtr"].fc(torch.cat(joint)).float()[:, 0]
 
     def once():

@@ -97,7 +97,7 @@ def test_it_learns_and_starts_where_it_was_told(packs, pretrained, tmp_path, mon
             "--attn_dropout", 0)
     trunk = torch.load(pretrained / "best.pt", weights_only=True)["model"]
     shared = begun[0].keys() & trunk.keys()
-    assert "fusion.text_layers.1.cross.q.weight" in shared and "vit.pos" in shared
+    assert "fusion.text_layers.1.cross.q.weight" in shared and "vit.pos_embed" in shared
     assert all(torch.equal(begun[0][name], trunk[name]) for name in shared)
     assert logged(tmp_path / "run", "test")[0]["acc"] > 0.9
 
@@ -217,7 +217,7 @@ def test_retrieval_scores_every_pair_as_one_by_one(packs, pretrained, tmp_path, 
         ids = torch.tensor([[tokenizer.cls_id, *ids[:model.cfg.max_text_len - 2], tokenizer.sep_id]])
         with torch.no_grad():
             mask, image = torch.ones_like(ids), normalise(torch.from_numpy(pixels))
-            feature = model.joint(model.encode_text(ids, mask), model.encode_image(image), mask)
+            feature = model.pooled_pair(model.encode_text(ids, mask), model.encode_image(image), mask)
             assert model.objectives["irtr"].fc(feature).item() == pytest.approx(scores[t, p].item(), abs=1e-5)
 
 

@@ -311,7 +311,7 @@ def test_golden_features_and_target():
     cfg, weights, batch, expected, _ = golden(FOLDER / "pretrain.npz")
     model, mask = loaded(cfg, weights), batch["text_mask"]
     text, image = model.encode_text(batch["text_ids"], mask), model.encode_image(batch["image"])
-    compare({"joint": model.joint(text, image, mask)}, {"joint": expected["cls_feats"]})
+    compare({"joint": model.pooled_pair(text, image, mask)}, {"joint": expected["cls_feats"]})
     text, image = model.fuse(text, image, mask)
     compare({"image": image}, {"image": expected["image_feats"]})
     real = mask.bool()                                                         # padding may hold anything

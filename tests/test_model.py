@@ -49,7 +49,7 @@ def test_shapes_of_the_trunk(small_config, random_batch):
     assert kept.shape == (4, 1 + KEPT, 64) and ids_restore.shape == (4, PATCHES)
     assert [x.shape for x in model.fuse(text, image, mask)] == [text.shape, image.shape]
     assert [x.shape for x in model.fuse(text, kept, mask)] == [text.shape, kept.shape]
-    assert model.joint(text, image, mask).shape == (4, 128)
+    assert model.pooled_pair(text, image, mask).shape == (4, 128)
 
 
 @pytest.mark.parametrize("task, columns", [("vqa", 9), ("cls", 5), ("irtr", 3)])
@@ -86,9 +86,9 @@ def test_one_row_stands_beside_many(fused, monkeypatch, small_config, random_bat
     model, batch = M3AE(cfg).double().eval(), random_batch(cfg)
     text, mask = model.encode_text(batch["text_ids"], batch["text_mask"]), batch["text_mask"]
     image = model.encode_image(batch["image"][:1].double())                    # (1, 1+L, D)
-    close(model.joint(text, image, mask), model.joint(text, image.expand(len(text), -1, -1), mask), 1e-12)
-    close(model.joint(text[:1], model.encode_image(batch["image"].double()), mask[:1])[:1],
-          model.joint(text[:1], image, mask[:1]), 1e-12)
+    close(model.pooled_pair(text, image, mask), model.pooled_pair(text, image.expand(len(text), -1, -1), mask), 1e-12)
+    close(model.pooled_pair(text[:1], model.encode_image(batch["image"].double()), mask[:1])[:1],
+          model.pooled_pair(text[:1], image, mask[:1]), 1e-12)
 
 
 def test_dropout_of_attention_has_the_right_share(monkeypatch):
@@ -125,7 +125,7 @@ def test_attention_weights_by_hand():
 def test_self_attention_of_the_first_queries():
     torch.manual_seed(0)
     attention, x = SelfAttention(24, 3), torch.randn(2, 7, 24)
-    close(attention(x, queries=2), attention(x)[:, :2])
+    close(attention(x, num_queries=2), attention(x)[:, :2])
 
 
 # -------------------------------------------------------------------------------- what each part may see
@@ -188,16 +188,16 @@ def test_limits_of_fuse_leave_the_numbers_alone(small_config, random_batch):
 
         for want, queries in itertools.product([("text",), ("image",), ("text", "image")], [None, 1, 3]):
             if depth:
-                limited = model.fuse(text, image, mask, depth=depth, want=want, queries=queries)
+                limited = model.fuse(text, image, mask, depth=depth, streams=want, num_queries=num_queries)
                 for name, mine, whole in zip(("text", "image"), limited, both):
                     assert (mine is not None) == (name in want)
                     if name in want:
-                        close(mine, whole[:, :queries])
+                        close(mine, whole[:, :num_queries])
 
     whole = model.fuse(text, image, mask)
     close(whole[0], both[0])
     pooled = model.text_pooler(whole[0][:, 0]), model.image_pooler(whole[1][:, 0])
-    close(model.joint(text, image, mask), torch.cat(pooled, dim=1).tanh())
+    close(model.pooled_pair(text, image, mask), torch.cat(pooled, dim=1).tanh())
 
 
 def hidden_pixels(batch, size=8):
@@ -389,12 +389,12 @@ def test_initial_values(fusion_width, small_config):
     model = seeded(cfg)
     matrices = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     expected = dict.fromkeys(matrices, 0.02 * (768 / fusion_width) ** 0.5)
-    expected |= {"vit.cls": 48 ** -0.5, "vit.pos": 48 ** -0.5}
+    expected |= {"vit.cls_token": 48 ** -0.5, "vit.pos_embed": 48 ** -0.5}
     for i in range(3):
         expected |= {f"vit.blocks.{i}.attn.qkv.weight": 48 ** -0.5,
                      f"vit.blocks.{i}.attn.out.weight": 48 ** -0.5 / 6 ** 0.5,
-                     f"vit.blocks.{i}.up.weight": 96 ** -0.5,
-                     f"vit.blocks.{i}.down.weight": 48 ** -0.5 / 6 ** 0.5}
+                     f"vit.blocks.{i}.fc1.weight": 96 ** -0.5,
+                     f"vit.blocks.{i}.fc2.weight": 48 ** -0.5 / 6 ** 0.5}
     for i in range(2):
         expected[f"objectives.mim.blocks.{i}.attn.qkv.weight"] = (2 / (24 + 72)) ** 0.5       # Xavier
 

@@ -62,7 +62,7 @@ def test_what_the_user_froze_stays_frozen(small_config, random_batch):
 
 class Length(torch.nn.Module):
     """A loss of somebody's own: how long is the text?"""
-    reads = ("text",)
+    inputs = ("text",)
 
     def __init__(self, cfg):
         super().__init__()
@@ -91,7 +91,7 @@ def test_a_run_leaves_what_it_promises(pack, tmp_path, monkeypatch, capsys):
     assert names <= set(logged(out, "val")[0])
     for name in ("last.pt", "prev.pt", "best.pt"):
         state = torch.load(out / name, weights_only=True)
-        assert state["model_config"]["image_size"] == 16 and "vit.pos" in state["model"]
+        assert state["model_config"]["image_size"] == 16 and "vit.pos_embed" in state["model"]
     assert torch.load(out / "last.pt", weights_only=True)["step"] == 4
     assert torch.load(out / "prev.pt", weights_only=True)["step"] == 2
     for picture in ("step000002.png", "step000004.png", "curves.png"):
@@ -394,8 +394,8 @@ def test_a_run_starts_from_clip_and_bert(pack, tmp_path, monkeypatch, capsys):
                     vit_blocks=2, vit_heads=1, image_size=16)
     assert {name: model[name] for name in expected} == expected
     for name, file, released in (
-            ("text.layers.2.up.weight", bert, "encoder.layer.2.intermediate.dense.weight"),
-            ("vit.blocks.1.up.weight", clip, "visual.transformer.resblocks.1.mlp.c_fc.weight")):
+            ("text.layers.2.fc1.weight", bert, "encoder.layer.2.intermediate.dense.weight"),
+            ("vit.blocks.1.fc1.weight", clip, "visual.transformer.resblocks.1.mlp.c_fc.weight")):
         assert torch.equal(begun[0][name], file[released])
     printed = capsys.readouterr().out
     assert f"--init_image {tmp_path / 'clip.pt'}: 65 image positions resized to 17" in printed
@@ -409,7 +409,7 @@ def test_a_run_starts_from_clip_and_bert(pack, tmp_path, monkeypatch, capsys):
     best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["model"]
     name = "objectives.mlm.decoder.weight"
     assert torch.equal(begun[1][name], best[name])
-    assert len(begun[1]["vit.pos"]) == 37
+    assert len(begun[1]["vit.pos_embed"]) == 37
     assert Tokenizer.load(tmp_path / "next").hash == Tokenizer.load(tmp_path).hash
 
 

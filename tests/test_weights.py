@@ -244,7 +244,7 @@ def test_clip(tmp_path, kind):
     table = start(net, {"--init_image ViT.pt": state})
     for name, tensor in net.state_dict().items():
         wanted = before[name] if not name.startswith("vit.") else expected[name]
-        assert torch.equal(tensor, resize_positions(wanted, 36) if name == "vit.pos" else wanted)
+        assert torch.equal(tensor, resize_positions(wanted, 36) if name == "vit.pos_embed" else wanted)
     assert "vit.blocks (12)" in table and "17 image positions resized to 37" in table
     assert ("transformer.resblocks (1)" in table) == (kind != "no prefix")
     assert table.count("random") == 5                       # text, fusion, three heads
@@ -520,9 +520,9 @@ def test_files_that_would_fill_the_memory_or_never_end(tmp_path):
 def test_almost_nothing_in_a_file(tmp_path):
     path = saved(tmp_path / "ViT.pt", {"class_embedding": torch.ones(128)})
     fields, state = load_clip(path)
-    with pytest.raises(UserError, match="ViT.pt has no tensor vit.pos"):
+    with pytest.raises(UserError, match="ViT.pt has no tensor vit.pos_embed"):
         start(other_model(), {path: state})
-    for content in {}, [], 3, "model", {"state_dict": 3}, {"model": {"vit.cls": torch.ones(64)}}, \
+    for content in {}, [], 3, "model", {"state_dict": 3}, {"model": {"vit.cls_token": torch.ones(64)}}, \
             {"state_dict": {}, "hyper_parameters": {"config": {"patch_size": 0, "vit_heads": 0}}}:
         with pytest.raises(UserError, match="ViT.pt "):
             load_m3ae(saved(path, content))
