@@ -23,8 +23,8 @@ from tqdm import tqdm
 from data.pack import open_packs
 from data.prepare import clean, open_picture, square
 from m3ae_mini import M3AE, ModelConfig, loop, masking, metrics, pictures, weights
-from m3ae_mini.config import RunConfig, TrainConfig, UserError, need, opt, parse
-from m3ae_mini.data import VAL_SEED, Samples, load, normalise, numbered, training_chunks, validation_chunks
+from m3ae_mini.config import RunConfig, TrainConfig, UserError, require, opt, parse
+from m3ae_mini.data import VAL_SEED, Samples, load, normalise, numbered, training_micro_batches, validation_micro_batches
 from m3ae_mini.text import Tokenizer
 
 PAIRS = 128                            # (picture, text) pairs of one fusion in retrieval
@@ -55,11 +55,11 @@ def main():
     out = Path(run_cfg.out)
 
     # ------------------------------------------------------------------------------------ what to learn from
-    need(train_cfg.init, "say by --init which run or checkpoint to start from, or --init none")
+    require(train_cfg.init, "say by --init which run or checkpoint to start from, or --init none")
     cfg, sources = weights.sources(cfg, train_cfg, vars(args))
     make = partial(prepare, cfg, train_cfg, run_cfg, task_cfg, sources)
     dist_env, (train, val, test, choices, tokenizer, cfg) = loop.begin(train_cfg, cfg, run_cfg, make)
-    train_cfg, run_cfg = loop.in_steps(train_cfg, run_cfg, train.n)
+    train_cfg, run_cfg = loop.epochs_to_steps(train_cfg, run_cfg, train.n)
 
     settings = {"model": asdict(cfg), "train": asdict(train_cfg), "run": asdict(run_cfg),
                 "task": asdict(task_cfg),
@@ -68,7 +68,7 @@ def main():
     checkpoint = dist_env.from_main(lambda: loop.open_run(run_cfg, settings, dist_env))  # --gpus starts torchrun
     mean = mean_picture(train, dist_env.device) if task_cfg.blind else None       # (3, S, S) or None
     if dist_env.main:
-        loop.write_whole(out / "tokenizer.json", lambda file: file.write(tokenizer.json.encode()))
+        loop.write_atomic(out / "tokenizer.json", lambda file: file.write(tokenizer.json.encode()))
         print(f"{train.n:,} training and {val.n:,} validation samples; {train.cut + val.cut + test.cut:,} "
               f"texts of more than {cfg.max_text_len} tokens are cut; choices: {len(choices):,}")
 
@@ -85,7 +85,7 @@ def main():
 
     # ------------------------------------------------------------------------------------ the loop
     chunks = train_cfg.batch_size // train_cfg.micro_batch // dist_env.world      # of a step, on this process
-    batches = load(train, training_chunks(train, train_cfg, step, dist_env.rank, dist_env.world), train_cfg.seed,
+    batches = load(train, training_micro_batches(train, train_cfg, step, dist_env.rank, dist_env.world), train_cfg.seed,
                    dist_env.device, crop=train_cfg.crop < 1)
     bar = tqdm(total=train_cfg.steps, initial=step, unit="step", disable=not dist_env.main, dynamic_ncols=True)
     sums, since, skipped, clock = 0, 0, 0, time.perf_counter()                 # since the log's last line
@@ -93,7 +93,7 @@ def main():
     model.train()
 
     while step < train_cfg.steps and not stopping:
-        rate = loop.set_rate(optimizer, step, train_cfg)
+        rate = loop.set_lr(optimizer, step, train_cfg)
 
         # Forward and backward, a chunk at a time; the processes add up their gradients at the last one.
         for i, (_, chunk, _, batch) in enumerate(itertools.islice(batches, chunks), 1):
@@ -115,7 +115,7 @@ def main():
             in_a_row = 0
         else:
             skipped, in_a_row = skipped + 1, in_a_row + 1
-            need(in_a_row < 20, loop.DIVERGED)
+            require(in_a_row < 20, loop.DIVERGED)
         scaler.update()                                    # float16: a lower scale after such a gradient
         optimizer.zero_grad()
         step, since = step + 1, since + 1
@@ -151,7 +151,7 @@ def main():
     if stopping and step < train_cfg.steps:
         return dist_env.say(f"stopped after step {step:,}; go on with --resume")
     if run_cfg.test_samples:
-        tested = dist_env.from_main(partial(loop.whole_checkpoint, out, "best.pt", "last.pt"))
+        tested = dist_env.from_main(partial(loop.latest_valid_checkpoint, out, "best.pt", "last.pt"))
         state = loop.load_checkpoint(tested)
         model.load_state_dict(state["model"])
         report(model, test, choices, mean, dist_env, run_cfg, state["step"])
@@ -164,7 +164,7 @@ def prepare(cfg, train_cfg, run_cfg, task_cfg, sources):
     texts = (line["text"] for pack in packs for line in pack.lines("train"))
     tokenizer = Tokenizer.choose(train_cfg, run_cfg, texts)
     matched = any(weights.part(name) in ("itm", "irtr") for state in sources.values() for name in state)
-    need(not task_cfg.zero_shot or cfg.task == "irtr" and matched,
+    require(not task_cfg.zero_shot or cfg.task == "irtr" and matched,
          "--zero_shot is for irtr, with an --init that has learned to match")
 
     choices = list_choices(packs, cfg.task, task_cfg.answers)
@@ -172,7 +172,7 @@ def prepare(cfg, train_cfg, run_cfg, task_cfg, sources):
     cfg = replace(cfg, vocab_size=tokenizer.vocab_size, text_kind=tokenizer.kind,
                   **({number: len(choices)} if number else {}))
     cfg.check()
-    need(learned(train_cfg.init, cfg.task) in (None, choices), f"{train_cfg.init} has learned other answers "
+    require(learned(train_cfg.init, cfg.task) in (None, choices), f"{train_cfg.init} has learned other answers "
          "or classes: start from the run that it was started from")
     weights.check(cfg, sources)
     index = {choice: i for i, choice in enumerate(choices)}
@@ -206,23 +206,23 @@ def list_choices(packs, task, answers):
     """The answers of the training split (or of all splits) in order of appearance, or the classes, sorted."""
     if task == "irtr":
         return []
-    need(answers in ("train", "all"), f"--answers {answers} is not known: use train or all")
+    require(answers in ("train", "all"), f"--answers {answers} is not known: use train or all")
     for pack in packs:
-        need(all(RIGHT[task] in line for line in pack.lines()),
+        require(all(RIGHT[task] in line for line in pack.lines()),
              f"{pack.folder} holds samples without {RIGHT[task]}: prepare it with --task {task}")
     seen = {split: dict.fromkeys(name for pack in packs for line in pack.lines(split)
                                  for name in truth(line, task)) for split in ("train", "val", "test")}
     if task == "vqa":
         return list(seen["train"] if answers == "train" else seen["train"] | seen["val"] | seen["test"])
     unseen = sorted((seen["val"] | seen["test"]).keys() - seen["train"].keys())
-    need(not unseen, f"no training sample has the class {', '.join(unseen)}: prepare another split")
+    require(not unseen, f"no training sample has the class {', '.join(unseen)}: prepare another split")
     return sorted(seen["train"])
 
 
 def mean_picture(samples, device):
     """What --blind shows: the mean of (at most 2,048 of) the training pictures, (3, S, S), normalised."""
     total, count = 0, 0
-    for _, _, _, batch in load(samples, validation_chunks(samples, 2048), VAL_SEED, device):
+    for _, _, _, batch in load(samples, validation_micro_batches(samples, 2048), VAL_SEED, device):
         total, count = total + batch["image"].sum(0), count + len(batch["image"])
     return total / count
 
@@ -239,7 +239,7 @@ def evaluate(model, samples, choices, mean, dist_env, limit):
         found["score"] = sum(found.values()) / len(found)
     else:
         sums = {}
-        chunks = validation_chunks(samples, limit, dist_env.rank, dist_env.world)
+        chunks = validation_micro_batches(samples, limit, dist_env.rank, dist_env.world)
         for _, _, numbers, batch in load(samples, chunks, VAL_SEED, dist_env.device):
             if mean is not None:
                 batch["image"] = mean.expand_as(batch["image"])
@@ -262,7 +262,7 @@ def retrieval(model, samples, mean, dist_env, limit):
 
     Each picture is encoded once, each text once a process; only the fusion runs for every pair. The processes
     share the pictures."""
-    numbers = np.concatenate([chunk for _, _, chunk in validation_chunks(samples, limit)])        # (n,)
+    numbers = np.concatenate([chunk for _, _, chunk in validation_micro_batches(samples, limit)])        # (n,)
     picture = numbered((which, int(samples.packs[which].samples["picture"][row]))
                        for which, row in samples.where[numbers])                                  # (n,)
     text = numbered(samples.text(n)[:samples.cfg.max_text_len - 2].tobytes() for n in numbers)    # (n,)
@@ -320,7 +320,7 @@ def report(model, test, choices, mean, dist_env, run_cfg, step):
 def predict(task, run, picture, text):
     """Print the five likeliest answers of a fine-tuned run about a picture, and save the text's attention."""
     run, picture, text, choices = Path(run), Path(picture), clean(text), learned(run, task)
-    need(choices, f"{run} is no run of finetune.py {task} that saw pictures: give one by --init")
+    require(choices, f"{run} is no run of finetune.py {task} that saw pictures: give one by --init")
     tokenizer, (cfg, state) = Tokenizer.load(run), weights.load_m3ae(run)
     try:
         pixels = np.array(square(open_picture(picture), cfg.image_size).convert("RGB"))         # (S, S, 3)
@@ -330,7 +330,7 @@ def predict(task, run, picture, text):
     model = M3AE(cfg).eval()
     model.load_state_dict(state)
     (body, _), = tokenizer.encode([text])
-    need(0 < len(body) <= cfg.max_text_len - 2,
+    require(0 < len(body) <= cfg.max_text_len - 2,
          f"the text has {len(body)} tokens, 1 to {cfg.max_text_len - 2} can be read: write another")
     ids = torch.tensor([[tokenizer.cls_id, *body, tokenizer.sep_id]])                             # (1, T)
     image = normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None])                          # (1, 3, S, S)

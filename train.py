@@ -22,8 +22,8 @@ from tqdm import tqdm
 from data import phantoms
 from data.pack import open_packs
 from m3ae_mini import M3AE, loop, masking, metrics, pictures, weights
-from m3ae_mini.config import need, parse
-from m3ae_mini.data import VAL_SEED, Samples, load, normalise, training_chunks, validation_chunks
+from m3ae_mini.config import require, parse
+from m3ae_mini.data import VAL_SEED, Samples, load, normalise, training_micro_batches, validation_micro_batches
 from m3ae_mini.model import patchify
 from m3ae_mini.objectives import MIM
 from m3ae_mini.text import Tokenizer
@@ -37,13 +37,13 @@ def main():
     cfg, sources = weights.sources(cfg, train_cfg, vars(args))
     make = partial(prepare, cfg, train_cfg, run_cfg, sources)
     dist_env, (train, val, tokenizer, cfg) = loop.begin(train_cfg, cfg, run_cfg, make)
-    train_cfg, run_cfg = loop.in_steps(train_cfg, run_cfg, train.n)
+    train_cfg, run_cfg = loop.epochs_to_steps(train_cfg, run_cfg, train.n)
 
     settings = {"model": asdict(cfg), "train": asdict(train_cfg), "run": asdict(run_cfg),
                 "data": {"packs": [pack.fingerprint() for pack in train.packs], "tokenizer": tokenizer.hash}}
     checkpoint = dist_env.from_main(lambda: loop.open_run(run_cfg, settings, dist_env))  # --gpus starts torchrun
     if dist_env.main:
-        loop.write_whole(out / "tokenizer.json", lambda file: file.write(tokenizer.json.encode()))
+        loop.write_atomic(out / "tokenizer.json", lambda file: file.write(tokenizer.json.encode()))
         print(f"{train.n:,} training and {val.n:,} validation samples; {train.cut + val.cut:,} captions of "
               f"more than {cfg.max_text_len} tokens are cut; vocabulary {cfg.vocab_size:,}")
 
@@ -58,7 +58,7 @@ def main():
 
     # ------------------------------------------------------------------------------------ the loop
     chunks = train_cfg.batch_size // train_cfg.micro_batch // dist_env.world      # of a step, on this process
-    batches = load(train, training_chunks(train, train_cfg, step, dist_env.rank, dist_env.world), train_cfg.seed,
+    batches = load(train, training_micro_batches(train, train_cfg, step, dist_env.rank, dist_env.world), train_cfg.seed,
                    dist_env.device, crop=train_cfg.crop < 1)
     bar = tqdm(total=train_cfg.steps, initial=step, unit="step", disable=not dist_env.main, dynamic_ncols=True)
     sums, since, skipped, clock = {}, 0, 0, time.perf_counter()                # since the log's last line
@@ -66,7 +66,7 @@ def main():
     model.train()
 
     while step < train_cfg.steps and not stopping:
-        rate = loop.set_rate(optimizer, step, train_cfg)
+        rate = loop.set_lr(optimizer, step, train_cfg)
 
         # Forward and backward, a chunk at a time; the processes add up their gradients at the last one.
         for i, (_, chunk, _, batch) in enumerate(itertools.islice(batches, chunks), 1):
@@ -87,7 +87,7 @@ def main():
             in_a_row = 0
         else:
             skipped, in_a_row = skipped + 1, in_a_row + 1
-            need(in_a_row < 20, loop.DIVERGED)
+            require(in_a_row < 20, loop.DIVERGED)
         scaler.update()                                    # float16: a lower scale after such a gradient
         optimizer.zero_grad()
         step, since = step + 1, since + 1
@@ -149,7 +149,7 @@ def evaluate(model, samples, dist_env, limit):
     """Means over at most `limit` samples, each counted once, masks fixed; what counted none is left out."""
     model.eval()
     sums = {}
-    chunks = validation_chunks(samples, limit, dist_env.rank, dist_env.world)
+    chunks = validation_micro_batches(samples, limit, dist_env.rank, dist_env.world)
     for _, _, _, batch in load(samples, chunks, VAL_SEED, dist_env.device):
         with dist_env.autocast():
             for name, pair in figures(model, batch).items():
@@ -218,7 +218,7 @@ def figures(model, batch):
 
 def report(model, train, limit, dist_env, out):
     """The best checkpoint on the test split, each figure beside what ignorance gives. train: its Samples."""
-    best = loop.load_checkpoint(dist_env.from_main(partial(loop.whole_checkpoint, out, "best.pt", "last.pt")))
+    best = loop.load_checkpoint(dist_env.from_main(partial(loop.latest_valid_checkpoint, out, "best.pt", "last.pt")))
     model.load_state_dict(best["model"])
     cfg, test = train.cfg, Samples(train.packs, "test", train.tokenizer, train.cfg, train.train_cfg)
     found = evaluate(model, test, dist_env, limit)
@@ -265,13 +265,13 @@ def baselines(train, test, limit, device, drawn_clean=None, most=8192):
     dist_env, the best guess that knows only the dist_env, from `most` training pictures at most. noise_floor:
     error of the pictures drawn_clean(sample number) -> (B, 3, S, S), which know all but the noise."""
     cfg, mean, seen = test.cfg, 0, 0
-    for _, _, _, batch in load(train, validation_chunks(train, most), VAL_SEED, device):
+    for _, _, _, batch in load(train, validation_micro_batches(train, most), VAL_SEED, device):
         mean = mean + MIM.target(batch["image"], cfg).sum(0)                  # (L, 3·P²)
         seen += len(batch["image"])
     mean = mean / seen
 
     tokens, sums = [], {}
-    for _, _, numbers, batch in load(test, validation_chunks(test, limit), VAL_SEED, device):
+    for _, _, numbers, batch in load(test, validation_micro_batches(test, limit), VAL_SEED, device):
         image, target = batch["image"], MIM.target(batch["image"], cfg)       # (B, L, 3·P²)
         ids_keep, ids_restore = masking.random_masking(batch["mim_noise"], cfg.mask_ratio)
         hidden = ids_restore >= ids_keep.shape[1]                                     # (B, L)

@@ -12,14 +12,14 @@ class UserError(Exception):
         super().__init__("".join(c if c.isprintable() else " " for c in sentence[:1500]))
 
 
-def need(right, sentence):
+def require(right, sentence):
     """UserError with this sentence where something is not right."""
     if not right:
         raise UserError(sentence)
 
 
 @contextmanager
-def readable(path):
+def reading(path):
     """Whatever goes wrong while a file is read is the file's fault, and said so."""
     try:
         yield
@@ -74,31 +74,31 @@ class ModelConfig:
 
     def check(self):
         """Raise UserError where a setting is out of range or two contradict each other."""
-        need(self.task in ("pretrain", "vqa", "cls", "irtr"), f"--task {self.task} is not known")
-        need(self.text_kind in ("roberta", "bert"), f"--text_kind {self.text_kind}: use roberta or bert")
+        require(self.task in ("pretrain", "vqa", "cls", "irtr"), f"--task {self.task} is not known")
+        require(self.text_kind in ("roberta", "bert"), f"--text_kind {self.text_kind}: use roberta or bert")
         for name, value in vars(self).items():
             if name.endswith(("_size", "_width", "_heads", "_blocks", "_layers")):
-                need(value >= 1, f"--{name} {value} must be at least 1")
+                require(value >= 1, f"--{name} {value} must be at least 1")
         for part in ("vit", "text", "fusion", "decoder"):
             width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
-            need(width % heads == 0, f"--{part}_width {width} can't be divided among --{part}_heads {heads}")
-        need(self.decoder_width % 4 == 0, f"--decoder_width {self.decoder_width} must be a multiple of 4")
-        need(-1 <= self.mim_layer < self.fusion_layers,
+            require(width % heads == 0, f"--{part}_width {width} can't be divided among --{part}_heads {heads}")
+        require(self.decoder_width % 4 == 0, f"--decoder_width {self.decoder_width} must be a multiple of 4")
+        require(-1 <= self.mim_layer < self.fusion_layers,
              f"--mim_layer {self.mim_layer} is out of range: use -1 (the last) to {self.fusion_layers - 1}")
-        need(self.image_size % self.patch_size == 0,
+        require(self.image_size % self.patch_size == 0,
              f"--image_size {self.image_size} is not a multiple of --patch_size {self.patch_size}")
         patches = (self.image_size // self.patch_size) ** 2
-        need(0 <= self.mask_ratio < 1 and 0 < int(patches * (1 - self.mask_ratio)) < patches,
+        require(0 <= self.mask_ratio < 1 and 0 < int(patches * (1 - self.mask_ratio)) < patches,
              f"--mask_ratio {self.mask_ratio} must hide at least one of the {patches} patches and keep one")
         room = self.text_max_positions - 2 * (self.text_kind == "roberta")
-        need(3 <= self.max_text_len <= room,
+        require(3 <= self.max_text_len <= room,
              f"--max_text_len {self.max_text_len} must lie in 3 … {room}, as --text_max_positions allows")
-        need(0 <= self.dropout < 1 and 0 <= self.attn_dropout < 1,
+        require(0 <= self.dropout < 1 and 0 <= self.attn_dropout < 1,
              "--dropout and --attn_dropout must be at least 0 and below 1")
         weights = (self.mlm, self.mim, self.itm)
-        need(all(0 <= weight < math.inf for weight in weights) and (self.task != "pretrain" or any(weights)),
+        require(all(0 <= weight < math.inf for weight in weights) and (self.task != "pretrain" or any(weights)),
              "--mlm, --mim and --itm are weights: none below 0, and one of them above it")
-        need({"vqa": self.num_answers, "cls": self.num_classes}.get(self.task, 1) >= 1,
+        require({"vqa": self.num_answers, "cls": self.num_classes}.get(self.task, 1) >= 1,
              f"a {self.task} model needs at least one answer or class to choose")
 
 
@@ -182,7 +182,7 @@ DERIVED = ("task", "vocab_size", "text_kind", "num_answers", "num_classes")    #
 
 def of_preset(cls, preset, task="pretrain", given={}):
     """What a preset, the task in it and the flags given say of the settings in `cls`: {name: value}."""
-    need(preset in PRESETS, f"--preset {preset} is not known: use {', '.join(PRESETS)}")
+    require(preset in PRESETS, f"--preset {preset} is not known: use {', '.join(PRESETS)}")
     values = PRESETS[preset] | (EACH_EPOCH | TASKS[preset][task] if task in TASKS[preset] else {}) | given
     return {f.name: values[f.name] for f in fields(cls) if f.name in values}
 
@@ -206,7 +206,7 @@ def parse(description, configs=(ModelConfig, TrainConfig, RunConfig), add=lambda
 
     args = parser.parse_args(argv)
     given = {name: value for name, value in vars(args).items() if value is not None}
-    need("steps" not in given or not given.get("epochs"), "--steps and --epochs both say how long: give one")
+    require("steps" not in given or not given.get("epochs"), "--steps and --epochs both say how long: give one")
     given = {"epochs": 0.0} | given if "steps" in given else given         # it wins over a preset's epochs
     task = given.get("task", "pretrain")
     return *(cls(**of_preset(cls, args.preset, task, given)) for cls in configs), args

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from . import masking
-from .config import need
+from .config import require
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)         # CLIP's, of R, G, B in 0 … 1
 STD = (0.26862954, 0.26130258, 0.27577711)
-VAL_CHUNK = 32                                     # samples of a validation chunk, in every run
+VAL_MICRO_BATCH = 32                                     # samples of a validation chunk, in every run
 VAL_SEED = 0                                       # validation masks are the same in every run
 FALSE_TEXTS = 15                                   # negatives of each right one, where retrieval is learned
 
@@ -35,7 +35,7 @@ class Samples:
         rows = [np.array(pack.split[split], dtype=np.int64) for pack in packs]
         which = np.repeat(np.arange(len(packs)), [len(part) for part in rows])
         self.where = np.stack([which, np.concatenate(rows)], axis=1)                   # (n, 2) pack, its row
-        need(len(self.where), f"{', '.join(str(pack.folder) for pack in packs)} holds no {split} samples: "
+        require(len(self.where), f"{', '.join(str(pack.folder) for pack in packs)} holds no {split} samples: "
                               "prepare a pack that has some")
         if 0 < limit < len(self.where):
             self.where = self.where[np.arange(limit) * len(self.where) // limit]
@@ -153,7 +153,7 @@ def normalise(image):
     return image
 
 
-def training_chunks(samples, train_cfg, start, rank=0, world=1):
+def training_micro_batches(samples, train_cfg, start, rank=0, world=1):
     """The chunks of process `rank` from step `start` on: (step, chunk, sample numbers (micro_batch,)). Sample
     n of the one global stream is step · batch + its place; epochs follow on, nothing is dropped."""
     batch, micro = train_cfg.batch_size, train_cfg.micro_batch
@@ -164,12 +164,12 @@ def training_chunks(samples, train_cfg, start, rank=0, world=1):
             yield step, chunk, np.array([order(n // samples.n)[n % samples.n] for n in places])
 
 
-def validation_chunks(samples, limit, rank=0, world=1):
-    """At most `limit` samples, at equal distances, in chunks of VAL_CHUNK: (step, chunk, numbers (B,))."""
+def validation_micro_batches(samples, limit, rank=0, world=1):
+    """At most `limit` samples, at equal distances, in chunks of VAL_MICRO_BATCH: (step, chunk, numbers (B,))."""
     count = min(limit, samples.n)
     numbers = np.arange(count) * samples.n // count
-    for chunk in range(rank, 1 + (count - 1) // VAL_CHUNK, world):
-        yield masking.VALIDATION, chunk, numbers[chunk * VAL_CHUNK:(chunk + 1) * VAL_CHUNK]
+    for chunk in range(rank, 1 + (count - 1) // VAL_MICRO_BATCH, world):
+        yield masking.VALIDATION, chunk, numbers[chunk * VAL_MICRO_BATCH:(chunk + 1) * VAL_MICRO_BATCH]
 
 
 def load(samples, chunks, seed, device, crop=False, ahead=3):

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .config import UserError, need, readable
+from .config import UserError, require, reading
 from .data import load
 from .model import recompute
 
 # What torch says in a RuntimeError where it is nobody's bug, and what a user should read instead.
-TROUBLES = {"MemoryError|out of memory|can't allocate":
+KNOWN_ERRORS = {"MemoryError|out of memory|can't allocate":
                 "out of memory: go on with --recompute --resume, or start anew with a smaller --micro_batch",
             "[Tt]imed out|[Tt]imeout|[Cc]onnection (closed|reset)":
                 "another process of this run is gone or hangs: look at its messages, then --resume"}
@@ -43,7 +43,7 @@ def run(main):
     except OSError as error:                               # a full disk, a folder that may not be written to
         sentence = f"{error.filename or 'a file'}: {error.strerror or error}"
     except (MemoryError, RuntimeError) as error:
-        known = [text for pattern, text in TROUBLES.items() if re.search(pattern, f"{error!r} {error}")]
+        known = [text for pattern, text in KNOWN_ERRORS.items() if re.search(pattern, f"{error!r} {error}")]
         if not known:
             raise
         sentence = known[0]
@@ -56,24 +56,24 @@ def run(main):
 
 
 def begin(train_cfg, model_cfg, run_cfg, prepare):
-    """Meet the other processes, where there are any -> (Place, what prepare() returns)."""
-    dist_env = Place(run_cfg)
-    check_batches(train_cfg, model_cfg, run_cfg.gpus if place.launching else place.world)
-    need(min(run_cfg.log_every, run_cfg.eval_samples, run_cfg.test_samples + 1) > 0,
+    """Meet the other processes, where there are any -> (DistEnv, what prepare() returns)."""
+    dist_env = DistEnv(run_cfg)
+    check_batches(train_cfg, model_cfg, run_cfg.gpus if dist_env.launching else dist_env.world_size)
+    require(min(run_cfg.log_every, run_cfg.eval_samples, run_cfg.test_samples + 1) > 0,
          "--log_every and --eval_samples must be above 0, --test_samples at least 0")
-    if place.under_torchrun and not dist.is_initialized():
+    if dist_env.under_torchrun and not dist.is_initialized():
         timeout = timedelta(seconds=run_cfg.timeout)
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":      # torchrun's restarts share it, and old addresses
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        backend = "nccl" if place.device.type == "cuda" else "gloo"
+        backend = "nccl" if dist_env.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
     made = []                                              # one process first: it writes files of first use
-    place.from_main(lambda: made.append(prepare()))
+    dist_env.broadcast(lambda: made.append(prepare()))
     return dist_env, made[0] if made else prepare()
 
 
-class Place:
+class DistEnv:
     """Where this process computes: rank, world, main (is it rank 0?), device, dtype (of matrix products)."""
 
     def __init__(self, run_cfg):
@@ -85,9 +85,9 @@ class Place:
         there = {"cuda": torch.cuda.device_count(), "mps": torch.mps.device_count(), "cpu": math.inf}
         if kind == "auto":
             kind = "cuda" if there["cuda"] else "cpu"
-        need(kind in there, f"--device {kind} is not known: use auto, cuda, cpu or mps")
+        require(kind in there, f"--device {kind} is not known: use auto, cuda, cpu or mps")
         wanted, gpus = max(local + 1, run_cfg.gpus), there[kind]
-        need(wanted <= gpus, f"{wanted} wanted, {gpus or 'no'} GPU is there: use fewer, or --device cpu")
+        require(wanted <= gpus, f"{wanted} wanted, {gpus or 'no'} GPU is there: use fewer, or --device cpu")
         self.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
         if kind == "cuda":
             torch.cuda.set_device(self.device)
@@ -135,11 +135,11 @@ def pick_dtype(name, kind):
         flags = Path("/proc/cpuinfo").read_text().split() if (kind, sys.platform) == ("cpu", "linux") else ()
         name = "bfloat16" if {"amx_bf16", "avx512_bf16"} & set(flags) else "float32"
     known = {"cuda": ("float32", "bfloat16", "float16"), "cpu": ("float32", "bfloat16"), "mps": ("float32",)}
-    need(name in known[kind], f"--device {kind} has no --dtype {name}: use auto, {', '.join(known[kind])}")
+    require(name in known[kind], f"--device {kind} has no --dtype {name}: use auto, {', '.join(known[kind])}")
     return getattr(torch, name)
 
 
-def keep_memory():
+def keep_freed_memory():
     """What is freed stays with this process. By default glibc gives large tensors back at once, and every
     step on a CPU pays for fresh pages of zeros (README, Speed)."""
     if sys.platform == "linux":
@@ -162,7 +162,7 @@ class StopSignal:
 
     def agree(self, norm, dist_env):
         """The gradient's norm, () -> it as a float, and whether any process was asked: all stop together."""
-        norm, asked = place.sum(torch.stack([norm / place.world, norm.new_full((), self.asked)])).tolist()
+        norm, asked = dist_env.all_reduce(torch.stack([norm / dist_env.world_size, norm.new_full((), self.asked)])).tolist()
         return norm, asked > 0
 
 
@@ -172,14 +172,14 @@ def check_batches(train_cfg, model_cfg, world):
     limits = {"warmup": 1, "mlm_ratio": 1, "hard_negatives": 1, "crop": 1, "beta2": 0.9999, "seed": 2 ** 63 - 1}
     for name, value in vars(train_cfg).items():
         least, most = int(name in ("steps", "batch_size", "micro_batch", "vocab")), limits.get(name, 10 ** 9)
-        need(isinstance(value, str) or least <= value <= most, f"--{name} {value}: use {least} to {most:,}")
-    need(batch % (micro * world) == 0, f"--batch_size {batch} can't be divided among {world} processes with "
+        require(isinstance(value, str) or least <= value <= most, f"--{name} {value}: use {least} to {most:,}")
+    require(batch % (micro * world) == 0, f"--batch_size {batch} can't be divided among {world} processes with "
          f"--micro_batch {micro}: use a multiple of {micro * world}, or another --micro_batch")
-    need(micro > 1 or not (task == "irtr" or task == "pretrain" and model_cfg.itm),
+    require(micro > 1 or not (task == "irtr" or task == "pretrain" and model_cfg.itm),
          "--micro_batch 1 leaves no other row for a wrong picture or text: use 2, or pre-train with --itm 0")
 
 
-def in_steps(train_cfg, run_cfg, samples):
+def epochs_to_steps(train_cfg, run_cfg, samples):
     """Lengths that were given in epochs, in steps -> both configurations, for so many training samples."""
     epoch = samples / train_cfg.batch_size
     steps = max(1, round(train_cfg.epochs * epoch)) if train_cfg.epochs else train_cfg.steps
@@ -195,18 +195,18 @@ def open_run(run_cfg, settings, dist_env):
     out, config = Path(run_cfg.out), Path(run_cfg.out) / "config.json"
     settings = json.loads(json.dumps(settings))
     if config.is_file():
-        need(run_cfg.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+        require(run_cfg.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
              f"{out} holds another run: go on with it by --resume, or choose another --out")
-        with readable(config):
+        with reading(config):
             old = json.loads(config.read_text())
             changed = [f"{name} {was!r:.60} (now {now!r:.60})" for part in settings if part != "run"
                        for name, now in settings[part].items() if (was := old.get(part, {}).get(name)) != now]
-        need(not changed, f"{out} was started with other settings: {', '.join(changed)}; give the same, or "
+        require(not changed, f"{out} was started with other settings: {', '.join(changed)}; give the same, or "
                           "choose another --out")
     elif out.is_dir():
-        need({file.name for file in out.iterdir()} <= {"lock", "config.json.tmp"},      # killed at its start
+        require({file.name for file in out.iterdir()} <= {"lock", "config.json.tmp"},      # killed at its start
              f"{out} is not empty and holds no run: choose another --out")
-    if place.launching:
+    if dist_env.launching:
         sys.stdout.flush()                                 # torchrun takes over with this command line
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // run_cfg.gpus)))
         os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -217,16 +217,16 @@ def open_run(run_cfg, settings, dist_env):
             import fcntl                                   # Windows has none
             LOCKS.append(open(out / "lock", "w"))
             fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        write_whole(config, lambda file: file.write(json.dumps(settings, indent=1).encode()))
+        write_atomic(config, lambda file: file.write(json.dumps(settings, indent=1).encode()))
         (out / "pictures").mkdir(exist_ok=True)
-        return whole_checkpoint(out, "new.pt", "last.pt", "prev.pt")       # new.pt: killed between renames
+        return latest_valid_checkpoint(out, "new.pt", "last.pt", "prev.pt")       # new.pt: killed between renames
     except BlockingIOError:
         raise UserError(f"another run is at work in {out}: wait for it, or choose another --out") from None
     except OSError as error:
         raise UserError(f"{out} can't be written to ({error.strerror}): choose another --out") from None
 
 
-def write_whole(path, write):
+def write_atomic(path, write):
     """Call write(file) on a file beside `path`, then rename it: a reader finds the old or the new one."""
     beside = Path(f"{path}.tmp")
     try:
@@ -245,7 +245,7 @@ def write_whole(path, write):
 def save(path, model, step, **more):
     """The weights, and what else is given, whole or not at all."""
     state = {"model": model.state_dict(), "step": step, "model_config": asdict(model.cfg)} | more
-    write_whole(path, lambda file: torch.save(state, file))
+    write_atomic(path, lambda file: torch.save(state, file))
 
 
 def save_checkpoint(out, model, optimizer, scaler, step, best):
@@ -258,16 +258,16 @@ def save_checkpoint(out, model, optimizer, scaler, step, best):
 
 def load_checkpoint(path):
     """A checkpoint: tensors and plain containers, nothing else. UserError where it is missing or damaged."""
-    with readable(path):
+    with reading(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        need(not damaged, f"{path} is damaged: its entry {damaged} does not have its check sum")
+        require(not damaged, f"{path} is damaged: its entry {damaged} does not have its check sum")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def restore(path, model, optimizer, scaler):
     """Load a checkpoint into the three -> its step, its best score. UserError where it is not of this run."""
-    with readable(path):
+    with reading(path):
         state = load_checkpoint(path)
         state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]    # from the settings
         for name, part in ("model", model), ("optimizer", optimizer):
@@ -275,11 +275,11 @@ def restore(path, model, optimizer, scaler):
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())     # empty: saved in another dtype
         fits = all(moments["exp_avg"].shape == moments["exp_avg_sq"].shape == parameter.shape
                    and moments["step"].ndim == 0 for parameter, moments in optimizer.state.items())
-        need(fits and state["step"] >= 0, f"{path} was written by another run: choose another --out")
+        require(fits and state["step"] >= 0, f"{path} was written by another run: choose another --out")
         return int(state["step"]), float(state["best"])
 
 
-def whole_checkpoint(out, *names):
+def latest_valid_checkpoint(out, *names):
     """The path of the first of a run's checkpoints `names` that is there and whole, or None."""
     paths = [path for name in names if (path := out / name).exists()]
     for path in paths:
@@ -287,7 +287,7 @@ def whole_checkpoint(out, *names):
             load_checkpoint(path)
             return path
         except UserError as error:
-            need(path != paths[-1], f"no checkpoint in {out} can be read: {error}")
+            require(path != paths[-1], f"no checkpoint in {out} can be read: {error}")
             print(f"warning: {error}; another one is taken", file=sys.stderr)
 
 
@@ -297,7 +297,7 @@ class Log:
     def __init__(self, out, step):
         self.path = Path(out) / "metrics.jsonl"
         kept = [line for line in self.lines() if line["step"] <= step and line["split"] != "test"]
-        write_whole(self.path, lambda file: file.writelines(f"{json.dumps(x)}\n".encode() for x in kept))
+        write_atomic(self.path, lambda file: file.writelines(f"{json.dumps(x)}\n".encode() for x in kept))
 
     def lines(self):
         """Its lines as dicts, where they are as `write` left them: a power cut leaves anything."""
@@ -313,25 +313,25 @@ class Log:
 def learner(model, train, train_cfg, run_cfg, dist_env, checkpoint):
     """What a loop over the samples `train` needs besides the model, as `checkpoint` (a path or None) left it
     -> net (the model as it is called: compiled, wrapped), optimizer, gradient scaler, step, best score."""
-    freeze_unread(model, next(load(train, [(0, 0, [0, 1 % train.n])], 0, "cpu"))[3])
-    model.to(place.device)
-    keep_memory()
+    freeze_unused(model, next(load(train, [(0, 0, [0, 1 % train.n])], 0, "cpu"))[3])
+    model.to(dist_env.device)
+    keep_freed_memory()
     optimizer = torch.optim.AdamW(parameter_groups(model, train_cfg), lr=train_cfg.lr, eps=1e-8,
-                                  betas=(0.9, train_cfg.beta2), fused=place.device.type != "mps")
-    scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
+                                  betas=(0.9, train_cfg.beta2), fused=dist_env.device.type != "mps")
+    scaler = torch.amp.GradScaler(dist_env.device.type, enabled=dist_env.dtype == torch.float16)
     step, best = restore(checkpoint, model, optimizer, scaler) if checkpoint else (0, -math.inf)
     if run_cfg.recompute:
         recompute(model)
     net = torch.compile(model) if run_cfg.compile else model
-    if place.world > 1:
+    if dist_env.world_size > 1:
         net = DistributedDataParallel(net, gradient_as_bucket_view=True, broadcast_buffers=False)
-    place.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters on {place.world} × "
-              f"{place.device.type} in {str(place.dtype)[6:]}; steps {step:,} to {train_cfg.steps:,}"
+    dist_env.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters on {dist_env.world_size} × "
+              f"{dist_env.device.type} in {str(dist_env.dtype)[6:]}; steps {step:,} to {train_cfg.steps:,}"
               + (f", from {checkpoint}" if checkpoint else ""))
     return net, optimizer, scaler, step, best
 
 
-def freeze_unread(model, batch):
+def freeze_unused(model, batch):
     """Freeze what no loss reads (the last layer's image stream without ITM, say): DDP refuses parameters that
     get no gradient. They are found by one step, on any batch, of a copy on the meta device."""
     with torch.device("meta"):
@@ -353,7 +353,7 @@ def parameter_groups(model, train_cfg):
     return list(groups.values())
 
 
-def set_rate(optimizer, step, train_cfg):
+def set_lr(optimizer, step, train_cfg):
     """Linear warm-up over a share of the steps, then linear decay to 0; each group at its own multiple."""
     warm = max(1, round(train_cfg.warmup * train_cfg.steps))
     rate = train_cfg.lr * min((step + 1) / warm, (train_cfg.steps - step) / max(1, train_cfg.steps - warm))

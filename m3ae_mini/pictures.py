@@ -45,7 +45,7 @@ def reconstructions(model, samples, dist_env, path, count=8):
     filled in, green where the model found the word, red (with the true word behind) where it did not."""
     model.eval()
     spread = np.arange(count) * samples.n // count
-    _, _, _, batch = next(load(samples, [(0, 0, spread)], VAL_SEED, place.device))
+    _, _, _, batch = next(load(samples, [(0, 0, spread)], VAL_SEED, dist_env.device))
     guesses = None
     with dist_env.autocast():
         masked, rebuilt = rebuild(model, batch) if "mim" in model.objectives else (batch["image"],) * 2

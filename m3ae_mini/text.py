@@ -6,7 +6,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from .config import need, readable
+from .config import require, reading
 
 # Special tokens by name: start, padding, end, unknown, mask.
 SPECIAL = {"roberta": ("<s>", "<pad>", "</s>", "<unk>", "<mask>"),
@@ -26,16 +26,16 @@ class Tokenizer:
         self.backend.encode_special_tokens = True              # "<mask>" in somebody's text is text
         self.kind = next((kind for kind, names in SPECIAL.items()
                           if all(backend.token_to_id(name) is not None for name in names)), None)
-        need(self.kind, f"{source} has neither RoBERTa's special tokens {' '.join(SPECIAL['roberta'])} "
+        require(self.kind, f"{source} has neither RoBERTa's special tokens {' '.join(SPECIAL['roberta'])} "
                         f"nor BERT's {' '.join(SPECIAL['bert'])}: give another with --tokenizer")
         ids = [backend.token_to_id(name) for name in SPECIAL[self.kind]]
         self.cls_id, self.pad_id, self.sep_id, _, self.mask_id = ids
-        need(self.pad_id == PAD_ID[self.kind], f"{source} has its padding token at {self.pad_id}, a model of "
+        require(self.pad_id == PAD_ID[self.kind], f"{source} has its padding token at {self.pad_id}, a model of "
              f"{self.kind}'s kind needs it at {PAD_ID[self.kind]}: give another with --tokenizer")
 
         vocab = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
-        need(self.vocab_size <= 2 * len(vocab), f"{source} has large gaps in its ids: use another tokenizer")
+        require(self.vocab_size <= 2 * len(vocab), f"{source} has large gaps in its ids: use another tokenizer")
         special = set(ids) | {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self.non_special_ids = np.array(sorted(set(vocab.values()) - special))
         self.json = backend.to_str()
@@ -45,8 +45,8 @@ class Tokenizer:
     def load(cls, path):
         """path: a tokenizer.json, or a folder that holds one."""
         path = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else str(path)
-        need(os.path.isfile(path), f"no tokenizer at {path}: give a tokenizer.json, or a folder with one")
-        with readable(path):
+        require(os.path.isfile(path), f"no tokenizer at {path}: give a tokenizer.json, or a folder with one")
+        with reading(path):
             return cls(tokenizers.Tokenizer.from_file(path), path)
 
     @classmethod
@@ -56,7 +56,7 @@ class Tokenizer:
         folders = run_cfg.out, text, start, os.path.dirname(os.path.abspath(start)) if start else ""
         there = [folder for folder in folders if folder and os.path.isfile(f"{folder}/tokenizer.json")]
         asked = run_cfg.tokenizer or next(iter(there), None)
-        need(asked or not (start or text),    # embeddings mean nothing under another tokenizer's ids
+        require(asked or not (start or text),    # embeddings mean nothing under another tokenizer's ids
              f"{text or start} comes without a tokenizer.json: give the one of its training by --tokenizer")
         return cls.load(asked) if asked else cls.train(texts, train_cfg.vocab)
 
@@ -75,7 +75,7 @@ class Tokenizer:
         backend.add_special_tokens([mask])
         return cls(backend)
 
-    @readable("the tokenizer")
+    @reading("the tokenizer")
     def encode(self, texts):
         """texts, a list -> a list of (ids (n,), starts (n,)), special tokens left out: starts is true where a
         word begins, as the tokenizer itself split them."""

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .config import ModelConfig, need, readable
-from .loop import run, write_whole
+from .config import ModelConfig, require, reading
+from .loop import run, write_atomic
 from .objectives import M3AE
 
 # {name here: released name}. A name that ends in a dot stands for two, its weight and its bias. Of several
@@ -93,13 +93,13 @@ Stored = namedtuple("Stored", "dtype entry offset shape stride")               #
 def read_safetensors(path):
     """-> {name: float32 tensor}. The format: the header's length, the header in JSON, tensors without gap."""
     tensors, here = {}, 0
-    with readable(path), open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = entry["data_offsets"]
             data = bytearray(file.read(end - start))
-            need(start == here and len(data) == end - start,
+            require(start == here and len(data) == end - start,
                  f"{path} can't be read: tensor {name} claims bytes {start} to {end}, which are not its own")
             here = end
             if entry["dtype"] in DTYPES:
@@ -140,15 +140,15 @@ def read_torch(path):
             if (entry, dtype) not in storages:
                 data = bytearray(archive.read(f"{pickled.removesuffix('.pkl')}/{entry}"))
                 storages[entry, dtype] = torch.frombuffer(data, dtype=dtype).float()
-            need(math.prod(shape) <= len(storages[entry, dtype]),    # else an endless view of a few numbers
+            require(math.prod(shape) <= len(storages[entry, dtype]),    # else an endless view of a few numbers
                  f"{path}: tensor {name} claims more numbers than the file has")
             tensors[name] = storages[entry, dtype].as_strided(shape, stride, offset)
 
-    with readable(path), open(path, "rb") as file:
-        need(zipfile.is_zipfile(file), f"{path} can't be read: it is no whole zip archive; if PyTorch < 1.6 "
+    with reading(path), open(path, "rb") as file:
+        require(zipfile.is_zipfile(file), f"{path} can't be read: it is no whole zip archive; if PyTorch < 1.6 "
                                        "wrote it, load and save it again there")
         archive = zipfile.ZipFile(file)
-        need(sum(info.file_size for info in archive.infolist()) < 10 * Path(path).stat().st_size,
+        require(sum(info.file_size for info in archive.infolist()) < 10 * Path(path).stat().st_size,
              f"{path} can't be read: unpacked it would be more than ten times as large")
         (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         content = Unpickler(io.BytesIO(archive.read(pickled))).load()
@@ -164,10 +164,10 @@ class State(dict):
 def translate(tensors, path, released, anchor):
     """Tensors under a file's names -> State. `released` replaces the prefix that the name in `anchor` has."""
     prefixes = [name.removesuffix(anchor) for name in tensors if name.endswith(anchor)]
-    need(len(prefixes) == 1, f"{path} has no tensor {anchor}, or several: is it the right kind of file?")
+    require(len(prefixes) == 1, f"{path} has no tensor {anchor}, or several: is it the right kind of file?")
     names = {re.sub(f"^{re.escape(prefixes[0])}", released, name): name for name in tensors}
     deep = ModelConfig(vit_blocks=99, text_layers=99, fusion_layers=99, decoder_layers=99)  # deeper than any
-    with readable(path):
+    with reading(path):
         state = State(from_official({new: tensors[old] for new, old in names.items()}, deep))
     used = {name for mine, theirs in name_table(deep) if mine in state for name in theirs}
     state.rest = [old for new, old in names.items() if new not in used]
@@ -201,7 +201,7 @@ def infer(state, path, known):
     found = {field: value for field, value in found.items() if value}
     for width in [field for field in found if field.endswith("_width")]:
         heads = width.replace("width", "heads")
-        need(heads in known or found[width] % 64 == 0,
+        require(heads in known or found[width] % 64 == 0,
              f"{path} does not tell the heads of a width of {found[width]}: give --{heads}")
         found[heads] = known.get(heads, found[width] // 64)
     parts = {part(name) for name in state}
@@ -222,12 +222,12 @@ def load_clip(path, **given):
 
 def load_text(path, **given):
     """A Hugging Face folder of RoBERTa or BERT -> (fields of ModelConfig, State)"""
-    need(Path(path).is_dir(), f"there is no folder {path}: give one with config.json and model.safetensors")
+    require(Path(path).is_dir(), f"there is no folder {path}: give one with config.json and model.safetensors")
     file, safe = Path(path, "config.json"), Path(path, "model.safetensors")
-    with readable(file):
+    with reading(file):
         config = dict(json.loads(file.read_bytes())) if file.exists() else {}
         known = {"text_heads": int(config["num_attention_heads"])} if config else given
-    need(known.get("text_heads"), f"{path} has no config.json that tells how many heads: give --text_heads")
+    require(known.get("text_heads"), f"{path} has no config.json that tells how many heads: give --text_heads")
     tensors = read_safetensors(safe) if safe.exists() else read_torch(Path(path, "pytorch_model.bin"))[1]
     tensors = {name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias"): tensor
                for name, tensor in tensors.items()}         # gamma and beta: in old files
@@ -236,7 +236,7 @@ def load_text(path, **given):
     pad, eps = (1, 1e-5) if found.get("text_kind") == "roberta" else (0, 1e-12)
     needed = dict(hidden_act="gelu", position_embedding_type="absolute", pad_token_id=pad, layer_norm_eps=eps)
     for key, value in needed.items():
-        need(config.get(key, value) == value,
+        require(config.get(key, value) == value,
              f"{file}: {key} is {config.get(key)}, needed is {value}: use another text encoder")
     return found, state
 
@@ -249,7 +249,7 @@ def load_m3ae(path, **given):
     content, tensors = read_torch(path)
     own = any(part(name) == "vit" for name in tensors)
     state = State(tensors) if own else translate(tensors, path, "", "vision_encoder.visual.class_embedding")
-    with readable(path):
+    with reading(path):
         config = content.get("model_config", content.get("hyper_parameters", {}))
         config = config.get("config", config)
         if "num_heads" in config:                           # the released name of fusion_heads
@@ -264,7 +264,7 @@ def load_m3ae(path, **given):
 def resize_positions(pos, patches):
     """Learned positions of a square grid (1+L, W) -> (1+patches, W), bicubic; the class position is kept."""
     old, new = math.isqrt(max(1, len(pos)) - 1), math.isqrt(patches)
-    need(len(pos) - 1 == old ** 2 > 0, f"vit.pos_embed has {len(pos)} positions, not those of a class and a square")
+    require(len(pos) - 1 == old ** 2 > 0, f"vit.pos_embed has {len(pos)} positions, not those of a class and a square")
     grid = pos[1:].T.reshape(1, -1, old, old)                                          # (1, W, √L, √L)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False, antialias=False)
     return torch.cat([pos[:1], grid.flatten(2)[0].T])                                  # (1+patches, W)
@@ -279,11 +279,11 @@ def check(cfg, sources, needed=()):
     for source, state in sources.items():
         parts, taken[source] = {*needed, *map(part, state)}, {}
         for name in [name for name in shapes if part(name) in parts]:
-            need(name in state, f"{source} has no tensor {name} (as released: {released.get(name, 'none')})")
+            require(name in state, f"{source} has no tensor {name} (as released: {released.get(name, 'none')})")
             tensor, shape = state[name], shapes[name]
             if name == "vit.pos_embed" and tensor.ndim == 2 and len(tensor) != shape[0]:
                 tensor = resize_positions(tensor, shape[0] - 1)
-            need(tensor.shape == shape, f"{source}: {name} has shape {(*tensor.shape,)}, not {(*shape,)}: "
+            require(tensor.shape == shape, f"{source}: {name} has shape {(*tensor.shape,)}, not {(*shape,)}: "
                                         "were --preset, --tokenizer and the sizes those of these weights?")
             taken[source][name] = tensor
     return taken
@@ -333,14 +333,14 @@ def sources(cfg, train_cfg, flags):
 
 def export():
     """python -m m3ae_mini.weights export RUN OUT: writes a run's weights under the released names."""
-    need(len(sys.argv) == 4 and sys.argv[1] == "export", "usage: python -m m3ae_mini.weights export RUN OUT")
+    require(len(sys.argv) == 4 and sys.argv[1] == "export", "usage: python -m m3ae_mini.weights export RUN OUT")
     run_folder, out = sys.argv[2:]
-    need(not Path(out).exists(), f"{out} exists already: choose another name")
+    require(not Path(out).exists(), f"{out} exists already: choose another name")
     cfg, state = load_m3ae(run_folder)
     content = {"state_dict": to_official(state, cfg), "model_config": asdict(cfg)}
-    need(from_official(content["state_dict"], cfg).keys() == state.keys(),
+    require(from_official(content["state_dict"], cfg).keys() == state.keys(),
          f"{run_folder} holds tensors that have no released name: it can't be exported")
-    write_whole(out, lambda file: torch.save(content, file))
+    write_atomic(out, lambda file: torch.save(content, file))
     print(f"wrote {out}")
 
 

@@ -24,7 +24,7 @@ from tables import OUT, ROOT, Run, make_all, on_phantoms
 from PIL import Image, ImageDraw
 
 from m3ae_mini import loop
-from m3ae_mini.config import need
+from m3ae_mini.config import require
 from m3ae_mini.pictures import BACK, FONT, GREEN, GREY, INK
 
 DIFFS = ROOT / "tests" / "ablations"
@@ -51,13 +51,13 @@ def begin(name):
     """A row's name -> its short name, with a copy of this checkout and the row's diff in its folder, so that
     nobody's edits disturb it. UserError where the diff does not apply, or is not the one it began with."""
     path = Path(name) if name.endswith(".diff") else DIFFS / f"{name}.diff"
-    need(name in FLAGS or path.stem not in FLAGS, f"{path}: {path.stem} is a row of flags: rename your file")
-    need(name in FLAGS or path.is_file(), f"{path} is not there: use a file, or one of {', '.join(names())}")
+    require(name in FLAGS or path.stem not in FLAGS, f"{path}: {path.stem} is a row of flags: rename your file")
+    require(name in FLAGS or path.is_file(), f"{path} is not there: use a file, or one of {', '.join(names())}")
     patch = b"" if name in FLAGS else path.read_bytes()
     row = ROOT / OUT / "ablations" / path.stem
     kept, code = row / "applied.diff", row / "code"
     if kept.is_file():
-        need(kept.read_bytes() == patch, f"{path} has changed since its row began: remove {row} to "
+        require(kept.read_bytes() == patch, f"{path} has changed since its row began: remove {row} to "
                                          "measure it anew, or give it another name")
         return path.stem
     shutil.rmtree(code, ignore_errors=True)
@@ -67,7 +67,7 @@ def begin(name):
         shutil.copy(ROOT / script, code)
     if patch:
         apply(path, code)
-    loop.write_whole(kept, lambda file: file.write(patch))
+    loop.write_atomic(kept, lambda file: file.write(patch))
     return path.stem
 
 
@@ -76,7 +76,7 @@ def apply(patch, code):
     alone = {**os.environ, "GIT_CEILING_DIRECTORIES": str(code.parent)}      # no part of this repository
     done = subprocess.run(["git", "apply", patch.resolve()], cwd=code, env=alone, capture_output=True,
                           text=True)
-    need(not done.returncode, f"{patch} does not apply to this code: {done.stderr.strip()}")
+    require(not done.returncode, f"{patch} does not apply to this code: {done.stderr.strip()}")
 
 
 def runs(row, seed):

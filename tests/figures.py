@@ -22,8 +22,8 @@ from PIL import Image, ImageDraw
 from data import phantoms
 from data.pack import open_packs
 from m3ae_mini import M3AE, loop, weights
-from m3ae_mini.config import TrainConfig, need
-from m3ae_mini.data import VAL_SEED, Samples, load, validation_chunks
+from m3ae_mini.config import TrainConfig, require
+from m3ae_mini.data import VAL_SEED, Samples, load, validation_micro_batches
 from m3ae_mini.model import patchify
 from m3ae_mini.pictures import (BACK, FONT, GREY, INK, caption, curves, rebuild, to_pil, unpatchify,
                                 word_to_patch)
@@ -36,9 +36,9 @@ RATIOS = 0.25, 0.5, 0.75, 0.9
 def open_run(run):
     """A run's folder -> its best model and the test samples of the phantoms."""
     settings = json.loads((Path(run) / "config.json").read_text())
-    need(settings["run"]["data"] == "phantoms", f"{run} has not learned from phantoms: give one that has")
+    require(settings["run"]["data"] == "phantoms", f"{run} has not learned from phantoms: give one that has")
     cfg, state = weights.load_m3ae(run)
-    need(cfg.mlm and cfg.mim, f"{run} has not learned both words and pixels: give one that has")
+    require(cfg.mlm and cfg.mim, f"{run} has not learned both words and pixels: give one that has")
     model = M3AE(cfg).eval()
     model.load_state_dict(state)
     packs, tokenizer = open_packs("phantoms", cfg.image_size, crop=1), Tokenizer.load(run)
@@ -107,7 +107,7 @@ def ratios(model, samples, path, count=3):
         sheet.panel(GAP, 2 * row * (CELL + GAP) + 2 * LINE + GAP, batch["image"][row])
     for column, ratio in enumerate(RATIOS, 1):
         model.cfg, errors = replace(trained, mask_ratio=ratio), []
-        for _, _, _, some in load(samples, validation_chunks(samples, 512), VAL_SEED, "cpu"):
+        for _, _, _, some in load(samples, validation_micro_batches(samples, 512), VAL_SEED, "cpu"):
             text = model.encode_text(some["text_ids"], some["text_mask"])
             errors.append(model.objectives["mim"](model, some, text, None)["mim_loss"].item())
         masked, rebuilt = rebuild(model, batch)

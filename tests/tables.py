@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from m3ae_mini import loop
-from m3ae_mini.config import need
+from m3ae_mini.config import require
 
 OUT = Path("runs/tables")
 
@@ -99,7 +99,7 @@ def medpix(args, seed):
 
 def folder(args, name):
     """What --name says, as an absolute path that a command line can hold."""
-    need(getattr(args, name), f"this table needs --{name}, the folder of that data set")
+    require(getattr(args, name), f"this table needs --{name}, the folder of that data set")
     return shlex.quote(os.path.abspath(getattr(args, name)))
 
 
@@ -128,7 +128,7 @@ class Run:
                 self.call("-m", f"data.prepare {flags} --out {pack}")
         self.call(self.code / self.command.split()[0],
                   f"{self.command.partition(' ')[2]} --out {self.out} --resume")
-        need(self.found(), f"{self.out} was stopped before its end: the same command goes on with it")
+        require(self.found(), f"{self.out} was stopped before its end: the same command goes on with it")
 
     def call(self, script, flags):
         """Run a script with one thread, its output to the end of a file. UserError where it fails."""
@@ -137,7 +137,7 @@ class Run:
         with open(log, "ab") as file:
             done = subprocess.run([sys.executable, script, *shlex.split(flags)], cwd=ROOT, stdout=file,
                                   stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        need(not done.returncode, f"{script} {flags} failed: read {log}")
+        require(not done.returncode, f"{script} {flags} failed: read {log}")
 
 
 def make_all(runs, jobs, after_each=lambda: None):
@@ -189,7 +189,7 @@ def main():
     args, start = parser.parse_args(), time.perf_counter()
     cells = [cell for seed in range(args.seeds) for cell in TABLES[args.name](args, seed)
              if cell[0] in args.tasks]
-    need(cells, f"the table {args.name} has no row of {', '.join(args.tasks)}: leave --tasks out")
+    require(cells, f"the table {args.name} has no row of {', '.join(args.tasks)}: leave --tasks out")
     make_all([run for _, _, run in cells], args.jobs)
     text, found = as_table(cells)
     (ROOT / OUT / f"{args.name}.md").write_text(text)

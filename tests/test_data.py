@@ -14,7 +14,7 @@ from data import Row, prepare
 from m3ae_mini import ModelConfig, masking
 from m3ae_mini.config import TrainConfig, UserError, of_preset
 from data.pack import Pack, open_packs
-from m3ae_mini.data import VAL_CHUNK, Samples, load, normalise, training_chunks, validation_chunks
+from m3ae_mini.data import VAL_MICRO_BATCH, Samples, load, normalise, training_micro_batches, validation_micro_batches
 from m3ae_mini.text import Tokenizer
 
 SIDES, SIZES = ("left", "right"), ("small", "large")
@@ -166,7 +166,7 @@ def test_order_and_content(made):
     pack, pictures, tokenizer = made
     cfg, train_cfg = settings(tokenizer, steps=20, micro_batch=4)
     samples = Samples([pack], "train", tokenizer, cfg, train_cfg)
-    seen = read(samples, training_chunks(samples, train_cfg, 0))
+    seen = read(samples, training_micro_batches(samples, train_cfg, 0))
     assert [(step, chunk) for step, chunk, _, _ in seen] == [(s, c) for s in range(20) for c in range(2)]
 
     stream = np.concatenate([numbers for _, _, numbers, _ in seen])
@@ -198,8 +198,8 @@ def test_a_chunk_is_a_pure_function_of_its_place(made):
     cfg, train_cfg = settings(tokenizer, steps=9, micro_batch=4)
     samples = Samples([pack], "train", tokenizer, cfg, train_cfg)
     whole = {(step, chunk): (numbers, batch) for step, chunk, numbers, batch
-             in read(samples, training_chunks(samples, train_cfg, 0))}
-    parts = [read(samples, training_chunks(samples, train_cfg, start, rank, 2))
+             in read(samples, training_micro_batches(samples, train_cfg, 0))}
+    parts = [read(samples, training_micro_batches(samples, train_cfg, start, rank, 2))
              for start in (0, 5) for rank in (0, 1)]
     for step, chunk, numbers, batch in (item for part in parts for item in part):
         same_numbers, same_batch = whole[step, chunk]
@@ -212,7 +212,7 @@ def test_shapes_repeat(made):
     pack, _, tokenizer = made
     cfg, train_cfg = settings(tokenizer, steps=30)
     samples = Samples([pack], "train", tokenizer, cfg, train_cfg)
-    seen = read(samples, training_chunks(samples, train_cfg, 0))
+    seen = read(samples, training_micro_batches(samples, train_cfg, 0))
     assert {batch["text_ids"].shape[1] for *_, batch in seen} <= {5, 10, 15, 20}
     assert all(len(batch["mlm_positions"]) % 8 == 0 for *_, batch in seen)
 
@@ -222,11 +222,11 @@ def test_a_pack_smaller_than_a_batch(made, tmp_path):
     pack, _ = write_pack(tmp_path / "small", CAPTIONS, {"train": 3, "val": 1})
     cfg, train_cfg = settings(tokenizer, steps=3)
     samples = Samples([pack], "train", tokenizer, cfg, train_cfg)
-    seen = read(samples, training_chunks(samples, train_cfg, 0))
+    seen = read(samples, training_micro_batches(samples, train_cfg, 0))
     stream = np.concatenate([numbers for _, _, numbers, _ in seen])
     assert sorted(stream) == sorted(list(range(3)) * 8)
     held_out = Samples([pack], "val", tokenizer, cfg, train_cfg)
-    assert [len(n) for _, _, n, _ in read(held_out, validation_chunks(held_out, 99))] == [1]
+    assert [len(n) for _, _, n, _ in read(held_out, validation_micro_batches(held_out, 99))] == [1]
 
 
 def test_several_packs_are_one_stream(made, tmp_path):
@@ -236,7 +236,7 @@ def test_several_packs_are_one_stream(made, tmp_path):
     samples = Samples([one, two], "train", tokenizer, cfg, train_cfg)
     assert samples.n == 47
     wanted = normalise(torch.from_numpy(np.concatenate([pictures[:37], more[:10]])))
-    for _, _, numbers, batch in read(samples, training_chunks(samples, train_cfg, 0)):
+    for _, _, numbers, batch in read(samples, training_micro_batches(samples, train_cfg, 0)):
         assert torch.equal(batch["image"], wanted[numbers])
         for row, number in enumerate(numbers):
             text = (CAPTIONS[number] if number < 37 else CAPTIONS[::-1][number - 37])
@@ -251,13 +251,13 @@ def test_several_packs_are_one_stream(made, tmp_path):
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_validation_counts_each_sample_once(made, world, tmp_path):
     _, _, tokenizer = made
-    pack, _ = write_pack(tmp_path / "v", CAPTIONS * 2, {"train": 1, "val": 2 * VAL_CHUNK + 7})
+    pack, _ = write_pack(tmp_path / "v", CAPTIONS * 2, {"train": 1, "val": 2 * VAL_MICRO_BATCH + 7})
     cfg, train_cfg = settings(tokenizer)
     samples = Samples([pack], "val", tokenizer, cfg, train_cfg)
-    parts = [list(validation_chunks(samples, 10 ** 9, rank, world)) for rank in range(world)]
+    parts = [list(validation_micro_batches(samples, 10 ** 9, rank, world)) for rank in range(world)]
     numbers = np.concatenate([n for part in parts for _, _, n in part])
     assert sorted(numbers) == list(range(samples.n))
-    limited = np.concatenate([n for _, _, n in validation_chunks(samples, 40)])
+    limited = np.concatenate([n for _, _, n in validation_micro_batches(samples, 40)])
     assert len(set(limited)) == 40 and limited.max() > 60
 
 
@@ -318,7 +318,7 @@ def test_loader_stops_its_thread(made):
     cfg, train_cfg = settings(tokenizer, steps=10_000)
     samples = Samples([pack], "train", tokenizer, cfg, train_cfg)
     before = threading.active_count()
-    batches = load(samples, training_chunks(samples, train_cfg, 0), 0, "cpu")
+    batches = load(samples, training_micro_batches(samples, train_cfg, 0), 0, "cpu")
     next(batches)
     batches.close()
     assert threading.active_count() <= before
@@ -329,8 +329,8 @@ def test_cuda_batches_equal_cpu_batches(made):
     pack, _, tokenizer = made
     cfg, train_cfg = settings(tokenizer, steps=30)
     samples = Samples([pack], "train", tokenizer, cfg, train_cfg)
-    ours = load(samples, training_chunks(samples, train_cfg, 0), 0, "cuda")
-    for (_, _, _, there), (_, _, _, here) in zip(ours, read(samples, training_chunks(samples, train_cfg, 0))):
+    ours = load(samples, training_micro_batches(samples, train_cfg, 0), 0, "cuda")
+    for (_, _, _, there), (_, _, _, here) in zip(ours, read(samples, training_micro_batches(samples, train_cfg, 0))):
         torch.cuda._sleep(1_000_000)               # a slow consumer: a buffer refilled too early would show
         for name in here:
             assert torch.allclose(there[name].cpu(), here[name], atol=1e-6)
@@ -379,7 +379,7 @@ def test_a_file_cut_while_reading_is_a_sentence(made, tmp_path):
         file.truncate(300)
     samples = Samples([cut], "train", made[2], *settings(made[2]))
     with pytest.raises(UserError, match="ends within picture"):
-        read(samples, training_chunks(samples, samples.train_cfg, 0))
+        read(samples, training_micro_batches(samples, samples.train_cfg, 0))
 
 
 def test_an_empty_split(made, tmp_path):

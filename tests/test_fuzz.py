@@ -31,7 +31,7 @@ from data import Row, medicat, prepare
 from data.pack import Pack
 from m3ae_mini import M3AE, loop, weights
 from m3ae_mini.config import ModelConfig, RunConfig, TrainConfig, UserError, parse
-from m3ae_mini.data import Samples, load, validation_chunks
+from m3ae_mini.data import Samples, load, validation_micro_batches
 from m3ae_mini.text import Tokenizer
 from test_data import CAPTIONS, bert_tokenizer
 from test_prepare import medpix_entry, roco_miniature, write_lines
@@ -251,7 +251,7 @@ class Packs(Target):
         packs, texts = samples.packs, []
         for split in ("train", "val", "test"):
             samples = Samples(packs, split, tokenizer, cfg, train_cfg)
-            for _, _, numbers, batch in load(samples, validation_chunks(samples, 64), 0, "cpu", crop=True):
+            for _, _, numbers, batch in load(samples, validation_micro_batches(samples, 64), 0, "cpu", crop=True):
                 assert 0 <= batch["text_ids"].min() and batch["text_ids"].max() < cfg.vocab_size
                 texts += [samples.line(n)["text"] for n in numbers] + batch["text_ids"].tolist()
         for task in ("vqa", "cls"):
@@ -259,7 +259,7 @@ class Packs(Target):
             given = parse("", (ModelConfig, TrainConfig, RunConfig), argv=flags)
             given[0].task = task
             train_samples, *_, choices, _, _ = finetune.prepare(*given[:3], asked, {})
-            next(load(train_samples, validation_chunks(train_samples, 64), 0, "cpu"))
+            next(load(train_samples, validation_micro_batches(train_samples, 64), 0, "cpu"))
             texts.append(choices)
         print(texts, packs[0].fingerprint())
         prepare.contact_sheet(packs[0])
@@ -292,7 +292,7 @@ class Resumed(Target):
                       "--decoder_width", "8", "--out", str(tmp / "run"), "--steps", "9", "--resume"]
         *self.configs, _ = parse("", argv=self.flags)
         self.configs[0].vocab_size = 50
-        self.place = loop.Place(self.configs[2])
+        self.place = loop.DistEnv(self.configs[2])
         pack = [Row("train", Grey(n), f"{caption}") for n, caption in enumerate(CAPTIONS[:4])]
         prepare.pack(pack, tmp / "pack", "test", "pretrain", 16, workers=1)
         self.settings = {"model": vars(self.configs[0]), "train": vars(self.configs[1]), "data": {}}

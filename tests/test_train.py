@@ -54,7 +54,7 @@ def test_what_the_user_froze_stays_frozen(small_config, random_batch):
     cfg = small_config(itm=0.0)
     model = M3AE(cfg)
     model.vit.requires_grad_(False)
-    loop.freeze_unread(model, random_batch(cfg) | {"mlm_positions": torch.arange(4)})
+    loop.freeze_unused(model, random_batch(cfg) | {"mlm_positions": torch.arange(4)})
     assert not any(parameter.requires_grad for parameter in model.vit.parameters())
     assert not any(parameter.requires_grad for parameter in model.image_pooler.parameters())    # unread
     assert all(parameter.requires_grad for parameter in model.text.parameters())
@@ -131,7 +131,7 @@ def test_a_length_in_epochs_is_a_step_at_least():
     run_cfg = loop.replace(RunConfig(), eval_every=0)
     for epochs, samples, steps in ((1.0, 20, 1), (2.0, 640, 20), (0.0, 20, 900)):
         settings = TrainConfig(steps=900, epochs=epochs, batch_size=64)
-        found, run = loop.in_steps(settings, run_cfg, samples)
+        found, run = loop.epochs_to_steps(settings, run_cfg, samples)
         assert found.steps == steps and run.eval_every == max(1, samples // 64)
 
 
