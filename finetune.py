@@ -86,7 +86,7 @@ def main():
     # ------------------------------------------------------------------------------------ the loop
     chunks = train_cfg.batch_size // train_cfg.micro_batch // dist_env.world      # of a step, on this process
     batches = load(train, training_micro_batches(train, train_cfg, step, dist_env.rank, dist_env.world), train_cfg.seed,
-                   dist_env.device, crop=train_cfg.crop < 1)
+                   dist_env.device, crop=train_cfg.min_crop_area < 1)
     bar = tqdm(total=train_cfg.steps, initial=step, unit="step", disable=not dist_env.main, dynamic_ncols=True)
     sums, since, skipped, clock = 0, 0, 0, time.perf_counter()                 # since the log's last line
     stop, stopping, in_a_row = loop.StopSignal(), False, 0
@@ -108,7 +108,7 @@ def main():
 
         # Step. A gradient that is not finite is the same on all processes by now, so all of them skip it.
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train_cfg.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train_cfg.grad_clip or math.inf)
         norm, stopping = stop.agree(norm, dist_env)                                       # one host read
         if math.isfinite(norm):
             scaler.step(optimizer)
@@ -160,7 +160,7 @@ def main():
 def prepare(cfg, train_cfg, run_cfg, task_cfg, sources):
     """Open the packs and the tokenizer, fit the configuration to them -> the samples of three splits, answers
     or classes (none in retrieval), tokenizer, configuration. UserError where these or the weights misfit."""
-    packs = open_packs(run_cfg.data, cfg.image_size, train_cfg.crop, cfg.task)
+    packs = open_packs(run_cfg.data, cfg.image_size, train_cfg.min_crop_area, cfg.task)
     texts = (line["text"] for pack in packs for line in pack.lines("train"))
     tokenizer = Tokenizer.choose(train_cfg, run_cfg, texts)
     matched = any(weights.part(name) in ("itm", "irtr") for state in sources.values() for name in state)

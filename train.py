@@ -59,7 +59,7 @@ def main():
     # ------------------------------------------------------------------------------------ the loop
     chunks = train_cfg.batch_size // train_cfg.micro_batch // dist_env.world      # of a step, on this process
     batches = load(train, training_micro_batches(train, train_cfg, step, dist_env.rank, dist_env.world), train_cfg.seed,
-                   dist_env.device, crop=train_cfg.crop < 1)
+                   dist_env.device, crop=train_cfg.min_crop_area < 1)
     bar = tqdm(total=train_cfg.steps, initial=step, unit="step", disable=not dist_env.main, dynamic_ncols=True)
     sums, since, skipped, clock = {}, 0, 0, time.perf_counter()                # since the log's last line
     stop, stopping, in_a_row = loop.StopSignal(), False, 0
@@ -80,7 +80,7 @@ def main():
 
         # Step. A gradient that is not finite is the same on all processes by now, so all of them skip it.
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train_cfg.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train_cfg.grad_clip or math.inf)
         norm, stopping = stop.agree(norm, dist_env)                                       # one host read
         if math.isfinite(norm):
             scaler.step(optimizer)
@@ -134,7 +134,7 @@ def main():
 def prepare(cfg, train_cfg, run_cfg, sources):
     """Open the packs and the tokenizer, fit the configuration to it -> the samples to train and to validate
     on, tokenizer, configuration. UserError where they, or the weights to start from, don't fit each other."""
-    packs = open_packs(run_cfg.data, cfg.image_size, train_cfg.crop)
+    packs = open_packs(run_cfg.data, cfg.image_size, train_cfg.min_crop_area)
     captions = (line["text"] for pack in packs for line in pack.lines("train"))
     tokenizer = Tokenizer.choose(train_cfg, run_cfg, captions)
     cfg = replace(cfg, vocab_size=tokenizer.vocab_size, text_kind=tokenizer.kind)

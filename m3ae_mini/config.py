@@ -111,18 +111,18 @@ class TrainConfig:
     batch_size: int = opt(256, "samples a step, over all processes")
     micro_batch: int = opt(32, "samples of one forward pass: the chunk, the unit of all randomness")
     lr: float = opt(1e-5, "peak learning rate of the text encoder")
-    image_lr: float = opt(1.0, "rate of the image encoder, as a multiple of --lr; the paper: 1")
-    head_lr: float = opt(5.0, "rate of the heads, as a multiple of --lr")
-    fusion_lr: float = opt(5.0, "rate of projections, modality embedding, fusion, poolers: multiple of --lr")
+    vit_lr_mult: float = opt(1.0, "rate of the image encoder, as a multiple of --lr; the paper: 1")
+    head_lr_mult: float = opt(5.0, "rate of the heads, as a multiple of --lr")
+    fusion_lr_mult: float = opt(5.0, "rate of projections, modality embedding, fusion, poolers: multiple of --lr")
     warmup: float = opt(0.1, "share of the steps in which the rate rises; then it falls to 0, linearly")
     weight_decay: float = opt(0.01, "AdamW's decay of matrices; one-dimensional parameters never decay")
     beta2: float = opt(0.98, "AdamW's second beta; the first is 0.9")
-    clip: float = opt(0.0, "gradient clipping: the largest norm; 0 turns it off")
+    grad_clip: float = opt(0.0, "gradient clipping: the largest norm; 0 turns it off")
     mlm_ratio: float = opt(0.15, "share of the text's tokens that is hidden")
     whole_word: bool = opt(True, "hide whole words; off: single tokens")
     hard_negatives: float = opt(0.0, "share of wrong pictures that are of the text's kind (hard negatives); paper: 0")
-    crop: float = opt(1.0, "least share of a training picture's area that a random crop keeps; 1: none")
-    vocab: int = opt(8192, "largest vocabulary of a tokenizer trained on the data")
+    min_crop_area: float = opt(1.0, "least share of a training picture's area that a random crop keeps; 1: none")
+    tokenizer_vocab: int = opt(8192, "largest vocabulary of a tokenizer trained on the data")
     init: str = opt("", "start from this run or M³AE checkpoint; none: from random values")
     init_image: str = opt("", "start the image encoder from this file of CLIP")
     init_text: str = opt("", "start the text encoder from this Hugging Face folder of RoBERTa or BERT")
@@ -139,7 +139,7 @@ class RunConfig:
     gpus: int = opt(0, "start this many processes by torchrun, each with a GPU (or a part of the CPU)")
     device: str = opt("auto", "auto, cuda, cpu or mps (mps is untested)")
     dtype: str = opt("auto", "auto, float32, bfloat16 or float16: arithmetic of the matrix products")
-    recompute: bool = opt(False, "compute layers again in the backward pass: less memory, a third slower")
+    grad_checkpointing: bool = opt(False, "compute layers again in the backward pass: less memory, a third slower")
     compile: bool = opt(False, "compile the model with torch.compile")
     log_every: int = opt(20, "steps between two lines of metrics.jsonl")
     eval_every: int = opt(1000, "steps between two validations; 0: an epoch")
@@ -150,8 +150,8 @@ class RunConfig:
 
 
 # What differs from the defaults. A rate of 1e-5 is for CLIP's and RoBERTa's weights, not for random ones.
-SCRATCH = dict(mim_layer=1, decoder_layers=2, decoder_heads=4, attn_dropout=0.0, batch_size=64, head_lr=1.0,
-               fusion_lr=1.0, weight_decay=0.05, clip=1.0)
+SCRATCH = dict(mim_layer=1, decoder_layers=2, decoder_heads=4, attn_dropout=0.0, batch_size=64, head_lr_mult=1.0,
+               fusion_lr_mult=1.0, weight_decay=0.05, grad_clip=1.0)
 PRESETS = {
     "base": {},
     "small": SCRATCH | dict(
@@ -161,20 +161,20 @@ PRESETS = {
     "tiny": SCRATCH | dict(
         image_size=48, patch_size=12, max_text_len=32, text_max_positions=66, vit_width=128, vit_blocks=3,
         vit_heads=4, text_width=128, text_layers=2, text_heads=4, fusion_width=128, fusion_layers=2,
-        fusion_heads=4, decoder_width=64, dropout=0.0, steps=1500, lr=1e-3, hard_negatives=0.75, vocab=1024,
+        fusion_heads=4, decoder_width=64, dropout=0.0, steps=1500, lr=1e-3, hard_negatives=0.75, tokenizer_vocab=1024,
         eval_every=375, save_every=375, eval_samples=512)}
 
 # Fine-tuning: what differs from the preset in each task; for base as in the paper.
 EACH_EPOCH = dict(eval_every=0, save_every=0)
 TASKS = {
-    "base": {"vqa": dict(image_size=384, max_text_len=32, batch_size=64, epochs=50.0, lr=5e-6, head_lr=50.0),
+    "base": {"vqa": dict(image_size=384, max_text_len=32, batch_size=64, epochs=50.0, lr=5e-6, head_lr_mult=50.0),
              "cls": dict(image_size=384, max_text_len=128, batch_size=16, micro_batch=16, epochs=20.0,
-                         lr=5e-6, head_lr=10.0, crop=0.9),
-             "irtr": dict(image_size=384, max_text_len=40, micro_batch=16, epochs=10.0, lr=5e-6, crop=0.9)},
-    "small": {"vqa": dict(epochs=50.0, lr=3e-4, head_lr=5.0, batch_size=16, micro_batch=16, clip=0.0),
+                         lr=5e-6, head_lr_mult=10.0, min_crop_area=0.9),
+             "irtr": dict(image_size=384, max_text_len=40, micro_batch=16, epochs=10.0, lr=5e-6, min_crop_area=0.9)},
+    "small": {"vqa": dict(epochs=50.0, lr=3e-4, head_lr_mult=5.0, batch_size=16, micro_batch=16, grad_clip=0.0),
               "cls": dict(epochs=30.0, lr=3e-4), "irtr": dict(epochs=10.0, lr=2e-4)},
-    "tiny": {"vqa": dict(epochs=40.0, lr=3e-5, head_lr=50.0, fusion_lr=3.0),
-             "cls": dict(epochs=40.0, lr=3e-4, head_lr=10.0, fusion_lr=3.0),
+    "tiny": {"vqa": dict(epochs=40.0, lr=3e-5, head_lr_mult=50.0, fusion_lr_mult=3.0),
+             "cls": dict(epochs=40.0, lr=3e-4, head_lr_mult=10.0, fusion_lr_mult=3.0),
              "irtr": dict(steps=94, lr=3e-4, eval_samples=128, test_samples=256)}}      # 15 epochs of 400
 
 DERIVED = ("task", "vocab_size", "text_kind", "num_answers", "num_classes")    # no flags: from data or script

@@ -121,7 +121,7 @@ class Samples:
 
         stored = np.empty((3, pack.size, pack.size), dtype=np.uint8)
         pack.read_picture(number, stored)
-        box = crop_box(pack.size, self.train_cfg.crop, noise if noise is not None else ())
+        box = crop_box(pack.size, self.train_cfg.min_crop_area, noise if noise is not None else ())
         whole = Image.fromarray(stored.transpose(1, 2, 0))
         out[:] = np.asarray(whole.resize((side, side), Image.Resampling.BICUBIC, box=box)).transpose(2, 0, 1)
 

@@ -23,7 +23,7 @@ from .model import recompute
 
 # What torch says in a RuntimeError where it is nobody's bug, and what a user should read instead.
 KNOWN_ERRORS = {"MemoryError|out of memory|can't allocate":
-                "out of memory: go on with --recompute --resume, or start anew with a smaller --micro_batch",
+                "out of memory: go on with --grad_checkpointing --resume, or start anew with a smaller --micro_batch",
             "[Tt]imed out|[Tt]imeout|[Cc]onnection (closed|reset)":
                 "another process of this run is gone or hangs: look at its messages, then --resume"}
 LINE = re.compile(r'{"step": \d{1,9}, "split": "\w+"'
@@ -169,9 +169,9 @@ class StopSignal:
 def check_batches(train_cfg, model_cfg, world):
     """Every number must be one that makes sense; batch, micro-batch and processes must fit each other."""
     batch, micro, task = train_cfg.batch_size, train_cfg.micro_batch, model_cfg.task
-    limits = {"warmup": 1, "mlm_ratio": 1, "hard_negatives": 1, "crop": 1, "beta2": 0.9999, "seed": 2 ** 63 - 1}
+    limits = {"warmup": 1, "mlm_ratio": 1, "hard_negatives": 1, "min_crop_area": 1, "beta2": 0.9999, "seed": 2 ** 63 - 1}
     for name, value in vars(train_cfg).items():
-        least, most = int(name in ("steps", "batch_size", "micro_batch", "vocab")), limits.get(name, 10 ** 9)
+        least, most = int(name in ("steps", "batch_size", "micro_batch", "tokenizer_vocab")), limits.get(name, 10 ** 9)
         require(isinstance(value, str) or least <= value <= most, f"--{name} {value}: use {least} to {most:,}")
     require(batch % (micro * world) == 0, f"--batch_size {batch} can't be divided among {world} processes with "
          f"--micro_batch {micro}: use a multiple of {micro * world}, or another --micro_batch")
@@ -320,7 +320,7 @@ def learner(model, train, train_cfg, run_cfg, dist_env, checkpoint):
                                   betas=(0.9, train_cfg.beta2), fused=dist_env.device.type != "mps")
     scaler = torch.amp.GradScaler(dist_env.device.type, enabled=dist_env.dtype == torch.float16)
     step, best = restore(checkpoint, model, optimizer, scaler) if checkpoint else (0, -math.inf)
-    if run_cfg.recompute:
+    if run_cfg.grad_checkpointing:
         recompute(model)
     net = torch.compile(model) if run_cfg.compile else model
     if dist_env.world_size > 1:
@@ -343,9 +343,9 @@ def freeze_unused(model, batch):
 
 def parameter_groups(model, train_cfg):
     """AdamW's groups: four rates (text and image encoder, fusion, heads), and decay for matrices alone."""
-    scales, groups = {"vit": train_cfg.image_lr, "text": 1.0, "objectives": train_cfg.head_lr}, {}
+    scales, groups = {"vit": train_cfg.vit_lr_mult, "text": 1.0, "objectives": train_cfg.head_lr_mult}, {}
     for name, parameter in model.named_parameters():
-        scale = scales.get(name.split(".")[0], train_cfg.fusion_lr)
+        scale = scales.get(name.split(".")[0], train_cfg.fusion_lr_mult)
         decay = train_cfg.weight_decay if parameter.ndim > 1 else 0.0
         if parameter.requires_grad:
             group = {"params": [], "scale": scale, "weight_decay": decay}

@@ -58,7 +58,7 @@ class Tokenizer:
         asked = run_cfg.tokenizer or next(iter(there), None)
         require(asked or not (start or text),    # embeddings mean nothing under another tokenizer's ids
              f"{text or start} comes without a tokenizer.json: give the one of its training by --tokenizer")
-        return cls.load(asked) if asked else cls.train(texts, train_cfg.vocab)
+        return cls.load(asked) if asked else cls.train(texts, train_cfg.tokenizer_vocab)
 
     @classmethod
     def train(cls, texts, vocab_size):

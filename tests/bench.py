@@ -195,7 +195,7 @@ def compare(cfg, args):
 
 def operations(way, cfg, args):
     """Floating-point operations of a step's matrix products, forward and backward, counted on shapes without
-    numbers; what --recompute does twice counts once. Attention is not fused here, which multiplies as much:
+    numbers; what --grad_checkpointing does twice counts once. Attention is not fused here, which multiplies as much:
     the counter knows no fused CPU kernel."""
     batch = {name: tensor.to("meta") for name, tensor in noise(cfg, args.batch_size, args).items()}
     with mock.patch.object(trunk, "attend", plain_attention), FlopCounterMode(display=False) as counter:
@@ -205,7 +205,7 @@ def operations(way, cfg, args):
 
 def step(args):
     """A training step both ways. The plain one has memory as torch and glibc give it; plain-kept has it as
-    train.py keeps it on a CPU, and shows what of the gain is memory's. fast-recompute: with --recompute."""
+    train.py keeps it on a CPU, and shows what of the gain is memory's. fast-recompute: with --grad_checkpointing."""
     table, notes = [], []
     in_fresh_process(compare, ModelConfig.preset(args.preset, vocab_size=VOCAB[args.preset]), args)
     for share in args.attn_dropout:

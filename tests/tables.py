@@ -39,7 +39,7 @@ def on_phantoms(task, seed):
 def phantoms(args, seed):
     """Few labels, each seed after the default pre-training by the same seed."""
     start = Run(f"phantoms/pretrain-{seed}", f"train.py --device cpu --seed {seed}")
-    rates = "--lr 1e-3 --head_lr 3 --fusion_lr 1"          # random weights take higher ones
+    rates = "--lr 1e-3 --head_lr_mult 3 --fusion_lr_mult 1"          # random weights take higher ones
     pretrained, none = f"--init {start.out}", f"--init none --tokenizer {start.out}"
     for task in LABELS:
         for row, flags in (("pre-trained", pretrained), ("from scratch", f"{none} {rates}"),
@@ -49,7 +49,7 @@ def phantoms(args, seed):
 
 
 REAL = "--device cpu --image_size 96 --patch_size 16"      # the tiny preset for real pictures
-READ = "--vocab 2000 --hard_negatives 0.5 --mlm_ratio 0.25 --dropout 0.1"        # pre-training on real captions
+READ = "--tokenizer_vocab 2000 --hard_negatives 0.5 --mlm_ratio 0.25 --dropout 0.1"        # pre-training on real captions
 
 
 def vqa_rad(args, seed):
@@ -63,15 +63,15 @@ def vqa_rad(args, seed):
     start = Run("vqa_rad/pretrain", f"train.py {REAL} --data packs/medpix-96,packs/rad-captions-96 "
                 f"{READ} --steps 2400 --eval_every 600", packs=packs)
     common = (f"finetune.py vqa {REAL} --seed {seed} --data packs/rad-96 --batch_size 16 --micro_batch 16 "
-              "--clip 0 --dropout 0.2 --eval_every 688")
-    rates = "--epochs 50 --lr 3e-4 --head_lr 5 --fusion_lr 2"
+              "--grad_clip 0 --dropout 0.2 --eval_every 688")
+    rates = "--epochs 50 --lr 3e-4 --head_lr_mult 5 --fusion_lr_mult 2"
     none = f"--init none --tokenizer {start.out} {rates}"
     pretrained = f"--init {start.out} {rates}"
     rows = {"pre-trained": pretrained, "from scratch": none, "blind": f"{pretrained} --blind"}
     if args.text:
         rows["from scratch, text encoder of --text"] = (
             f"--init none --init_text {folder(args, 'text')} "
-            "--epochs 20 --lr 1e-4 --image_lr 4 --head_lr 15 --fusion_lr 6")         # ten times the weights
+            "--epochs 20 --lr 1e-4 --vit_lr_mult 4 --head_lr_mult 15 --fusion_lr_mult 6")         # ten times the weights
     for i, (row, flags) in enumerate(rows.items()):
         yield "vqa", row, Run(f"vqa_rad/{i}-{seed}", f"{common} {flags}", start)
 
@@ -86,7 +86,7 @@ def medpix(args, seed):
     none = f"--init none --tokenizer {start.out}"
     pretrained = f"--init {start.out}"
     rows = {"pre-trained": pretrained, "from scratch": none, "blind": f"{pretrained} --blind"}
-    settings = {"cls": "--dropout 0.2 --epochs 15 --lr 1e-3 --head_lr 3 --fusion_lr 1 --eval_every 78",
+    settings = {"cls": "--dropout 0.2 --epochs 15 --lr 1e-3 --head_lr_mult 3 --fusion_lr_mult 1 --eval_every 78",
                 "irtr": "--dropout 0.2 --epochs 5"}
     for task, more in settings.items():
         common = f"finetune.py {task} {REAL} --seed {seed} --data packs/medpix-{task}-96 {more}"

@@ -138,7 +138,7 @@ def test_tokenizer_errors(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="the tokenizer can.t be read.*WordPiece"):
         Tokenizer.load(tmp_path).encode(["漢"])
-    content["model"]["vocab"]["nodule"] = 2 ** 31                  # to write it again would take 8 GB
+    content["model"]["tokenizer_vocab"]["nodule"] = 2 ** 31                  # to write it again would take 8 GB
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="large gaps"):
         Tokenizer.load(tmp_path)
@@ -292,7 +292,7 @@ def test_crops_equal_pillows(made, tmp_path):
     tokenizer = made[2]
     counts = {"train": 12, "val": 4}
     pack, pictures = write_pack(tmp_path / "margin", CAPTIONS, counts, size=24, colour_every=1)
-    cfg, train_cfg = settings(tokenizer, crop=0.9, steps=40)
+    cfg, train_cfg = settings(tokenizer, min_crop_area=0.9, steps=40)
     samples = Samples([pack], "train", tokenizer, cfg, train_cfg)
     out = np.empty((12, 3, 16, 16), np.uint8)
     samples.batch(np.arange(12), 0, 0, 0, out, crop=True)
@@ -310,7 +310,7 @@ def test_crops_equal_pillows(made, tmp_path):
 
     with pytest.raises(UserError, match="--size 16"):
         open_packs(str(pack.folder), 16, crop=1)
-    assert open_packs(str(pack.folder), 16, crop=0.9)[0].size == 24
+    assert open_packs(str(pack.folder), 16, min_crop_area=0.9)[0].size == 24
 
 
 def test_loader_stops_its_thread(made):

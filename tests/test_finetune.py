@@ -93,7 +93,7 @@ def test_it_learns_and_starts_where_it_was_told(packs, pretrained, tmp_path, mon
     monkeypatch.setattr(loop, "learner", lambda model, *rest: begun.append(
         {name: tensor.clone() for name, tensor in model.state_dict().items()}) or learner(model, *rest))
     started(monkeypatch, "cls", "--data", packs["cls"], "--init", pretrained, "--out", tmp_path / "run",
-            "--steps", 60, "--lr", 3e-3, "--head_lr", 1, "--fusion_lr", 1, "--dropout", 0,
+            "--steps", 60, "--lr", 3e-3, "--head_lr_mult", 1, "--fusion_lr_mult", 1, "--dropout", 0,
             "--attn_dropout", 0)
     trunk = torch.load(pretrained / "best.pt", weights_only=True)["model"]
     shared = begun[0].keys() & trunk.keys()
@@ -104,7 +104,7 @@ def test_it_learns_and_starts_where_it_was_told(packs, pretrained, tmp_path, mon
 
 @pytest.mark.parametrize("task", ["vqa", "irtr"])
 def test_resume_equals_a_run_that_never_stopped(packs, pretrained, tmp_path, monkeypatch, task):
-    flags = ["--data", packs[task], "--init", pretrained, "--save_every", 2, "--crop", 0.9]
+    flags = ["--data", packs[task], "--init", pretrained, "--save_every", 2, "--min_crop_area", 0.9]
     started(monkeypatch, task, *flags, "--out", tmp_path / "whole", "--steps", 4)
     with monkeypatch.context() as patch:                     # the second checkpoint is never written
         save = loop.save_checkpoint

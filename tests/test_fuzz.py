@@ -245,7 +245,7 @@ class Packs(Target):
 
     def everything(self):
         """All that training, fine-tuning and the sheet of --show take from the pack."""
-        flags = [*SMALL, "--data", str(self.folder), "--tokenizer", str(self.folder.parent), "--crop", "0.9"]
+        flags = [*SMALL, "--data", str(self.folder), "--tokenizer", str(self.folder.parent), "--min_crop_area", "0.9"]
         cfg, train_cfg, run_cfg, _ = parse("", argv=flags)
         samples, _, tokenizer, cfg = train.prepare(cfg, train_cfg, run_cfg, {})
         packs, texts = samples.packs, []

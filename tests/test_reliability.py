@@ -122,7 +122,7 @@ def test_killed_at_any_moment_it_ends_the_same(pack, questions, tmp_path, reques
     anew."""
     flags = ["--data", pack, "--steps", 8, "--save_every", 1, "--eval_every", 4]
     if script is finetune:
-        flags[1:2] = [questions / "pack", "--init", "none", "--tokenizer", questions, "--crop", 0.9]
+        flags[1:2] = [questions / "pack", "--init", "none", "--tokenizer", questions, "--min_crop_area", 0.9]
     forked = partial(globals()["forked"], script=script, task=["vqa"] if script is finetune else [])
     began = time.monotonic()
     assert ended(forked(*flags, "--out", tmp_path / "whole")) == 0

@@ -19,7 +19,7 @@ from test_data import CAPTIONS, write_pack
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("--image_size 16 --patch_size 4 --vit_width 32 --vit_heads 2 --text_width 32 --text_heads 2 "
-         "--fusion_width 32 --fusion_heads 2 --decoder_width 16 --decoder_heads 2 --vocab 300 --batch_size 8 "
+         "--fusion_width 32 --fusion_heads 2 --decoder_width 16 --decoder_heads 2 --tokenizer_vocab 300 --batch_size 8 "
          "--micro_batch 4 --device cpu --dtype float32 --log_every 1 --eval_every 1000 --save_every 1000 "
          "--dropout 0.1 --attn_dropout 0.1").split()
 
@@ -263,11 +263,11 @@ REFUSED = {
     "no validation": ("--eval_samples 0", "must be above 0"),
     "fewer than no test": ("--test_samples -1", "at least 0"),
     "no batch": ("--batch_size 0", "--batch_size 0: use 1 to"),
-    "clipping turned on by turning it off": ("--clip -1", "--clip -1.0: use 0 to"),
+    "clipping turned on by turning it off": ("--grad_clip -1", "--grad_clip -1.0: use 0 to"),
     "no number": ("--warmup nan", "--warmup nan: use 0 to 1"),
-    "no share": ("--crop 1.5", "--crop 1.5: use 0 to 1"),
+    "no share": ("--min_crop_area 1.5", "--min_crop_area 1.5: use 0 to 1"),
     "beta2": ("--beta2 1", "--beta2 1.0: use 0 to 0.9999"),
-    "vocab": ("--vocab 0", "--vocab 0: use 1 to"),
+    "vocab": ("--tokenizer_vocab 0", "--tokenizer_vocab 0: use 1 to"),
     "seed": ("--seed -1", "--seed -1: use 0 to"),
     "two lengths": ("--epochs 3", "--steps and --epochs both say how long"),
     "no loss": ("--mlm 0 --mim 0 --itm 0", "one of them above"),
@@ -326,7 +326,7 @@ def test_out_of_memory_names_the_flag(monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
     with pytest.raises(SystemExit) as status:
         loop.run(exhausted)
-    assert status.value.code == 2 and "--recompute --resume" in capsys.readouterr().err
+    assert status.value.code == 2 and "--grad_checkpointing --resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scaling", [False, True])

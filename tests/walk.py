@@ -45,7 +45,7 @@ LETTERS = "B rows, S pixels a side, T tokens, L patches, K of them kept, M hidde
 def usual_tokenizer():
     """That of the default pre-training."""
     rows = phantoms.rows(None, "pretrain", {"train": phantoms.COUNTS["train"]})
-    return Tokenizer.train((row.text for row in rows), PRESETS["tiny"]["vocab"])
+    return Tokenizer.train((row.text for row in rows), PRESETS["tiny"]["tokenizer_vocab"])
 
 
 def batch_of_phantoms(preset):
