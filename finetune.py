@@ -29,7 +29,7 @@ from m3ae_mini.text import Tokenizer
 
 PAIRS = 128                            # (picture, text) pairs of one fusion in retrieval
 NAMES = {"acc": "accuracy", "acc_open": "on open questions", "acc_closed": "on closed questions",
-         "unknown": "right answer not in the list"}
+         "answer_not_in_list": "right answer not in the list"}
 RIGHT = {"vqa": "answer", "cls": "label"}                  # where a pack's line says what is right
 
 
@@ -172,7 +172,7 @@ def prepare(cfg, train_cfg, run_cfg, task_cfg, sources):
     cfg = replace(cfg, vocab_size=tokenizer.vocab_size, text_kind=tokenizer.kind,
                   **({number: len(choices)} if number else {}))
     cfg.check()
-    require(learned(train_cfg.init, cfg.task) in (None, choices), f"{train_cfg.init} has learned other answers "
+    require(saved_labels(train_cfg.init, cfg.task) in (None, choices), f"{train_cfg.init} has learned other answers "
          "or classes: start from the run that it was started from")
     weights.check(cfg, sources)
     index = {choice: i for i, choice in enumerate(choices)}
@@ -187,7 +187,7 @@ def prepare(cfg, train_cfg, run_cfg, task_cfg, sources):
     return *splits, choices, tokenizer, cfg
 
 
-def learned(run, task):
+def saved_labels(run, task):
     """The answers or classes that a run has learned for a task, as its config.json tells, or None."""
     try:
         told = json.loads((Path(run) / "config.json").read_text())
@@ -247,7 +247,7 @@ def evaluate(model, samples, choices, mean, dist_env, limit):
                 logits = model(batch)[f"{model.cfg.task}_logits"]                      # (B, A)
             lines = [samples.line(n) for n in numbers]
             told = [choices[i] for i in logits.argmax(-1).tolist()]
-            pairs = metrics.choice(told, [truth(line, model.cfg.task) for line in lines], choices,
+            pairs = metrics.answer_metrics(told, [truth(line, model.cfg.task) for line in lines], choices,
                                    model.cfg.task, [line.get("closed") for line in lines])
             for name, pair in pairs.items():
                 sums[name] = sums.get(name, 0) + pair
@@ -298,8 +298,8 @@ def retrieval(model, samples, mean, dist_env, limit):
 
     scores, right = dist_env.sum(scores).cpu(), torch.zeros(scores.shape, dtype=torch.bool)          # (Q, P)
     right[text, picture] = True
-    return {**metrics.recall(scores, right, "text to image"),
-            **metrics.recall(scores.T, right.T, "image to text")}
+    return {**metrics.recall(scores, right, "t2i"),
+            **metrics.recall(scores.T, right.T, "i2t")}
 
 
 def report(model, test, choices, mean, dist_env, run_cfg, step):
@@ -319,7 +319,7 @@ def report(model, test, choices, mean, dist_env, run_cfg, step):
 @torch.no_grad()
 def predict(task, run, picture, text):
     """Print the five likeliest answers of a fine-tuned run about a picture, and save the text's attention."""
-    run, picture, text, choices = Path(run), Path(picture), clean(text), learned(run, task)
+    run, picture, text, choices = Path(run), Path(picture), clean(text), saved_labels(run, task)
     require(choices, f"{run} is no run of finetune.py {task} that saw pictures: give one by --init")
     tokenizer, (cfg, state) = Tokenizer.load(run), weights.load_m3ae(run)
     try:

@@ -152,13 +152,13 @@ def evaluate(model, samples, dist_env, limit):
     chunks = validation_micro_batches(samples, limit, dist_env.rank, dist_env.world)
     for _, _, _, batch in load(samples, chunks, VAL_SEED, dist_env.device):
         with dist_env.autocast():
-            for name, pair in figures(model, batch).items():
+            for name, pair in validation_metrics(model, batch).items():
                 sums[name] = sums.get(name, 0) + pair
     model.train()
     return {name: total / count for name, (total, count) in dist_env.total(sums).items() if count}
 
 
-def figures(model, batch):
+def validation_metrics(model, batch):
     """Everything validation wants to know of one chunk -> {name: tensor (2,) of sum and count}.
 
     The cross-modal gain asks whether the two modalities have learned to use each other. The same hidden words
@@ -178,12 +178,12 @@ def figures(model, batch):
         counts = out["mlm_targets"] != -100                                   # (M,) fillers don't count
         row = batch["mlm_positions"] // batch["mlm_ids"].shape[1]             # (M,) each masked token's row
         sums["mlm_loss"] = torch.stack([out["mlm_loss"] * counts.sum(), counts.sum()])
-        sums["mlm_acc"] = metrics.tally(right, counts)
+        sums["mlm_acc"] = metrics.sum_and_count(right, counts)
         for name, index in (("random", random), ("hard", hard)):
             partner = counts & (index != own)[row]                            # (M,)
             swapped = restored(index)[1]
-            sums[f"mlm_acc_{name}"] = metrics.tally(swapped, partner)
-            sums[f"mlm_gain_{name}"] = metrics.tally(right.float() - swapped.float(), partner)
+            sums[f"mlm_acc_{name}"] = metrics.sum_and_count(swapped, partner)
+            sums[f"mlm_gain_{name}"] = metrics.sum_and_count(right.float() - swapped.float(), partner)
 
     if "mim" in model.objectives:
         def error(index):
@@ -193,8 +193,8 @@ def figures(model, batch):
             return (out["mim_pred"] - target).square().mean(-1), out["mim_hidden"].bool()   # (B, L) each
 
         with_own, hidden = error(own)
-        sums["mim_loss"] = metrics.tally(with_own, hidden)
-        sums["mim_gain_random"] = metrics.tally(error(random)[0] - with_own, hidden & (random != own)[:, None])
+        sums["mim_loss"] = metrics.sum_and_count(with_own, hidden)
+        sums["mim_gain_random"] = metrics.sum_and_count(error(random)[0] - with_own, hidden & (random != own)[:, None])
 
     if "itm" in model.objectives:
         def says_match(index):
@@ -204,11 +204,11 @@ def figures(model, batch):
         right = says_match(own)[0]
         mixed, loss = says_match(batch["itm_index"])
         sums["itm_loss"] = torch.stack([loss * len(own), loss.new_tensor(len(own))])
-        sums["itm_acc"] = metrics.tally(mixed == (batch["itm_index"] == own))
+        sums["itm_acc"] = metrics.sum_and_count(mixed == (batch["itm_index"] == own))
         for name, index in (("random", random), ("hard", hard)):
             partner = index != own                                            # (B,)
             both = (right.float() + (~says_match(index)[0]).float()) / 2
-            sums[f"itm_acc_{name}"] = metrics.tally(both, partner)
+            sums[f"itm_acc_{name}"] = metrics.sum_and_count(both, partner)
 
     for name in model.objectives.keys() - {"mlm", "mim", "itm"}:              # of your own: its loss alone
         loss = model.objectives[name](model, batch, text, image)[f"{name}_loss"]
@@ -243,13 +243,13 @@ def report(model, train, limit, dist_env, out):
               if "mlm_gain_hard" in found else "    within the kind: the data name no kinds")
     if cfg.itm:
         print(f"  matching, any picture     {found['itm_acc_random']:6.1%}   guessing: 50.0%; the kind alone: "
-              f"{found['kind_alone']:.1%}")
+              f"{found['group_only']:.1%}")
         print(f"    within the kind         {found['itm_acc_hard']:6.1%}   guessing and the kind alone: 50.0%"
               if "itm_acc_hard" in found else "    within the kind: the data name no kinds")
     if cfg.mim:
-        share = 1 - found["mim_loss"] / found["constant_patch"]
+        share = 1 - found["mim_loss"] / found["mean_patch"]
         print(f"  reconstruction error      {found['mim_loss']:6.3f}   the mean patch at each dist_env: "
-              f"{found['constant_patch']:.3f} ({abs(share):.0%} {'below' if share > 0 else 'above'})")
+              f"{found['mean_patch']:.3f} ({abs(share):.0%} {'below' if share > 0 else 'above'})")
         print(f"    cross-modal gain        {found['mim_gain_random']:+6.3f} with another row's text")
         if "noise_floor" in found:
             print(f"    the floor               {found['noise_floor']:6.3f}   the same picture without noise")
@@ -260,8 +260,8 @@ def report(model, train, limit, dist_env, out):
 def baselines(train, test, limit, device, drawn_clean=None, most=8192):
     """What can be had on at most `limit` test samples without understanding them: {name: float}.
 
-    commonest: the share of the commonest token among the masked ones. kind_alone: matching accuracy over any
-    wrong picture of one who sees only its kind. constant_patch: error of the mean normalised patch at each
+    commonest: the share of the commonest token among the masked ones. group_only: matching accuracy over any
+    wrong picture of one who sees only its kind. mean_patch: error of the mean normalised patch at each
     dist_env, the best guess that knows only the dist_env, from `most` training pictures at most. noise_floor:
     error of the pictures drawn_clean(sample number) -> (B, 3, S, S), which know all but the noise."""
     cfg, mean, seen = test.cfg, 0, 0
@@ -275,24 +275,24 @@ def baselines(train, test, limit, device, drawn_clean=None, most=8192):
         image, target = batch["image"], MIM.target(batch["image"], cfg)       # (B, L, 3·P²)
         ids_keep, ids_restore = masking.random_masking(batch["mim_noise"], cfg.mask_ratio)
         hidden = ids_restore >= ids_keep.shape[1]                                     # (B, L)
-        pairs = {"constant_patch": metrics.tally((mean - target).square().mean(-1), hidden)}
+        pairs = {"mean_patch": metrics.sum_and_count((mean - target).square().mean(-1), hidden)}
         if drawn_clean:
             clean = patchify(drawn_clean(numbers).to(image), cfg.patch_size)  # (B, L, 3·P²)
             if cfg.norm_pix_loss:          # measured in the same units: the noisy patch's own mean and spread
                 var, middle = torch.var_mean(patchify(image, cfg.patch_size), dim=-1, keepdim=True)
                 clean = (clean - middle) / (var + 1e-6).sqrt()
-            pairs["noise_floor"] = metrics.tally((clean - target).square().mean(-1), hidden)
+            pairs["noise_floor"] = metrics.sum_and_count((clean - target).square().mean(-1), hidden)
 
         group = np.array([test.line(n).get("group", "") for n in numbers])
         other = batch["random_negative_index"].cpu().numpy()
         partner = torch.from_numpy(other != np.arange(len(other)))
         told = torch.from_numpy(group != group[other])     # who knows the kind says "no" to these, else "yes"
-        pairs["kind_alone"] = metrics.tally((1 + told.float()) / 2, partner).to(device)
+        pairs["group_only"] = metrics.sum_and_count((1 + told.float()) / 2, partner).to(device)
         tokens.append(batch["mlm_labels"][batch["mlm_labels"] != -100].cpu())
         sums = {name: sums.get(name, 0) + pair for name, pair in pairs.items()}
 
     tokens = torch.cat(tokens)
-    return {"commonest": (tokens.bincount().max() / len(tokens)).item(),
+    return {"most_frequent_token": (tokens.bincount().max() / len(tokens)).item(),
             **{name: (total / count).item() for name, (total, count) in sums.items()}}
 
 

@@ -2,26 +2,26 @@
 import torch
 
 
-def tally(hits, rows=None):
+def sum_and_count(hits, rows=None):
     """hits, any shape: what is averaged; rows: bool of that shape, which of them count. -> (sum, count)."""
     hits, rows = hits.float(), (torch.ones_like(hits) if rows is None else rows).float()
     return torch.stack([(hits * rows).sum(), rows.sum()])
 
 
-def choice(told, truths, choices, task, closed):
+def answer_metrics(told, truths, choices, task, closed):
     """What a model told of each row of a chunk, and the names of which any is right -> {name: (sum, count)}.
     vqa: accuracy over all, open and closed questions (closed: True, False or None, not known), and the share
     whose answer is not in the list `choices` and counts as wrong. cls: accuracy, recall of each class."""
     right = torch.tensor([name in truth for name, truth in zip(told, truths)])            # (B,)
     if task == "cls":
-        recalls = {f"recall of {name}": tally(right, torch.tensor([name in truth for truth in truths]))
+        recalls = {f"recall of {name}": sum_and_count(right, torch.tensor([name in truth for truth in truths]))
                    for name in choices}
-        return {"acc": tally(right), **recalls}
+        return {"acc": sum_and_count(right), **recalls}
     known = set(choices)
-    return {"acc": tally(right),
-            "acc_open": tally(right, torch.tensor([flag is False for flag in closed])),
-            "acc_closed": tally(right, torch.tensor([flag is True for flag in closed])),
-            "unknown": tally(torch.tensor([known.isdisjoint(truth) for truth in truths]))}
+    return {"acc": sum_and_count(right),
+            "acc_open": sum_and_count(right, torch.tensor([flag is False for flag in closed])),
+            "acc_closed": sum_and_count(right, torch.tensor([flag is True for flag in closed])),
+            "answer_not_in_list": sum_and_count(torch.tensor([known.isdisjoint(truth) for truth in truths]))}
 
 
 def recall(scores, right, direction):
@@ -30,4 +30,4 @@ def recall(scores, right, direction):
     first: a model that scores all alike finds nothing."""
     best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)                   # (Q, 1)
     before = (~(scores < best) & ~right).sum(1)                                           # (Q,)
-    return {f"{direction}, recall@{k}": (before < k).float().mean().item() for k in (1, 5, 10)}
+    return {f"{direction}_r{k}": (before < k).float().mean().item() for k in (1, 5, 10)}

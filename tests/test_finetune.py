@@ -77,8 +77,8 @@ def test_a_run_leaves_what_it_promises(packs, pretrained, tmp_path, monkeypatch,
     val, (test,) = logged(out, "val"), logged(out, "test")
     assert [line["step"] for line in val] == [2, 4] and all(0 <= line["score"] <= 1 for line in val)
     assert test["step"] == max(val, key=lambda line: line["score"])["step"]         # the first of the best
-    names = {"vqa": {"acc", "acc_open", "acc_closed", "unknown"}, "cls": {"acc", "recall of nodule"},
-             "irtr": {"text to image, recall@1", "image to text, recall@10"}}[task]
+    names = {"vqa": {"acc", "acc_open", "acc_closed", "answer_not_in_list"}, "cls": {"acc", "recall of nodule"},
+             "irtr": {"t2i_r1", "i2t_r10"}}[task]
     assert names <= test.keys()
     state = torch.load(out / "best.pt", weights_only=True)["model"]
     assert any(name.startswith(f"objectives.{task}") for name in state)
@@ -174,7 +174,7 @@ def test_zero_shot_ranks_by_the_matching_head(packs, pretrained, tmp_path, monke
     started(monkeypatch, "irtr", "--data", packs["irtr"], "--init", pretrained, "--out", tmp_path / "zero",
             "--zero_shot")
     (line,) = logged(tmp_path / "zero", "test")
-    assert line["step"] == 0 and 0 <= line["text to image, recall@5"] <= line["text to image, recall@10"] <= 1
+    assert line["step"] == 0 and 0 <= line["t2i_r5"] <= line["t2i_r10"] <= 1
     started(monkeypatch, "cls", "--data", packs["cls"], "--init", pretrained, "--out", tmp_path / "cls",
             "--steps", 1, "--test_samples", 0)
     assert not logged(tmp_path / "cls", "test")             # no report was asked for
@@ -231,8 +231,8 @@ def test_answers_outside_the_list_count_as_wrong(packs, tmp_path, monkeypatch):
     started(monkeypatch, "vqa", *flags, "--out", tmp_path / "all", "--answers", "all")
     answers = [row.answer for row in rows if row.split == "test"]
     share = sum(answer != "nodule#mass" for answer in answers) / len(answers)
-    assert logged(tmp_path / "train", "test")[0]["unknown"] == pytest.approx(share, abs=1e-6)
-    assert logged(tmp_path / "all", "test")[0]["unknown"] == 0
+    assert logged(tmp_path / "train", "test")[0]["answer_not_in_list"] == pytest.approx(share, abs=1e-6)
+    assert logged(tmp_path / "all", "test")[0]["answer_not_in_list"] == 0
     choices = json.loads((tmp_path / "all" / "config.json").read_text())["data"]["choices"]
     assert choices[:4] == list(FINDINGS) and set(choices[4:]) == {"hernia", "mass", "fracture", "rib"}
 
@@ -317,11 +317,11 @@ def test_prediction(packs, pretrained, tmp_path, monkeypatch, capsys):
 # -------------------------------------------------------------------------------- metrics by hand
 
 def test_choice_by_hand():
-    found = metrics.choice(["yes", "no", "left", "3"], [["yes"], ["yes"], ["left", "right"], ["4"]],
+    found = metrics.answer_metrics(["yes", "no", "left", "3"], [["yes"], ["yes"], ["left", "right"], ["4"]],
                            ["yes", "no", "left", "3"], "vqa", [True, True, False, None])
     assert {name: pair.tolist() for name, pair in found.items()} == {
-        "acc": [2, 4], "acc_open": [1, 1], "acc_closed": [1, 2], "unknown": [1, 4]}
-    found = metrics.choice(["a", "b", "b"], [["a"], ["a"], ["b"]], ["a", "b", "c"], "cls", [None] * 3)
+        "acc": [2, 4], "acc_open": [1, 1], "acc_closed": [1, 2], "answer_not_in_list": [1, 4]}
+    found = metrics.answer_metrics(["a", "b", "b"], [["a"], ["a"], ["b"]], ["a", "b", "c"], "cls", [None] * 3)
     assert {name: pair.tolist() for name, pair in found.items()} == {
         "acc": [2, 3], "recall of a": [1, 2], "recall of b": [1, 1], "recall of c": [0, 0]}
 

@@ -110,7 +110,7 @@ def test_no_figure_within_the_kind_where_the_data_name_no_kinds(tmp_path, monkey
     started(monkeypatch, *SMALL, "--data", tmp_path / "pack", "--out", tmp_path / "run", "--steps", 1)
     for split in "val", "test":
         line, = logged(tmp_path / "run", split)
-        assert not [name for name in line if "hard_negatives" in name and name != "kind_alone"]
+        assert not [name for name in line if "hard_negatives" in name and name != "group_only"]
         assert {"mlm_gain_random", "itm_acc_random"} <= line.keys()
     assert capsys.readouterr().out.count("the data name no kinds") == 2
 
