@@ -56,7 +56,7 @@ def main():
 
     # ------------------------------------------------------------------------------------ what to learn from
     require(train_cfg.init, "say by --init which run or checkpoint to start from, or --init none")
-    cfg, sources = weights.sources(cfg, train_cfg, vars(args))
+    cfg, sources = weights.read_init_files(cfg, train_cfg, vars(args))
     make = partial(prepare, cfg, train_cfg, run_cfg, task_cfg, sources)
     dist_env, (train, val, test, choices, tokenizer, cfg) = loop.begin(train_cfg, cfg, run_cfg, make)
     train_cfg, run_cfg = loop.epochs_to_steps(train_cfg, run_cfg, train.n)
@@ -76,7 +76,7 @@ def main():
     torch.manual_seed(train_cfg.seed)
     model = M3AE(cfg)
     if sources and not checkpoint:
-        dist_env.say(weights.start(model, sources))           # they are put in on every process, told by one
+        dist_env.say(weights.load_pretrained(model, sources))           # they are put in on every process, told by one
     net, optimizer, scaler, step, best = loop.learner(model, train, train_cfg, run_cfg, dist_env, checkpoint)
     log = loop.Log(out, step) if dist_env.main else None
     del sources, make                  # they hold what was loaded

@@ -161,7 +161,7 @@ class State(dict):
     rest = ()
 
 
-def translate(tensors, path, released, anchor):
+def rename_keys(tensors, path, released, anchor):
     """Tensors under a file's names -> State. `released` replaces the prefix that the name in `anchor` has."""
     prefixes = [name.removesuffix(anchor) for name in tensors if name.endswith(anchor)]
     require(len(prefixes) == 1, f"{path} has no tensor {anchor}, or several: is it the right kind of file?")
@@ -180,7 +180,7 @@ def part(name):
     return {"vit": first, "text": first, "objectives": second}.get(first, "fusion")
 
 
-def infer(state, path, known):
+def infer_config(state, path, known):
     """What shapes tell: {field of ModelConfig: value}. The number of heads is in no shape: it is `known`, or
     heads are 64 wide. A tensor that is missing tells nothing; `check` reports it."""
     def size(name, axis=0):
@@ -214,8 +214,8 @@ def infer(state, path, known):
 def load_clip(path, **given):
     """CLIP's image encoder, from OpenAI's archive or a plain state dict -> (fields of ModelConfig, State). As
     released, vit_blocks leaves out the last block. Fewer blocks and another image_size do as well."""
-    state = translate(read_torch(path)[1], path, "vision_encoder.visual.", "class_embedding")
-    found = infer(state, path, known=given)
+    state = rename_keys(read_torch(path)[1], path, "vision_encoder.visual.", "class_embedding")
+    found = infer_config(state, path, known=given)
     found["vit_blocks"] = found.get("vit_blocks", 1) - 1
     return {field: value for field, value in found.items() if field != "image_size"}, state
 
@@ -231,8 +231,8 @@ def load_text(path, **given):
     tensors = read_safetensors(safe) if safe.exists() else read_torch(Path(path, "pytorch_model.bin"))[1]
     tensors = {name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias"): tensor
                for name, tensor in tensors.items()}         # gamma and beta: in old files
-    state = translate(tensors, path, "language_encoder.", "embeddings.word_embeddings.weight")
-    found = infer(state, path, known)
+    state = rename_keys(tensors, path, "language_encoder.", "embeddings.word_embeddings.weight")
+    found = infer_config(state, path, known)
     pad, eps = (1, 1e-5) if found.get("text_kind") == "roberta" else (0, 1e-12)
     needed = dict(hidden_act="gelu", position_embedding_type="absolute", pad_token_id=pad, layer_norm_eps=eps)
     for key, value in needed.items():
@@ -248,7 +248,7 @@ def load_m3ae(path, **given):
         path = Path(path, "best.pt" if Path(path, "best.pt").exists() else "last.pt")
     content, tensors = read_torch(path)
     own = any(part(name) == "vit" for name in tensors)
-    state = State(tensors) if own else translate(tensors, path, "", "vision_encoder.visual.class_embedding")
+    state = State(tensors) if own else rename_keys(tensors, path, "", "vision_encoder.visual.class_embedding")
     with reading(path):
         config = content.get("model_config", content.get("hyper_parameters", {}))
         config = config.get("config", config)
@@ -256,7 +256,7 @@ def load_m3ae(path, **given):
             config["fusion_heads"] = config["num_heads"]
         config = {name: value for name, value in config.items() if isinstance(value, (bool, int, float, str))}
         known = {f.name: f.type(config[f.name]) for f in fields(ModelConfig) if f.name in config} | given
-        cfg = ModelConfig(**known | infer(state, path, known))
+        cfg = ModelConfig(**known | infer_config(state, path, known))
         check(cfg, {path: state}, needed=("vit", "text", "fusion"))
     return cfg, state
 
@@ -289,7 +289,7 @@ def check(cfg, sources, needed=()):
     return taken
 
 
-def start(model, sources):
+def load_pretrained(model, sources):
     """Put weights into a model. sources: {"--init_image ViT-B-16.pt": State, …}, of which later ones win
     -> a table to print: what came from where, what is left random, what of the files is not used."""
     origin, weights, lines = {}, Counter(), []
@@ -315,7 +315,7 @@ def start(model, sources):
     return "\n".join([f"{'part':8}{'weights':>14}  from", *rows, *lines])
 
 
-def sources(cfg, train_cfg, flags):
+def read_init_files(cfg, train_cfg, flags):
     """Read what --init, --init_image and --init_text name -> (cfg with their architecture, {source: State}).
     flags: {setting: value, or None where it was not given}; what was given wins over what a file says."""
     heads = {name: value for name, value in flags.items() if name.endswith("_heads") and value is not None}
