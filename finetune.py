@@ -21,13 +21,13 @@ import torch
 from tqdm import tqdm
 
 from data.pack import open_packs
-from data.prepare import clean, open_picture, square
-from m3ae_mini import M3AE, ModelConfig, loop, masking, metrics, pictures, weights
+from data.prepare import clean, open_image, square
+from m3ae_mini import M3AE, ModelConfig, loop, masking, metrics, plots, weights
 from m3ae_mini.config import RunConfig, TrainConfig, UserError, require, opt, parse
 from m3ae_mini.data import VAL_SEED, Samples, load, normalise, numbered, training_micro_batches, validation_micro_batches
 from m3ae_mini.text import Tokenizer
 
-PAIRS = 128                            # (picture, text) pairs of one fusion in retrieval
+PAIRS = 128                            # (image, text) pairs of one fusion in retrieval
 NAMES = {"acc": "accuracy", "acc_open": "on open questions", "acc_closed": "on closed questions",
          "answer_not_in_list": "right answer not in the list"}
 RIGHT = {"vqa": "answer", "cls": "label"}                  # where a pack's line says what is right
@@ -37,15 +37,15 @@ RIGHT = {"vqa": "answer", "cls": "label"}                  # where a pack's line
 class TaskConfig:
     """What only the tasks ask."""
     answers: str = opt("train", "the answer list: train (of the training questions) or all (as released)")
-    blind: bool = opt(False, "put the mean picture in the dist_env of every picture, in training and in test")
+    blind: bool = opt(False, "put the mean image in the dist_env of every image, in training and in test")
     zero_shot: bool = opt(False, "irtr: rank by the matching head of --init, without training")
 
 
 def main():
     def add(parser):
         parser.add_argument("task", choices=("vqa", "cls", "irtr"), help="questions, classes or retrieval")
-        parser.add_argument("--predict", nargs=2, metavar=("PICTURE", "TEXT"),
-                            help="the likeliest answers of the run --init for a picture of your own")
+        parser.add_argument("--predict", nargs=2, metavar=("IMAGE", "TEXT"),
+                            help="the likeliest answers of the run --init for an image of your own")
 
     configs = ModelConfig, TrainConfig, RunConfig, TaskConfig
     cfg, train_cfg, run_cfg, task_cfg, args = parse(__doc__, configs, add)
@@ -65,9 +65,9 @@ def main():
                 "task": asdict(task_cfg),
                 "data": {"packs": [pack.fingerprint() for pack in train.packs], "tokenizer": tokenizer.hash,
                          "choices": choices}}
-    checkpoint = dist_env.from_main(lambda: loop.open_run(run_cfg, settings, dist_env))  # --gpus starts torchrun
-    mean = mean_picture(train, dist_env.device) if task_cfg.blind else None       # (3, S, S) or None
-    if dist_env.main:
+    checkpoint = dist_env.broadcast(lambda: loop.open_run(run_cfg, settings, dist_env))  # --gpus starts torchrun
+    mean = mean_image(train, dist_env.device) if task_cfg.blind else None       # (3, S, S) or None
+    if dist_env.is_main:
         loop.write_atomic(out / "tokenizer.json", lambda file: file.write(tokenizer.json.encode()))
         print(f"{train.n:,} training and {val.n:,} validation samples; {train.cut + val.cut + test.cut:,} "
               f"texts of more than {cfg.max_text_len} tokens are cut; choices: {len(choices):,}")
@@ -76,18 +76,18 @@ def main():
     torch.manual_seed(train_cfg.seed)
     model = M3AE(cfg)
     if sources and not checkpoint:
-        dist_env.say(weights.load_pretrained(model, sources))           # they are put in on every process, told by one
+        dist_env.print(weights.load_pretrained(model, sources))           # they are put in on every process, told by one
     net, optimizer, scaler, step, best = loop.learner(model, train, train_cfg, run_cfg, dist_env, checkpoint)
-    log = loop.Log(out, step) if dist_env.main else None
+    log = loop.Log(out, step) if dist_env.is_main else None
     del sources, make                  # they hold what was loaded
     if task_cfg.zero_shot:
         return report(model, test, choices, mean, dist_env, run_cfg, step)
 
     # ------------------------------------------------------------------------------------ the loop
-    chunks = train_cfg.batch_size // train_cfg.micro_batch // dist_env.world      # of a step, on this process
-    batches = load(train, training_micro_batches(train, train_cfg, step, dist_env.rank, dist_env.world), train_cfg.seed,
+    chunks = train_cfg.batch_size // train_cfg.micro_batch // dist_env.world_size      # of a step, on this process
+    batches = load(train, training_micro_batches(train, train_cfg, step, dist_env.rank, dist_env.world_size), train_cfg.seed,
                    dist_env.device, crop=train_cfg.min_crop_area < 1)
-    bar = tqdm(total=train_cfg.steps, initial=step, unit="step", disable=not dist_env.main, dynamic_ncols=True)
+    bar = tqdm(total=train_cfg.steps, initial=step, unit="step", disable=not dist_env.is_main, dynamic_ncols=True)
     sums, since, skipped, clock = 0, 0, 0, time.perf_counter()                 # since the log's last line
     stop, stopping, in_a_row = loop.StopSignal(), False, 0
     model.train()
@@ -100,7 +100,7 @@ def main():
             torch.manual_seed(masking.torch_seed(train_cfg.seed, step, chunk))         # dropout
             if mean is not None:
                 batch["image"] = mean.expand_as(batch["image"])
-            with net.no_sync() if dist_env.world > 1 and i < chunks else nullcontext():
+            with net.no_sync() if dist_env.world_size > 1 and i < chunks else nullcontext():
                 with dist_env.autocast():
                     loss = net(batch)["loss"]
                 scaler.scale(loss / chunks).backward()
@@ -123,8 +123,8 @@ def main():
         # Log; then, while the clock stands still, validate and save.
         last = step == train_cfg.steps
         if step % run_cfg.log_every == 0 or last:
-            value = dist_env.total({"loss": sums})["loss"] / (since * chunks * dist_env.world)
-            if dist_env.main:
+            value = dist_env.reduce_sums({"loss": sums})["loss"] / (since * chunks * dist_env.world_size)
+            if dist_env.is_main:
                 speed = since * train_cfg.batch_size / (time.perf_counter() - clock)
                 log.write(step, "train", lr=rate, norm=norm, skipped=skipped, samples_per_s=speed, loss=value)
                 bar.set_postfix_str(f"loss {value:.3f} {speed:,.0f} samples/s")
@@ -134,24 +134,24 @@ def main():
         pause = time.perf_counter()
         if step % run_cfg.eval_every == 0 or last:
             found = evaluate(model, val, choices, mean, dist_env, run_cfg.eval_samples)
-            if dist_env.main:
+            if dist_env.is_main:
                 log.write(step, "val", **found)
                 shown = "  ".join(f"{name} {value:.4g}" for name, value in found.items() if " " not in name)
                 tqdm.write(f"step {step:,}  {shown}")
-                pictures.curves(log.lines(), out / "pictures" / "curves.png")
+                plots.curves(log.lines(), out / "plots" / "curves.png")
                 if found["score"] > best:
                     loop.save(out / "best.pt", model, step)
             best = max(best, found["score"])
 
-        if (step % run_cfg.save_every == 0 or last or stopping) and dist_env.main:
+        if (step % run_cfg.save_every == 0 or last or stopping) and dist_env.is_main:
             loop.save_checkpoint(out, model, optimizer, scaler, step, best)
         clock += time.perf_counter() - pause
     bar.close()
 
     if stopping and step < train_cfg.steps:
-        return dist_env.say(f"stopped after step {step:,}; go on with --resume")
+        return dist_env.print(f"stopped after step {step:,}; go on with --resume")
     if run_cfg.test_samples:
-        tested = dist_env.from_main(partial(loop.latest_valid_checkpoint, out, "best.pt", "last.pt"))
+        tested = dist_env.broadcast(partial(loop.latest_valid_checkpoint, out, "best.pt", "last.pt"))
         state = loop.load_checkpoint(tested)
         model.load_state_dict(state["model"])
         report(model, test, choices, mean, dist_env, run_cfg, state["step"])
@@ -219,8 +219,8 @@ def list_choices(packs, task, answers):
     return sorted(seen["train"])
 
 
-def mean_picture(samples, device):
-    """What --blind shows: the mean of (at most 2,048 of) the training pictures, (3, S, S), normalised."""
+def mean_image(samples, device):
+    """What --blind shows: the mean of (at most 2,048 of) the training images, (3, S, S), normalised."""
     total, count = 0, 0
     for _, _, _, batch in load(samples, validation_micro_batches(samples, 2048), VAL_SEED, device):
         total, count = total + batch["image"].sum(0), count + len(batch["image"])
@@ -239,7 +239,7 @@ def evaluate(model, samples, choices, mean, dist_env, limit):
         found["score"] = sum(found.values()) / len(found)
     else:
         sums = {}
-        chunks = validation_micro_batches(samples, limit, dist_env.rank, dist_env.world)
+        chunks = validation_micro_batches(samples, limit, dist_env.rank, dist_env.world_size)
         for _, _, numbers, batch in load(samples, chunks, VAL_SEED, dist_env.device):
             if mean is not None:
                 batch["image"] = mean.expand_as(batch["image"])
@@ -251,7 +251,7 @@ def evaluate(model, samples, choices, mean, dist_env, limit):
                                    model.cfg.task, [line.get("closed") for line in lines])
             for name, pair in pairs.items():
                 sums[name] = sums.get(name, 0) + pair
-        found = {name: total / count for name, (total, count) in dist_env.total(sums).items() if count}
+        found = {name: total / count for name, (total, count) in dist_env.reduce_sums(sums).items() if count}
         found["score"] = found["acc"]
     model.train()
     return found
@@ -260,13 +260,13 @@ def evaluate(model, samples, choices, mean, dist_env, limit):
 def retrieval(model, samples, mean, dist_env, limit):
     """Recall at 1, 5 and 10 in both directions among `limit` samples at most (paper, section 3.3).
 
-    Each picture is encoded once, each text once a process; only the fusion runs for every pair. The processes
-    share the pictures."""
+    Each image is encoded once, each text once a process; only the fusion runs for every pair. The processes
+    share the images."""
     numbers = np.concatenate([chunk for _, _, chunk in validation_micro_batches(samples, limit)])        # (n,)
-    picture = numbered((which, int(samples.packs[which].samples["picture"][row]))
-                       for which, row in samples.where[numbers])                                  # (n,)
+    image_number = numbered((which, int(samples.packs[which].samples["image"][row]))
+                            for which, row in samples.where[numbers])                                  # (n,)
     text = numbered(samples.text(n)[:samples.cfg.max_text_len - 2].tobytes() for n in numbers)    # (n,)
-    _, first_picture = np.unique(picture, return_index=True)                                      # (P,)
+    _, first_image = np.unique(image_number, return_index=True)                                      # (P,)
     _, first_text = np.unique(text, return_index=True)                                            # (Q,)
 
     def batches(rows):
@@ -282,10 +282,10 @@ def retrieval(model, samples, mean, dist_env, limit):
             masks.append(torch.nn.functional.pad(batch["text_mask"], (0, room)))
         texts, masks = torch.cat(texts), torch.cat(masks)                                # (Q, T, D), (Q, T)
 
-        own = np.arange(dist_env.rank, len(first_picture), dist_env.world)                     # this process's
-        scores = torch.zeros(len(texts), len(first_picture), device=dist_env.device)                 # (Q, P)
-        bar = tqdm(total=len(own) * len(texts), desc="pairs", leave=False, disable=not dist_env.main)
-        for start, batch in zip(range(0, len(own), PAIRS), batches(numbers[first_picture[own]])):
+        own = np.arange(dist_env.rank, len(first_image), dist_env.world_size)                     # this process's
+        scores = torch.zeros(len(texts), len(first_image), device=dist_env.device)                 # (Q, P)
+        bar = tqdm(total=len(own) * len(texts), desc="pairs", leave=False, disable=not dist_env.is_main)
+        for start, batch in zip(range(0, len(own), PAIRS), batches(numbers[first_image[own]])):
             shown = batch["image"] if mean is None else mean.expand_as(batch["image"])
             for p, image in zip(own[start:start + PAIRS], model.encode_image(shown)):             # (1+L, D)
                 for i in range(0, len(texts), PAIRS):
@@ -296,8 +296,8 @@ def retrieval(model, samples, mean, dist_env, limit):
                     bar.update(len(texts[some]))
         bar.close()
 
-    scores, right = dist_env.sum(scores).cpu(), torch.zeros(scores.shape, dtype=torch.bool)          # (Q, P)
-    right[text, picture] = True
+    scores, right = dist_env.all_reduce(scores).cpu(), torch.zeros(scores.shape, dtype=torch.bool)          # (Q, P)
+    right[text, image_number] = True
     return {**metrics.recall(scores, right, "t2i"),
             **metrics.recall(scores.T, right.T, "i2t")}
 
@@ -305,7 +305,7 @@ def retrieval(model, samples, mean, dist_env, limit):
 def report(model, test, choices, mean, dist_env, run_cfg, step):
     """The test split, once, in metrics.jsonl and in words."""
     found = evaluate(model, test, choices, mean, dist_env, run_cfg.test_samples)
-    if not dist_env.main:
+    if not dist_env.is_main:
         return
     loop.Log(run_cfg.out, math.inf).write(step, "test", **found)
     print(f"\nOn {min(run_cfg.test_samples, test.n):,} test samples (step {step:,}):")
@@ -317,15 +317,15 @@ def report(model, test, choices, mean, dist_env, run_cfg, step):
 # ---------------------------------------------------------------------------------------------- prediction
 
 @torch.no_grad()
-def predict(task, run, picture, text):
-    """Print the five likeliest answers of a fine-tuned run about a picture, and save the text's attention."""
-    run, picture, text, choices = Path(run), Path(picture), clean(text), saved_labels(run, task)
-    require(choices, f"{run} is no run of finetune.py {task} that saw pictures: give one by --init")
+def predict(task, run, path, text):
+    """Print the five likeliest answers of a fine-tuned run about an image, and save the text's attention."""
+    run, path, text, choices = Path(run), Path(path), clean(text), saved_labels(run, task)
+    require(choices, f"{run} is no run of finetune.py {task} that saw images: give one by --init")
     tokenizer, (cfg, state) = Tokenizer.load(run), weights.load_m3ae(run)
     try:
-        pixels = np.array(square(open_picture(picture), cfg.image_size).convert("RGB"))         # (S, S, 3)
+        pixels = np.array(square(open_image(path), cfg.image_size).convert("RGB"))         # (S, S, 3)
     except Exception as error:         # Pillow's formats raise all kinds on a damaged file
-        raise UserError(f"{picture} can't be read as a picture ({error})") from None
+        raise UserError(f"{path} can't be read as an image ({error})") from None
 
     model = M3AE(cfg).eval()
     model.load_state_dict(state)
@@ -340,9 +340,9 @@ def predict(task, run, picture, text):
     likely = (logits.sigmoid() if cfg.task == "vqa" else logits.softmax(0)).topk(min(5, len(choices)))
     for share, i in zip(likely.values.tolist(), likely.indices.tolist()):
         print(f"{share:7.1%}  {choices[i]}")
-    out = run / "pictures" / f"{picture.stem[:60]}-attention.png"
+    out = run / "plots" / f"{path.stem[:60]}-attention.png"
     out.parent.mkdir(exist_ok=True)
-    pictures.attention(model, batch, tokenizer.words(ids[0]), out)
+    plots.attention(model, batch, tokenizer.words(ids[0]), out)
     print(f"attention: {out}")
 
 

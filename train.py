@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data import phantoms
 from data.pack import open_packs
-from m3ae_mini import M3AE, loop, masking, metrics, pictures, weights
+from m3ae_mini import M3AE, loop, masking, metrics, plots, weights
 from m3ae_mini.config import require, parse
 from m3ae_mini.data import VAL_SEED, Samples, load, normalise, training_micro_batches, validation_micro_batches
 from m3ae_mini.model import patchify
@@ -41,8 +41,8 @@ def main():
 
     settings = {"model": asdict(cfg), "train": asdict(train_cfg), "run": asdict(run_cfg),
                 "data": {"packs": [pack.fingerprint() for pack in train.packs], "tokenizer": tokenizer.hash}}
-    checkpoint = dist_env.from_main(lambda: loop.open_run(run_cfg, settings, dist_env))  # --gpus starts torchrun
-    if dist_env.main:
+    checkpoint = dist_env.broadcast(lambda: loop.open_run(run_cfg, settings, dist_env))  # --gpus starts torchrun
+    if dist_env.is_main:
         loop.write_atomic(out / "tokenizer.json", lambda file: file.write(tokenizer.json.encode()))
         print(f"{train.n:,} training and {val.n:,} validation samples; {train.cut + val.cut:,} captions of "
               f"more than {cfg.max_text_len} tokens are cut; vocabulary {cfg.vocab_size:,}")
@@ -51,16 +51,16 @@ def main():
     torch.manual_seed(train_cfg.seed)
     model = M3AE(cfg)
     if sources and not checkpoint:
-        dist_env.say(weights.load_pretrained(model, sources))           # they are put in on every process, told by one
+        dist_env.print(weights.load_pretrained(model, sources))           # they are put in on every process, told by one
     net, optimizer, scaler, step, best = loop.learner(model, train, train_cfg, run_cfg, dist_env, checkpoint)
-    log = loop.Log(out, step) if dist_env.main else None
+    log = loop.Log(out, step) if dist_env.is_main else None
     del sources, make                                                          # they hold what was loaded
 
     # ------------------------------------------------------------------------------------ the loop
-    chunks = train_cfg.batch_size // train_cfg.micro_batch // dist_env.world      # of a step, on this process
-    batches = load(train, training_micro_batches(train, train_cfg, step, dist_env.rank, dist_env.world), train_cfg.seed,
+    chunks = train_cfg.batch_size // train_cfg.micro_batch // dist_env.world_size      # of a step, on this process
+    batches = load(train, training_micro_batches(train, train_cfg, step, dist_env.rank, dist_env.world_size), train_cfg.seed,
                    dist_env.device, crop=train_cfg.min_crop_area < 1)
-    bar = tqdm(total=train_cfg.steps, initial=step, unit="step", disable=not dist_env.main, dynamic_ncols=True)
+    bar = tqdm(total=train_cfg.steps, initial=step, unit="step", disable=not dist_env.is_main, dynamic_ncols=True)
     sums, since, skipped, clock = {}, 0, 0, time.perf_counter()                # since the log's last line
     stop, stopping, in_a_row = loop.StopSignal(), False, 0
     model.train()
@@ -71,7 +71,7 @@ def main():
         # Forward and backward, a chunk at a time; the processes add up their gradients at the last one.
         for i, (_, chunk, _, batch) in enumerate(itertools.islice(batches, chunks), 1):
             torch.manual_seed(masking.torch_seed(train_cfg.seed, step, chunk))         # dropout
-            with net.no_sync() if dist_env.world > 1 and i < chunks else nullcontext():
+            with net.no_sync() if dist_env.world_size > 1 and i < chunks else nullcontext():
                 with dist_env.autocast():
                     losses = net(batch)
                 scaler.scale(losses["loss"] / chunks).backward()
@@ -95,9 +95,9 @@ def main():
         # Log; then, while the clock stands still, validate and save.
         last = step == train_cfg.steps
         if step % run_cfg.log_every == 0 or last:
-            means = {name: value / (since * chunks * dist_env.world)
-                     for name, value in dist_env.total(sums).items()}
-            if dist_env.main:
+            means = {name: value / (since * chunks * dist_env.world_size)
+                     for name, value in dist_env.reduce_sums(sums).items()}
+            if dist_env.is_main:
                 speed = since * train_cfg.batch_size / (time.perf_counter() - clock)
                 log.write(step, "train", lr=rate, norm=norm, skipped=skipped, samples_per_s=speed, **means)
                 shown = [f"{name[:3]} {value:.3f}" for name, value in means.items() if name != "loss"]
@@ -110,23 +110,23 @@ def main():
             found = evaluate(model, val, dist_env, run_cfg.eval_samples)
             # The best checkpoint is chosen as in the release.
             score = found.get("itm_acc", 0) + found.get("mlm_acc", 0) - found.get("mim_loss", 0)
-            if dist_env.main:
+            if dist_env.is_main:
                 log.write(step, "val", score=score, **found)
                 shown = "  ".join(f"{name} {value:.4g}" for name, value in found.items())
                 tqdm.write(f"step {step:,}  {shown}")
-                pictures.reconstructions(model, val, dist_env, out / "pictures" / f"step{step:06d}.png")
-                pictures.curves(log.lines(), out / "pictures" / "curves.png")
+                plots.reconstructions(model, val, dist_env, out / "plots" / f"step{step:06d}.png")
+                plots.curves(log.lines(), out / "plots" / "curves.png")
                 if score > best:
                     loop.save(out / "best.pt", model, step)
             best = max(best, score)
 
-        if (step % run_cfg.save_every == 0 or last or stopping) and dist_env.main:
+        if (step % run_cfg.save_every == 0 or last or stopping) and dist_env.is_main:
             loop.save_checkpoint(out, model, optimizer, scaler, step, best)
         clock += time.perf_counter() - pause
     bar.close()
 
     if stopping and step < train_cfg.steps:
-        dist_env.say(f"stopped after step {step:,}; go on with --resume")
+        dist_env.print(f"stopped after step {step:,}; go on with --resume")
     elif run_cfg.test_samples and any(len(pack.split["test"]) for pack in train.packs):
         report(model, train, run_cfg.test_samples, dist_env, out)
 
@@ -149,20 +149,20 @@ def evaluate(model, samples, dist_env, limit):
     """Means over at most `limit` samples, each counted once, masks fixed; what counted none is left out."""
     model.eval()
     sums = {}
-    chunks = validation_micro_batches(samples, limit, dist_env.rank, dist_env.world)
+    chunks = validation_micro_batches(samples, limit, dist_env.rank, dist_env.world_size)
     for _, _, _, batch in load(samples, chunks, VAL_SEED, dist_env.device):
         with dist_env.autocast():
             for name, pair in validation_metrics(model, batch).items():
                 sums[name] = sums.get(name, 0) + pair
     model.train()
-    return {name: total / count for name, (total, count) in dist_env.total(sums).items() if count}
+    return {name: total / count for name, (total, count) in dist_env.reduce_sums(sums).items() if count}
 
 
 def validation_metrics(model, batch):
     """Everything validation wants to know of one chunk -> {name: tensor (2,) of sum and count}.
 
     The cross-modal gain asks whether the two modalities have learned to use each other. The same hidden words
-    are restored with the right picture, with another row's (`other`) and with one of the same kind (`kin`);
+    are restored with the right image, with another row's (`other`) and with one of the same kind (`kin`);
     the same hidden patches with the right text and with another row's. Rows without one don't count."""
     own = torch.arange(len(batch["image"]), device=batch["image"].device)     # (B,)
     random, hard = batch["random_negative_index"], batch["hard_negative_index"]                     # (B,) each
@@ -218,11 +218,11 @@ def validation_metrics(model, batch):
 
 def report(model, train, limit, dist_env, out):
     """The best checkpoint on the test split, each figure beside what ignorance gives. train: its Samples."""
-    best = loop.load_checkpoint(dist_env.from_main(partial(loop.latest_valid_checkpoint, out, "best.pt", "last.pt")))
+    best = loop.load_checkpoint(dist_env.broadcast(partial(loop.latest_valid_checkpoint, out, "best.pt", "last.pt")))
     model.load_state_dict(best["model"])
     cfg, test = train.cfg, Samples(train.packs, "test", train.tokenizer, train.cfg, train.train_cfg)
     found = evaluate(model, test, dist_env, limit)
-    if not dist_env.main:
+    if not dist_env.is_main:
         return
 
     def drawn_clean(numbers):
@@ -242,7 +242,7 @@ def report(model, train, limit, dist_env, out):
         print(f"    within the kind        {100 * found['mlm_gain_hard']:+7.1f} points over one of its kind"
               if "mlm_gain_hard" in found else "    within the kind: the data name no kinds")
     if cfg.itm:
-        print(f"  matching, any picture     {found['itm_acc_random']:6.1%}   guessing: 50.0%; the kind alone: "
+        print(f"  matching, any image     {found['itm_acc_random']:6.1%}   guessing: 50.0%; the kind alone: "
               f"{found['group_only']:.1%}")
         print(f"    within the kind         {found['itm_acc_hard']:6.1%}   guessing and the kind alone: 50.0%"
               if "itm_acc_hard" in found else "    within the kind: the data name no kinds")
@@ -252,8 +252,8 @@ def report(model, train, limit, dist_env, out):
               f"{found['mean_patch']:.3f} ({abs(share):.0%} {'below' if share > 0 else 'above'})")
         print(f"    cross-modal gain        {found['mim_gain_random']:+6.3f} with another row's text")
         if "noise_floor" in found:
-            print(f"    the floor               {found['noise_floor']:6.3f}   the same picture without noise")
-    print(f"Pictures: {out / 'pictures'}")
+            print(f"    the floor               {found['noise_floor']:6.3f}   the same image without noise")
+    print(f"Images: {out / 'images'}")
 
 
 @torch.no_grad()
@@ -261,9 +261,9 @@ def baselines(train, test, limit, device, drawn_clean=None, most=8192):
     """What can be had on at most `limit` test samples without understanding them: {name: float}.
 
     commonest: the share of the commonest token among the masked ones. group_only: matching accuracy over any
-    wrong picture of one who sees only its kind. mean_patch: error of the mean normalised patch at each
-    dist_env, the best guess that knows only the dist_env, from `most` training pictures at most. noise_floor:
-    error of the pictures drawn_clean(sample number) -> (B, 3, S, S), which know all but the noise."""
+    wrong image of one who sees only its kind. mean_patch: error of the mean normalised patch at each
+    dist_env, the best guess that knows only the dist_env, from `most` training images at most. noise_floor:
+    error of the images drawn_clean(sample number) -> (B, 3, S, S), which know all but the noise."""
     cfg, mean, seen = test.cfg, 0, 0
     for _, _, _, batch in load(train, validation_micro_batches(train, most), VAL_SEED, device):
         mean = mean + MIM.target(batch["image"], cfg).sum(0)                  # (L, 3·P²)

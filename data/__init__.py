@@ -1,6 +1,6 @@
 """Data sets in their layouts on disk: one small file reads each, prepare.py packs what it yields.
 
-A reader is a module with one function, `rows(root, task)`, that yields a Row for every (picture, text) pair.
+A reader is a module with one function, `rows(root, task)`, that yields a Row for every (image, text) pair.
 `root` is what the user gave as --root; `task` is "pretrain", "vqa", "cls" or "irtr".
 What the readers share stands here."""
 import csv
@@ -13,14 +13,14 @@ from m3ae_mini.config import UserError
 
 
 class Row(NamedTuple):
-    """One (picture, text) pair as a reader finds it."""
+    """One (image, text) pair as a reader finds it."""
     split: str                     # "train", "val" or "test"
-    picture: Any                   # a Path, or a hashable, picklable callable: picture(size) -> PIL.Image
+    image: Any                   # a Path, or a hashable, picklable callable: image(size) -> PIL.Image
     text: str                      # caption, or question
     answer: str | None = None      # visual question answering
     closed: bool | None = None     # is the question a closed one (yes/no or a choice)?
     label: str | None = None       # classification
-    group: str | None = None       # pictures of one kind (modality and body part): the harder wrong pictures
+    group: str | None = None       # images of one kind (modality and body part): the harder wrong images
     skip: str | None = None        # why this row must not be packed; it is counted and listed instead
 
 

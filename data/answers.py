@@ -40,7 +40,7 @@ def normalise_answer(text: str) -> str:
     return " ".join(CONTRACTIONS.get(word.replace("'", ""), word) for word in words)
 
 
-def question_row(split: str, picture: Path, record: dict, where: str, group: str | None = None) -> Row:
+def question_row(split: str, image: Path, record: dict, where: str, group: str | None = None) -> Row:
     """The row of a record with "question", "answer" (text or a number; "#" in it turns into a blank, as that
     stands between alternatives in a pack) and "answer_type" (OPEN or CLOSED, in any case, blanks around it).
     UserError, which begins with `where`, on anything else."""
@@ -49,4 +49,4 @@ def question_row(split: str, picture: Path, record: dict, where: str, group: str
         raise UserError(f"{where}: the answer_type is '{record['answer_type']}', it must be OPEN or CLOSED")
     answer = None if record["answer"] is None else normalise_answer(str(record["answer"]).replace("#", " "))
     question = "" if record["question"] is None else str(record["question"])
-    return Row(split, picture, question, answer, closed=kind == "CLOSED", group=group)
+    return Row(split, image, question, answer, closed=kind == "CLOSED", group=group)

@@ -10,7 +10,7 @@ from data import Row, draw, records, texts, too_short
 from m3ae_mini.config import UserError
 
 ANNOTATIONS = "s2_full_figures_oa_nonroco_combined_medical_top4_public.jsonl"
-HELD_OUT = 1000   # pictures for validation, and as many for test
+HELD_OUT = 1000   # images for validation, and as many for test
 
 
 def rows(root: Path, task: str) -> Iterator[Row]:
@@ -22,7 +22,7 @@ def rows(root: Path, task: str) -> Iterator[Row]:
     if task != "pretrain":
         raise UserError(f"medicat has nothing for the task {task}: choose --task pretrain")
 
-    figures = []   # (paper, picture's file name, texts)
+    figures = []   # (paper, image's file name, texts)
     path, keys = root / "release" / ANNOTATIONS, ("radiology", "pdf_hash", "fig_uri", "s2_caption")
     for number, record in records(path, *keys):
         if record["radiology"]:
@@ -35,6 +35,6 @@ def rows(root: Path, task: str) -> Iterator[Row]:
     held = 0
     for _, name, captions in figures:
         split = "val" if held < HELD_OUT else "test" if held < 2 * HELD_OUT else "train"
-        held += any(too_short(text) is None for text in captions)   # a picture without a text takes no place
+        held += any(too_short(text) is None for text in captions)   # an image without a text takes no place
         for text in captions:
             yield Row(split, root / "release" / "figures" / name, text, skip=too_short(text))

@@ -1,4 +1,4 @@
-"""MedPix 2.0 (github.com/CHILab1/MedPix-2.0): 2,050 CT and MR pictures of teaching cases, split by case.
+"""MedPix 2.0 (github.com/CHILab1/MedPix-2.0): 2,050 CT and MR images of teaching cases, split by case.
 
     MedPix-2-0/images/MPX1024_synpic40275.png
     MedPix-2-0/splitted_dataset/descriptions_{train,dev,test}.jsonl

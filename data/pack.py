@@ -1,4 +1,4 @@
-"""The pack on disk, as prepare.py writes it: pictures, texts and what is known of them, ready to be read."""
+"""The pack on disk, as prepare.py writes it: images, texts and what is known of them, ready to be read."""
 import contextlib
 import hashlib
 import json
@@ -15,18 +15,18 @@ import numpy as np
 from m3ae_mini.config import UserError
 
 PACK_VERSION = 1
-SAMPLE_DTYPE = np.dtype([("picture", "<i4"), ("text", "<i4"), ("label", "<i4"), ("group", "<i4"),
+SAMPLE_DTYPE = np.dtype([("image", "<i4"), ("text", "<i4"), ("label", "<i4"), ("group", "<i4"),
                          ("closed", "<i1"), ("line", "<i8")])
 SPLITS = ("train", "val", "test")
 FILES = {"images.bin", "offsets.npy", "samples.jsonl", "samples.npy"}
-LINE = {"picture": int, "closed": bool} | dict.fromkeys(     # what a line of samples.jsonl may hold
+LINE = {"image": int, "closed": bool} | dict.fromkeys(     # what a line of samples.jsonl may hold
     ("text", "split", "answer", "label", "group", "source"), str)
 PHANTOM = re.compile(r"Phantom\(seed=\d{1,9}, number=\d{1,9}\)")
 
 
 class Pack:
     """A folder made by data/prepare.py, opened by its version, its files' sizes and whether they fit each
-    other. A pack may be damaged or come from a stranger: what can be known without reading pictures and texts
+    other. A pack may be damaged or come from a stranger: what can be known without reading images and texts
     is known when it is opened, the rest when it is read. UserError names the file.
 
     meta: the dict of meta.json; samples: SAMPLE_DTYPE (N,), mapped from disk: train, then val, then test."""
@@ -83,19 +83,19 @@ class Pack:
     def check(self, groups):
         """What samples.npy and offsets.npy point at must be there."""
         lengths, starts = np.diff(self.offsets), self.samples["line"]
-        pictures, images = len(lengths), self.files["images.bin"][0]
+        count, end = len(lengths), self.files["images.bin"][0]
         sound = np.isin(lengths, (self.area, 3 * self.area)).all()     # one channel, or three
-        if pictures < 1 or not sound or (self.offsets[0], self.offsets[-1]) != (0, images):
+        if count < 1 or not sound or (self.offsets[0], self.offsets[-1]) != (0, end):
             self.damaged("offsets.npy", "does not fit images.bin")
-        for name, count in ("picture", pictures), ("group", groups):
+        for name, most in ("image", count), ("group", groups):
             least = -1 if name == "group" else 0
-            if not ((least <= self.samples[name]) & (self.samples[name] < count)).all():
+            if not ((least <= self.samples[name]) & (self.samples[name] < most)).all():
                 self.damaged("samples.npy", f"names a {name} that is not there")
         if not (np.diff(starts, prepend=0, append=self.text_bytes)[1:] > 0).all() or starts[:1].any():
             self.damaged("samples.npy", "does not fit samples.jsonl")
 
-    def read_picture(self, number, out):
-        """Read picture `number` into out, uint8 (3, S, S); a grey one is broadcast to three channels."""
+    def read_image(self, number, out):
+        """Read image `number` into out, uint8 (3, S, S); a grey one is broadcast to three channels."""
         start, end = int(self.offsets[number]), int(self.offsets[number + 1])
         grey = end - start == self.area
         flat = out.reshape(-1)[:self.area] if grey else out.reshape(-1)
@@ -103,7 +103,7 @@ class Pack:
             self.images.seek(start)
             got = self.images.readinto(memoryview(flat))
         if got != flat.nbytes:
-            self.damaged("images.bin", f"ends within picture {number}")
+            self.damaged("images.bin", f"ends within image {number}")
         if grey:
             out[1:] = out[0]
 
@@ -182,7 +182,7 @@ class Pack:
 
 
 def open_packs(names, size, crop, task="pretrain"):
-    """--data -> the packs, of pictures of `size` pixels, or larger ones where crops are taken (crop < 1). The
+    """--data -> the packs, of images of `size` pixels, or larger ones where crops are taken (crop < 1). The
     name `phantoms` stands for the embedded data set, drawn on first use."""
     packs = []
     for name in names.split(","):
@@ -197,6 +197,6 @@ def open_packs(names, size, crop, task="pretrain"):
                         raise
         packs.append(Pack(name))
         if packs[-1].size != size and not (packs[-1].size > size and crop < 1):
-            raise UserError(f"{name} holds pictures of {packs[-1].size} pixels, not {size}: prepare it with "
+            raise UserError(f"{name} holds images of {packs[-1].size} pixels, not {size}: prepare it with "
                             f"--size {size}, or use --image_size {packs[-1].size}")
     return packs

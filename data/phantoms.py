@@ -1,11 +1,11 @@
-"""The embedded data set: radiology-like pictures drawn with numpy, with captions, questions and classes.
+"""The embedded data set: radiology-like images drawn with numpy, with captions, questions and classes.
 
-Everything is a pure function of (seed, number). A scene says what is to be seen: the kind of picture and
-up to two findings. From it the picture is drawn at any size, and the words are made. What they say of a
-finding (what, how large, on which side, in which zone) is drawn by lot: only looking at the picture tells.
+Everything is a pure function of (seed, number). A scene says what is to be seen: the kind of image and
+up to two findings. From it the image is drawn at any size, and the words are made. What they say of a
+finding (what, how large, on which side, in which zone) is drawn by lot: only looking at the image tells.
 
-Coordinates are the body's: x to the picture's right, y down, the picture spanning -1 ... 1. As on a light
-box, the patient's right is on the picture's left. Grey values run from 0 (black) to 1 (white).
+Coordinates are the body's: x to the image's right, y down, the image spanning -1 ... 1. As on a light
+box, the patient's right is on the image's left. Grey values run from 0 (black) to 1 (white).
 """
 import copy
 import math
@@ -19,11 +19,11 @@ from PIL import Image
 from data import Row
 from m3ae_mini.config import UserError
 
-COUNTS = {"train": 24000, "val": 1024, "test": 2048}       # pictures for "pretrain" and "irtr"
-LABELLED = {"train": 600, "val": 400, "test": 1000}        # pictures for "vqa" and "cls"
-RANGES = {"pretrain": 0, "irtr": 0, "vqa": 1, "cls": 2}    # tasks of one range have their pictures in common
+COUNTS = {"train": 24000, "val": 1024, "test": 2048}       # images for "pretrain" and "irtr"
+LABELLED = {"train": 600, "val": 400, "test": 1000}        # images for "vqa" and "cls"
+RANGES = {"pretrain": 0, "irtr": 0, "vqa": 1, "cls": 2}    # tasks of one range have their images in common
 
-FINDINGS = {                                               # what can be found in which kind of picture
+FINDINGS = {                                               # what can be found in which kind of image
     "chest x-ray": ("nodule", "cavity", "effusion", "pneumothorax"),
     "abdominal ct": ("cyst", "calcification", "abscess"),
     "brain mri": ("cyst", "mass", "abscess"),
@@ -41,8 +41,8 @@ HIDES = {                                                  # zones of its side w
 }
 SIDES = {"right": -1, "left": 1}                           # the patient's: the sign of x
 RADII = {"small": (0.125, 0.14), "large": (0.245, 0.27)}   # at 48 pixels about 3 and 6 of them
-NORMAL, SINGLE = 0.10, 0.55                                # shares of pictures with no finding and with one
-SCENE, ANATOMY, NOISE, CAPTION, QUESTIONS = range(5)       # a picture's streams of random numbers
+NORMAL, SINGLE = 0.10, 0.55                                # shares of images with no finding and with one
+SCENE, ANATOMY, NOISE, CAPTION, QUESTIONS = range(5)       # an image's streams of random numbers
 
 
 # ---------------------------------------------------------------------------------------------- the scene
@@ -61,7 +61,7 @@ class Finding(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """All that is to be seen in picture `number`, and the key to its anatomy and noise."""
+    """All that is to be seen in image `number`, and the key to its anatomy and noise."""
     seed: int
     number: int
     kind: str
@@ -112,7 +112,7 @@ def make_scene(seed: int, number: int) -> Scene:
 # ---------------------------------------------------------------------------------------------- the brush
 
 class Canvas:
-    """A picture (S, S) of a patient in a slightly varied pose, tilted by at most `tilt` radians.
+    """An image (S, S) of a patient in a slightly varied pose, tilted by at most `tilt` radians.
 
     A shape is given by every pixel's distance (S, S) to its edge, negative inside. So the minimum of two
     shapes is their union, and the maximum what they share.
@@ -129,7 +129,7 @@ class Canvas:
         self.image = np.zeros((size, size), np.float32)
 
     def mirrored(self) -> "Canvas":
-        """The same picture, its right half laid on its left: what is painted there comes on both sides."""
+        """The same image, its right half laid on its left: what is painted there comes on both sides."""
         both = copy.copy(self)
         both.x = np.abs(self.x)
         return both
@@ -151,7 +151,7 @@ class Canvas:
         return np.clip(0.5 - shape / max(self.pixel, blur), 0, 1)
 
     def fill(self, shape: np.ndarray, grey, blur: float = 0.0) -> None:
-        """Paint a shape in a grey value, or in a picture of them."""
+        """Paint a shape in a grey value, or in an image of them."""
         self.image += self.cover(shape, blur) * (grey - self.image)
 
     def lesion(self, f: Finding, grey: float, rim: float | None = None) -> None:
@@ -164,7 +164,7 @@ class Canvas:
 
 
 # ---------------------------------------------------------------------------------------------- four kinds
-# Each draws an anatomy by lot (the same one for any findings) and the findings in it. It returns the picture
+# Each draws an anatomy by lot (the same one for any findings) and the findings in it. It returns the image
 # and the body's mask, both (S, S), and the standard deviation of the noise.
 
 def draw_chest(size: int, rng, findings):
@@ -330,7 +330,7 @@ def render(scene: Scene, size: int, noise: bool = True) -> np.ndarray:
 
 
 def draw(seed: int, number: int, size: int, noise: bool = True) -> np.ndarray:
-    """(size, size) uint8: picture `number` of data set `seed`."""
+    """(size, size) uint8: image `number` of data set `seed`."""
     return render(make_scene(seed, number), size, noise)
 
 
@@ -368,7 +368,7 @@ def sentence(text: str) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """One of many phrasings. Half of them leave out what kind of picture it is."""
+    """One of many phrasings. Half of them leave out what kind of image it is."""
     rng = generator(scene.seed, scene.number, CAPTION)
     clauses = []
     for f in sorted(scene.findings, key=lambda f: rng.random()):
@@ -413,12 +413,12 @@ def questions(scene: Scene) -> Iterator[tuple[str, str, bool]]:
     else:
         yield pick(rng, ("What organ or region is shown?", "Which part of the body is this?")), region, False
 
-    # Presence: "yes" half of the time over all pictures, the normal ones among them.
+    # Presence: "yes" half of the time over all images, the normal ones among them.
     there = [f.name for f in findings]
     present = bool(there) and rng.random() < 0.5 / (1 - NORMAL)
     name = pick(rng, there if present else [name for name in FINDINGS[kind] if name not in there])
     a_name = f"an {name}" if name[0] in "aeiou" else f"a {name}"
-    yield pick(rng, ("Is there {}?", "Does the picture show {}?")).format(a_name), yes_no[present], True
+    yield pick(rng, ("Is there {}?", "Does the image show {}?")).format(a_name), yes_no[present], True
 
     # Count: 0, 1 and 2 come equally often, since the commoner are asked about less.
     if rng.random() < NORMAL / (NORMAL, SINGLE, 1 - NORMAL - SINGLE)[len(findings)]:
@@ -440,7 +440,7 @@ def questions(scene: Scene) -> Iterator[tuple[str, str, bool]]:
 # ---------------------------------------------------------------------------------------------- rows
 
 class Phantom(NamedTuple):
-    """A picture yet to be drawn, at whatever size."""
+    """An image yet to be drawn, at whatever size."""
     seed: int
     number: int
 
@@ -449,9 +449,9 @@ class Phantom(NamedTuple):
 
 
 def rows(root: Path | None, task: str, counts: dict[str, int] | None = None, seed: int = 0) -> Iterator[Row]:
-    """The rows of `task`, of counts[split] pictures a split (COUNTS or LABELLED if None); `root` is not read.
+    """The rows of `task`, of counts[split] images a split (COUNTS or LABELLED if None); `root` is not read.
 
-    A split has a million numbers of its own. So no picture is in two splits, labelled ones are never those of
+    A split has a million numbers of its own. So no image is in two splits, labelled ones are never those of
     pre-training, and a split stays the same whatever the size of the others.
     """
     if task not in RANGES:
@@ -462,7 +462,7 @@ def rows(root: Path | None, task: str, counts: dict[str, int] | None = None, see
     for place, split in enumerate(("train", "val", "test")):
         scenes = (make_scene(seed, number) for number in count((3 * RANGES[task] + place) * 10 ** 6))
         if task == "cls":
-            scenes = (scene for scene in scenes if len(scene.findings) < 2)        # one class a picture
+            scenes = (scene for scene in scenes if len(scene.findings) < 2)        # one class an image
         for scene in islice(scenes, counts.get(split, 0)):
             row = Row(split, Phantom(scene.seed, scene.number), caption(scene), group=scene.kind)
             if task == "vqa":

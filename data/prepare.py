@@ -1,4 +1,4 @@
-"""Packs a data set: every picture decoded, resized and stored once, so that training has nothing left to do.
+"""Packs a data set: every image decoded, resized and stored once, so that training has nothing left to do.
 
     python -m data.prepare medpix --root MedPix-2-0 --out packs/medpix
     python -m data.prepare --show packs/medpix
@@ -7,9 +7,9 @@
 A pack is a folder, written beside its place and renamed when whole:
 
     meta.json       version, counts, names of labels and groups, rows skipped by reason, check sums
-    images.bin      uint8: a picture is one plane of size × size where it is grey, else three (R, G, B)
-    offsets.npy     where each picture begins in images.bin, and where the last one ends
-    samples.jsonl   one line per (picture, text) pair: train, then val, then test
+    images.bin      uint8: an image is one plane of size × size where it is grey, else three (R, G, B)
+    offsets.npy     where each image begins in images.bin, and where the last one ends
+    samples.jsonl   one line per (image, text) pair: train, then val, then test
     samples.npy     the same as numbers (SAMPLE_DTYPE)
     skipped.jsonl   every row that was left out, and why
 """
@@ -42,38 +42,38 @@ from data.pack import PACK_VERSION, SAMPLE_DTYPE, SPLITS, Pack
 from m3ae_mini.config import UserError
 
 READERS = "medicat medpix melinda phantoms roco slake table vqa_med_2019 vqa_rad".split()
-BAD_SHARE = 0.05   # of the pictures may be missing or unreadable before preparation gives up
-CHUNK = 16         # pictures a worker decodes at a time
+BAD_SHARE = 0.05   # of the images may be missing or unreadable before preparation gives up
+CHUNK = 16         # images a worker decodes at a time
 # Pillow's other formats are left alone: for PostScript it starts a program, and none of them is medical.
 FORMATS = "BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP".split()
 
 
-# ---------------------------------------------------------------------------------------------- one picture
+# ---------------------------------------------------------------------------------------------- one image
 
-def open_picture(path: Path) -> Image.Image:
-    """The picture as it is meant to be seen, in mode L or RGB: turned as its EXIF says, grey of more than
+def open_image(path: Path) -> Image.Image:
+    """The image as it is meant to be seen, in mode L or RGB: turned as its EXIF says, grey of more than
     8 bits stretched from its own least and greatest value to 0 … 255, transparency over black, the rest
     converted (colour of 16 bits keeps the upper 8). Raises what Pillow raises on a damaged file, a truncated
-    one, or one of over 89 megapixels; ValueError on several pictures in one file, and on 16 bits of grey
+    one, or one of over 89 megapixels; ValueError on several images in one file, and on 16 bits of grey
     beside transparency, of which Pillow reads 8."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                  # odd tags, which no pixel depends on
         warnings.simplefilter("error", Image.DecompressionBombWarning)   # the 89 megapixels
         with Image.open(path, formats=FORMATS) as file:
             if file.format != "MPO" and getattr(file, "n_frames", 1) > 1:      # MPO: a JPEG and its preview
-                raise ValueError(f"it holds {file.n_frames} pictures: export the one that is meant")
+                raise ValueError(f"it holds {file.n_frames} images: export the one that is meant")
             if any(str(tile[3]).startswith("LA;16") for tile in file.tile):
                 raise ValueError("it is of 16 bits with transparency: export it without transparency")
             white_is_zero = getattr(file, "tag_v2", {}).get(262) == 0      # Pillow minds it at 8 bits alone
-            picture = ImageOps.exif_transpose(file)   # decodes it whole
+            image = ImageOps.exif_transpose(file)   # decodes it whole
 
-        if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-            values = np.asarray(picture, dtype=np.float64)
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            values = np.asarray(image, dtype=np.float64)
             return _stretched(-values if white_is_zero else values)
-        if picture.has_transparency_data:
-            black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
-            picture = Image.alpha_composite(black, picture.convert("RGBA"))
-        return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+        if image.has_transparency_data:
+            black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+            image = Image.alpha_composite(black, image.convert("RGBA"))
+        return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
 def _stretched(values: np.ndarray) -> Image.Image:
@@ -86,29 +86,29 @@ def _stretched(values: np.ndarray) -> Image.Image:
     return Image.fromarray(np.rint(share * 255).astype(np.uint8))
 
 
-def square(picture: Image.Image, size: int) -> Image.Image:
+def square(image: Image.Image, size: int) -> Image.Image:
     """The centre square: the shorter side is resized to `size` (bicubic), the longer in proportion and
     rounded down, the square begins at round((longer - size) / 2), halves to the even number. These are
     torchvision's rules, by which the released models were trained."""
-    short = min(picture.size)
-    width, height = (size * side // short for side in picture.size)
+    short = min(image.size)
+    width, height = (size * side // short for side in image.size)
     if width * height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{picture.width} x {picture.height} is too elongated")
+        raise ValueError(f"{image.width} x {image.height} is too elongated")
     left, top = round((width - size) / 2), round((height - size) / 2)
-    whole = picture.resize((width, height), Image.Resampling.BICUBIC)
+    whole = image.resize((width, height), Image.Resampling.BICUBIC)
     return whole.crop((left, top, left + size, top + size))
 
 
 def stored(source: Any, size: int) -> bytes:
-    """A picture as images.bin holds it: one plane of size² bytes where R = G = B everywhere, else three."""
-    picture = square(source(size) if callable(source) else open_picture(source), size)
-    pixels = np.asarray(picture)   # (S, S) or (S, S, 3)
+    """An image as images.bin holds it: one plane of size² bytes where R = G = B everywhere, else three."""
+    image = square(source(size) if callable(source) else open_image(source), size)
+    pixels = np.asarray(image)   # (S, S) or (S, S, 3)
     if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():
         pixels = pixels[..., 0]
     return pixels.tobytes() if pixels.ndim == 2 else pixels.transpose(2, 0, 1).tobytes()
 
 
-# --------------------------------------------------------------------------------------------- all pictures
+# --------------------------------------------------------------------------------------------- all images
 
 def decode(sources: list, size: int, workers: int | None) -> Iterator[bytes | str]:
     """What `stored` gives for each source, in order, or why the file could not be read. `workers` processes
@@ -168,7 +168,7 @@ def sift(rows: Iterable[Row], task: str) -> tuple[list[Row], list[dict]]:
     for row in rows:
         row = row._replace(text=clean(row.text), answer=clean(row.answer) or None,
                            label=clean(row.label) or None, group=clean(row.group) or None)
-        pair = (row.split, row.picture, row.text)
+        pair = (row.split, row.image, row.text)
         reason = row.skip
         if not reason and not row.text:
             reason = "no text"
@@ -188,23 +188,23 @@ def sift(rows: Iterable[Row], task: str) -> tuple[list[Row], list[dict]]:
 
 
 def excluding(rows: Iterable[Row], folder: Path) -> Iterator[Row]:
-    """Marks the rows whose picture is also one of `folder`, known by its file's stem or what follows the last
+    """Marks the rows whose image is also one of `folder`, known by its file's stem or what follows the last
     underscore of it: "MPX1007_synpic46719.png" of MedPix is "synpic46719.jpg" of VQA-RAD."""
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder} to exclude the pictures of")
+        raise UserError(f"there is no folder {folder} to exclude the images of")
     stems, found = {file.stem for file in folder.rglob("*")}, False
     for row in rows:
-        stem = row.picture.stem if isinstance(row.picture, Path) else None
+        stem = row.image.stem if isinstance(row.image, Path) else None
         known = stem is not None and (stem in stems or stem.rsplit("_", 1)[-1] in stems)
         found |= known
         yield row._replace(skip=row.skip or "excluded") if known else row
     if not found:
-        raise UserError(f"none of the pictures is in {folder} or below it: give the folder that holds the "
-                        "picture files, or leave --exclude out")
+        raise UserError(f"none of the images is in {folder} or below it: give the folder that holds the "
+                        "image files, or leave --exclude out")
 
 
 def unusable(source: Any, root: Path | None) -> str | None:
-    """Why a picture cannot be used, known without opening it: its file is missing, or a name from the
+    """Why an image cannot be used, known without opening it: its file is missing, or a name from the
     annotations (an absolute one, one with "..", a link) leads out of the data set's folder."""
     if callable(source):
         return None
@@ -212,18 +212,18 @@ def unusable(source: Any, root: Path | None) -> str | None:
         if root is not None and not Path(os.path.realpath(source)).is_relative_to(root):
             return "outside the data set's folder"
     except ValueError:   # a name that no system call takes: with a NUL, or half a surrogate pair
-        return "missing picture"
-    return None if os.path.isfile(source) else "missing picture"
+        return "missing image"
+    return None if os.path.isfile(source) else "missing image"
 
 
 # ------------------------------------------------------------------------------------------------- the pack
 
 def pack(rows: Iterable[Row], out: Path | str, name: str, task: str, size: int, *, root: Path | None = None,
          workers: int | None = None, allow_missing: bool = False, overwrite: bool = False) -> dict:
-    """Writes the pack `out` and returns its meta.json. With `root`, pictures outside that folder are refused.
+    """Writes the pack `out` and returns its meta.json. With `root`, images outside that folder are refused.
 
     UserError where `out` exists (unless it is a pack and `overwrite` is set) or cannot be written, where more
-    than 5 % of the pictures cannot be used (unless `allow_missing`), and where nothing is left to train on.
+    than 5 % of the images cannot be used (unless `allow_missing`), and where nothing is left to train on.
     Whatever goes wrong, nothing half-written stays, but for the folder NAME.tmp-… after a SIGKILL."""
     out = Path(out)
     if out.exists() and not overwrite:
@@ -232,10 +232,10 @@ def pack(rows: Iterable[Row], out: Path | str, name: str, task: str, size: int, 
         raise UserError(f"{out} is no pack, so --overwrite does not touch it: choose another --out")
 
     kept, skipped = sift(rows, task)
-    sources = list(dict.fromkeys(row.picture for row in kept))
+    sources = list(dict.fromkeys(row.image for row in kept))
     limit = len(sources) if allow_missing else BAD_SHARE * len(sources)
 
-    # What is missing is known at once, before any picture is decoded.
+    # What is missing is known at once, before any image is decoded.
     real_root = root and Path(os.path.realpath(root))
     bad = {source: (reason,) for source in sources if (reason := unusable(source, real_root))}
     give_up_beyond(limit, bad, len(sources))
@@ -243,22 +243,22 @@ def pack(rows: Iterable[Row], out: Path | str, name: str, task: str, size: int, 
     files: dict[str, dict] = {}
     with draft(out, overwrite) as folder:
         usable = [source for source in sources if source not in bad]
-        number, offsets = {}, [0]   # number: which picture of images.bin a source is
+        number, offsets = {}, [0]   # number: which image of images.bin a source is
         with (Sealed(folder / "images.bin", files) as file,
               closing(decode(usable, size, workers)) as results,
-              tqdm(total=len(usable), desc=name, unit="picture") as progress):
+              tqdm(total=len(usable), desc=name, unit="image") as progress):
             for source, result in zip(usable, results):
                 progress.update()
                 if isinstance(result, str):
-                    bad[source] = ("unreadable picture", result)
+                    bad[source] = ("unreadable image", result)
                     give_up_beyond(limit, bad, len(sources))
                 else:
                     file.write(result)
                     offsets.append(offsets[-1] + len(result))
                     number[source] = len(number)
 
-        skipped += [skip_entry(row, *bad[row.picture]) for row in kept if row.picture in bad]
-        kept = [row for row in kept if row.picture not in bad]
+        skipped += [skip_entry(row, *bad[row.image]) for row in kept if row.image in bad]
+        kept = [row for row in kept if row.image not in bad]
         reasons = dict(sorted(Counter(entry["reason"] for entry in skipped).items()))
         samples = {split: sum(row.split == split for row in kept) for split in SPLITS}
         if not samples["train"]:
@@ -275,7 +275,7 @@ def pack(rows: Iterable[Row], out: Path | str, name: str, task: str, size: int, 
             with Sealed(folder / file_name, files) as file:
                 file.write(b"".join(entries))
 
-        meta = {"version": PACK_VERSION, "name": name, "task": task, "size": size, "pictures": len(number),
+        meta = {"version": PACK_VERSION, "name": name, "task": task, "size": size, "images": len(number),
                 "samples": samples, "labels": labels, "groups": groups, "skipped": reasons, "files": files}
         with Sealed(folder / "meta.json", {}) as file:
             file.write(json.dumps(meta, indent=1).encode())
@@ -283,10 +283,10 @@ def pack(rows: Iterable[Row], out: Path | str, name: str, task: str, size: int, 
 
 
 def give_up_beyond(limit: float, bad: dict, total: int) -> None:
-    """UserError where more than `limit` of the `total` pictures are in `bad`: {picture: (reason, detail)}."""
+    """UserError where more than `limit` of the `total` images are in `bad`: {image: (reason, detail)}."""
     if len(bad) > limit:
-        picture, why = next(iter(bad.items()))
-        raise UserError(f"{len(bad):,} of {total:,} pictures cannot be packed, the first is {picture} "
+        image, why = next(iter(bad.items()))
+        raise UserError(f"{len(bad):,} of {total:,} images cannot be packed, the first is {image} "
                         f"({why[-1]}): put them into the data set's folder, or go on without them by "
                         "--allow_missing")
 
@@ -300,14 +300,14 @@ def tabulate(kept: list[Row], number: dict[Any, int], labels: list[str], groups:
     text_number: dict[str, int] = {}
 
     for i, row in enumerate(kept):
-        entry = {"picture": number[row.picture], "text": row.text, "split": row.split}
+        entry = {"image": number[row.image], "text": row.text, "split": row.split}
         known = {"answer": row.answer, "closed": row.closed, "label": row.label, "group": row.group}
         entry |= {key: value for key, value in known.items() if value is not None}
-        on_disk = root is not None and isinstance(row.picture, Path)
-        entry["source"] = os.path.relpath(row.picture, root) if on_disk else str(row.picture)
+        on_disk = root is not None and isinstance(row.image, Path)
+        entry["source"] = os.path.relpath(row.image, root) if on_disk else str(row.image)
 
         closed = -1 if row.closed is None else row.closed
-        table[i] = (number[row.picture], text_number.setdefault(row.text, len(text_number)),
+        table[i] = (number[row.image], text_number.setdefault(row.text, len(text_number)),
                     label_number.get(row.label, -1), group_number.get(row.group, -1), closed, start)
         lines.append(json_line(entry))
         start += len(lines[-1])
@@ -316,7 +316,7 @@ def tabulate(kept: list[Row], number: dict[Any, int], labels: list[str], groups:
 
 def skip_entry(row: Row, reason: str, detail: str | None = None) -> dict:
     """An entry of skipped.jsonl."""
-    entry = {"split": row.split, "picture": str(row.picture), "text": row.text, "reason": reason}
+    entry = {"split": row.split, "image": str(row.image), "text": row.text, "reason": reason}
     return entry | ({"detail": detail} if detail else {})
 
 
@@ -397,9 +397,9 @@ def contact_sheet(pack: Pack, count: int = 24, columns: int = 6, cell: int = 208
     for row, height in zip(rows, heights):
         for column, i in enumerate(row):
             left = margin + column * cell
-            pack.read_picture(pack.samples["picture"][numbers[i]], planes)
-            picture = Image.fromarray(planes.transpose(1, 2, 0))
-            sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (left, top))
+            pack.read_image(pack.samples["image"][numbers[i]], planes)
+            image = Image.fromarray(planes.transpose(1, 2, 0))
+            sheet.paste(image.resize((side, side), Image.Resampling.BICUBIC), (left, top))
             pen.text((left, top + side + 2), "\n".join(captions[i]), "black", font)
         top += height
     return sheet
@@ -435,10 +435,10 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--task", choices=("pretrain", "vqa", "cls", "irtr"), default="pretrain",
                         help="what it is packed for: pre-training, questions, classes, retrieval")
     parser.add_argument("--exclude", type=Path, metavar="FOLDER",
-                        help="leave out the pictures that are also in FOLDER, known by their files' names "
+                        help="leave out the images that are also in FOLDER, known by their files' names "
                              "(the part after the last underscore is enough)")
     parser.add_argument("--allow_missing", action="store_true",
-                        help="go on where more than 5 %% of the pictures are missing or unreadable")
+                        help="go on where more than 5 %% of the images are missing or unreadable")
     parser.add_argument("--overwrite", action="store_true", help="replace the pack if there is one")
     parser.add_argument("--workers", type=positive, help="processes that decode (default: one per core)")
     parser.add_argument("--show", type=Path, metavar="PACK", help="draw a sheet of what was packed")
@@ -488,8 +488,8 @@ def run(args: argparse.Namespace) -> None:
 
 def summarize(meta: dict, out: Path, seconds: float) -> None:
     megabytes = sum(file["bytes"] for file in meta["files"].values()) / 1e6
-    print(f"{out}: {meta['pictures']:,} pictures of {meta['size']} x {meta['size']}, {megabytes:,.1f} MB, "
-          f"{seconds:.1f} s ({1000 * seconds / meta['pictures']:.1f} ms a picture)")
+    print(f"{out}: {meta['images']:,} images of {meta['size']} x {meta['size']}, {megabytes:,.1f} MB, "
+          f"{seconds:.1f} s ({1000 * seconds / meta['images']:.1f} ms an image)")
     print("samples: " + ", ".join(f"{count:,} {split}" for split, count in meta["samples"].items()))
     if meta["skipped"]:
         print("skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in meta["skipped"].items())

@@ -1,9 +1,9 @@
-"""ROCO (github.com/razorx89/roco-dataset): radiology pictures of open-access papers with their captions.
+"""ROCO (github.com/razorx89/roco-dataset): radiology images of open-access papers with their captions.
 
     {train,validation|val,test}/radiology/captions.txt       ROCO_00001<TAB> caption
     {train,validation|val,test}/radiology/images/ROCO_00001.jpg
 
-MedICaT adds sentences of the papers that mention a picture of ROCO. They are further texts of that picture
+MedICaT adds sentences of the papers that mention an image of ROCO. They are further texts of that image
 where the two files that join them are there: ROCO's list of links, and MedICaT's `roco_files`, in ROCO's
 folder or in medicat/release beside it.
 
@@ -23,7 +23,7 @@ RETRIEVAL_PAIRS = 2000   # of validation, and of test
 
 def rows(root: Path, task: str) -> Iterator[Row]:
     """For "pretrain" all captions and references; for "irtr" captions: all of train, and of validation and
-    test 2,000 each, the first usable ones in an order drawn by the pictures' names."""
+    test 2,000 each, the first usable ones in an order drawn by the images' names."""
     if task not in ("pretrain", "irtr"):
         raise UserError(f"roco has nothing for the task {task}: choose --task pretrain or irtr")
 
@@ -51,30 +51,30 @@ def _row(split: str, folder: Path, name: str, text: str) -> Row:
 
 
 def _captions(path: Path) -> list[tuple[str, str]]:
-    """[(picture's name, caption)] in the file's order."""
+    """[(image's name, caption)] in the file's order."""
     pairs = []
     for number, line in enumerate(lines(path), start=1):
         name, tab, caption = line.partition("\t")
         if tab:
             pairs.append((name.strip(), caption))
         elif line.strip():
-            raise UserError(f"{path}, line {number}: no tab between picture and caption")
+            raise UserError(f"{path}, line {number}: no tab between image and caption")
     return pairs
 
 
 def _retrieval_pairs(split: str, folder: Path, captions: list[tuple[str, str]]) -> Iterator[Row]:
-    """The first 2,000 usable pairs, in an order drawn by the pictures' names: the same ones everywhere."""
+    """The first 2,000 usable pairs, in an order drawn by the images' names: the same ones everywhere."""
     taken = 0
     for name, caption in sorted(captions, key=lambda pair: draw(pair[0])):
         if taken == RETRIEVAL_PAIRS:
             return
         row = _row(split, folder, name, caption)
-        taken += row.skip is None and os.path.isfile(row.picture)
+        taken += row.skip is None and os.path.isfile(row.image)
         yield row
 
 
 def _references(root: Path, folder: Path, split: str) -> dict[str, list[str]]:
-    """{picture's name: sentences that mention it}, empty where one of the two files is not there."""
+    """{image's name: sentences that mention it}, empty where one of the two files is not there."""
     links = folder / "dlinks.txt"
     places = root / "roco_files", root.parent / "medicat" / "release" / "roco_files"
     paths = [path for place in places if (path := place / f"roco_{split}_references.jsonl").is_file()]

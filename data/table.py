@@ -1,12 +1,12 @@
-"""Your own data: one table, CSV with a header or JSON lines, and the pictures it names.
+"""Your own data: one table, CSV with a header or JSON lines, and the images it names.
 
-    picture,text,split                     {"picture": "a/1.png", "text": "Normal chest.", "split": "train"}
+    image,text,split                     {"image": "a/1.png", "text": "Normal chest.", "split": "train"}
     a/1.png,Normal chest.,train
 
-Columns: picture (or image, path, file), relative to the table's folder; text (or caption, question); and
+Columns: image (or picture, path, file), relative to the table's folder; text (or caption, question); and
 where you have them answer (in the spelling of data.answers; "#" stands between alternatives), closed (is it a
-yes/no question or a choice?), label, group (pictures of one kind), patient and split. Without splits the
-patient decides, or where there is none the picture's name, the same way each time: one in ten goes to test,
+yes/no question or a choice?), label, group (images of one kind), patient and split. Without splits the
+patient decides, or where there is none the image's name, the same way each time: one in ten goes to test,
 one in ten to val, the others to train."""
 import os
 from pathlib import Path
@@ -16,12 +16,12 @@ from data import Row, csv_records, draw, records
 from data.answers import normalise_answer
 from m3ae_mini.config import UserError
 
-PICTURE = "picture", "image", "path", "file"
+IMAGE = "image", "picture", "path", "file"
 TEXT = "text", "caption", "question"
 SPLITS = {"train": "train", "training": "train",
           "val": "val", "valid": "val", "validation": "val", "dev": "val",
           "test": "test", "testing": "test"}
-COLUMNS = {*PICTURE, *TEXT, "answer", "closed", "label", "group", "patient", "split"}
+COLUMNS = {*IMAGE, *TEXT, "answer", "closed", "label", "group", "patient", "split"}
 CLOSED = {"closed": True, "true": True, "yes": True, "1": True,
           "open": False, "false": False, "no": False, "0": False}
 
@@ -32,9 +32,9 @@ def rows(root: Path, task: str) -> Iterator[Row]:
     path, splits = _table(root), set()
     for number, fields in _fields(path):
         where = f"{path}, line {number}"
-        picture, text = _first(fields, PICTURE, where), _first(fields, TEXT, where)
-        if not picture:
-            raise UserError(f"{where}: the picture's name is empty")
+        image, text = _first(fields, IMAGE, where), _first(fields, TEXT, where)
+        if not image:
+            raise UserError(f"{where}: the image's name is empty")
         splits.add(bool(fields.get("split")))
         if len(splits) > 1:
             raise UserError(f"{where}: some rows have a split and some none: give it in all, or in none")
@@ -42,9 +42,9 @@ def rows(root: Path, task: str) -> Iterator[Row]:
         if answer is not None:         # "A" may be a choice, and no article
             parts = [part.strip() for part in answer.split("#")]
             answer = "#".join(filter(None, (normalise_answer(part) or part.lower() for part in parts)))
-        patient = fields.get("patient") or os.path.normpath(picture)
-        picture = Path(os.path.normpath(path.parent / picture))
-        yield Row(_split(fields, patient, where), picture, text,
+        patient = fields.get("patient") or os.path.normpath(image)
+        image = Path(os.path.normpath(path.parent / image))
+        yield Row(_split(fields, patient, where), image, text,
                   answer=answer, closed=_closed(fields, where), label=fields.get("label"),
                   group=fields.get("group"))
 
@@ -90,7 +90,7 @@ def _split(fields: dict[str, str], patient: str, where: str) -> str:
         if name.lower() not in SPLITS:
             raise UserError(f"{where}: the split is '{name}', it must be train, val or test")
         return SPLITS[name.lower()]
-    chance = draw(patient)   # all rows of a patient, or of a picture, stand in one split
+    chance = draw(patient)   # all rows of a patient, or of an image, stand in one split
     return "test" if chance < 0.1 else "val" if chance < 0.2 else "train"
 
 

@@ -1,4 +1,4 @@
-"""VQA-Med-2019 (Ben Abacha et al., ImageCLEF 2019): questions on modality, plane and organ of a picture.
+"""VQA-Med-2019 (Ben Abacha et al., ImageCLEF 2019): questions on modality, plane and organ of an image.
 
 The official archives, unpacked side by side in one folder:
 

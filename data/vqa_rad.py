@@ -1,4 +1,4 @@
-"""VQA-RAD (Lau et al., Scientific Data 2018): questions that clinicians asked about radiology pictures.
+"""VQA-RAD (Lau et al., Scientific Data 2018): questions that clinicians asked about radiology images.
 
     {trainset,testset}.json    a list of {"qid": 1, "image_name": "synpic54610.jpg", "question": …, …}
     valset.json                the same, where there is one
@@ -17,7 +17,7 @@ HELD_OUT = 0.1   # of the training questions, where there is no validation part
 
 
 def rows(root: Path, task: str) -> Iterator[Row]:
-    """Answers are normalised (data.answers); pictures of one organ are of one kind.
+    """Answers are normalised (data.answers); images of one organ are of one kind.
 
     Without a valset.json, or with one that holds questions of another part (the valset.json released with
     M³AE is a copy of testset.json), a tenth of the training questions is held out as validation.
@@ -63,10 +63,10 @@ def _identity(record: dict) -> str:
 
 
 def _question(record: dict) -> str:
-    """Picture and question. Hundreds of questions stand twice in the training part, under two qids."""
+    """Image and question. Hundreds of questions stand twice in the training part, under two qids."""
     return f"{record['image_name']} {' '.join(str(record['question']).lower().split())}"
 
 
 def _held_out(record: dict) -> bool:
-    """By picture and question, not by qid: those that stand twice must go the same way."""
+    """By image and question, not by qid: those that stand twice must go the same way."""
     return draw(_question(record)) < HELD_OUT

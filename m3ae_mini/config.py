@@ -38,7 +38,7 @@ def opt(default, help):
 class ModelConfig:
     """The architecture and its losses; the defaults are the paper's (366 million parameters)."""
     task: str = opt("pretrain", "pretrain, vqa, cls or irtr: which heads and losses are built")
-    image_size: int = opt(288, "side of the square picture, in pixels")
+    image_size: int = opt(288, "side of the square image, in pixels")
     patch_size: int = opt(16, "side of a patch, in pixels")
     vocab_size: int = opt(50265, "number of tokens; the scripts take it from the tokenizer")
     max_text_len: int = opt(64, "longest text in tokens, special tokens included; longer ones are cut")
@@ -120,8 +120,8 @@ class TrainConfig:
     grad_clip: float = opt(0.0, "gradient clipping: the largest norm; 0 turns it off")
     mlm_ratio: float = opt(0.15, "share of the text's tokens that is hidden")
     whole_word: bool = opt(True, "hide whole words; off: single tokens")
-    hard_negatives: float = opt(0.0, "share of wrong pictures that are of the text's kind (hard negatives); paper: 0")
-    min_crop_area: float = opt(1.0, "least share of a training picture's area that a random crop keeps; 1: none")
+    hard_negatives: float = opt(0.0, "share of wrong images that are of the text's kind (hard negatives); paper: 0")
+    min_crop_area: float = opt(1.0, "least share of a training image's area that a random crop keeps; 1: none")
     tokenizer_vocab: int = opt(8192, "largest vocabulary of a tokenizer trained on the data")
     init: str = opt("", "start from this run or M³AE checkpoint; none: from random values")
     init_image: str = opt("", "start the image encoder from this file of CLIP")

@@ -1,6 +1,6 @@
 """A loader that has nothing left to do.
 
-Pictures were resized when they were packed (data/prepare.py) and lie as raw bytes in one file. A background
+Images were resized when they were packed (data/prepare.py) and lie as raw bytes in one file. A background
 thread reads each straight into its place of a batch, hides words and patches, and starts the copy to the
 device on a stream of its own; the batch is normalised there. Which sample stands where and what is hidden of
 it follows from the step number alone (masking.py), so there is no state to save."""
@@ -64,10 +64,10 @@ class Samples:
         def uniform(purpose, *shape):
             return masking.uniform(seed, purpose, step, chunk, shape)
 
-        # Pictures: straight into their places, or through a crop.
+        # Images: straight into their places, or through a crop.
         box = uniform(masking.CROP, size, 8, 4) if crop else None
         for i, n in enumerate(numbers):
-            self.picture(n, images[i], box[i] if crop else None)
+            self.image(n, images[i], box[i] if crop else None)
 
         # Texts: cut, framed by their special tokens, padded to one of four lengths, so that shapes repeat.
         longest, unit = cfg.max_text_len, 1 + (cfg.max_text_len - 1) // 4
@@ -82,22 +82,22 @@ class Samples:
             starts[i, 1:end], maskable[i, 1:end] = body & 1, True
         batch = {"text_ids": ids, "text_mask": (ids != tok.pad_id).astype(np.int64)}
 
-        # Who may be whose wrong partner: rows of another picture *and* another text.
+        # Who may be whose wrong partner: rows of another image *and* another text.
         rows = [(which, self.packs[which].samples[row]) for which, row in self.where[numbers]]
-        picture = numbered((which, int(row["picture"])) for which, row in rows)
+        image = numbered((which, int(row["image"])) for which, row in rows)
         text = numbered(body.tobytes() for body in bodies)
         if cfg.task == "irtr":
             noise = uniform(masking.NEGATIVES, size, size)
-            batch["false_text_index"] = masking.sample_negatives(picture, text, noise, min(FALSE_TEXTS, size))
+            batch["false_text_index"] = masking.sample_negatives(image, text, noise, min(FALSE_TEXTS, size))
         if cfg.task != "pretrain":
             return batch if self.labels is None else batch | {f"{cfg.task}_labels": self.labels[numbers]}
 
         group = numbered(self.packs[which].meta["groups"][row["group"]] if row["group"] >= 0 else place
                          for place, (which, row) in enumerate(rows))
         noise = uniform(masking.NEGATIVES, size, 3 * size + 2)      # matching's, then those of validation alone
-        batch["itm_index"] = masking.sample_itm_pairs(picture, text, noise[:, :size + 2], group, self.train_cfg.hard_negatives)
-        batch["random_negative_index"] = masking.sample_negatives(picture, text, noise[:, size + 2:2 * size + 2], 1)[:, 0]
-        batch["hard_negative_index"] = masking.sample_negatives(picture, text, noise[:, 2 * size + 2:], 1, group)[:, 0]
+        batch["itm_index"] = masking.sample_itm_pairs(image, text, noise[:, :size + 2], group, self.train_cfg.hard_negatives)
+        batch["random_negative_index"] = masking.sample_negatives(image, text, noise[:, size + 2:2 * size + 2], 1)[:, 0]
+        batch["hard_negative_index"] = masking.sample_negatives(image, text, noise[:, 2 * size + 2:], 1, group)[:, 0]
 
         # Hidden patches; hidden words, drawn for max_text_len places, whatever the batch's length.
         patches = (cfg.image_size // cfg.patch_size) ** 2
@@ -111,16 +111,16 @@ class Samples:
         batch["mlm_positions"] = np.pad(places, (0, -len(places) % size))
         return batch
 
-    def picture(self, n, out, noise=None):
-        """Read the picture of sample n into out, uint8 (3, s, s). Uniform noise (8, 4) choose a crop of it: a
+    def image(self, n, out, noise=None):
+        """Read the image of sample n into out, uint8 (3, s, s). Uniform noise (8, 4) choose a crop of it: a
         box of `crop` to 1 of the area, at an aspect of 3/4 to 4/3, resized by PIL."""
         which, row = self.where[n]
-        pack, side, number = self.packs[which], out.shape[-1], self.packs[which].samples["picture"][row]
+        pack, side, number = self.packs[which], out.shape[-1], self.packs[which].samples["image"][row]
         if noise is None and pack.size == side:
-            return pack.read_picture(number, out)
+            return pack.read_image(number, out)
 
         stored = np.empty((3, pack.size, pack.size), dtype=np.uint8)
-        pack.read_picture(number, stored)
+        pack.read_image(number, stored)
         box = crop_box(pack.size, self.train_cfg.min_crop_area, noise if noise is not None else ())
         whole = Image.fromarray(stored.transpose(1, 2, 0))
         out[:] = np.asarray(whole.resize((side, side), Image.Resampling.BICUBIC, box=box)).transpose(2, 0, 1)

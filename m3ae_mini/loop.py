@@ -74,13 +74,13 @@ def begin(train_cfg, model_cfg, run_cfg, prepare):
 
 
 class DistEnv:
-    """Where this process computes: rank, world, main (is it rank 0?), device, dtype (of matrix products)."""
+    """Where this process computes: rank, world_size, is_main (is it rank 0?), device, dtype (of matrix products)."""
 
     def __init__(self, run_cfg):
         self.under_torchrun = "RANK" in os.environ
         self.launching = run_cfg.gpus > 0 and not self.under_torchrun
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main = self.rank == 0
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.is_main = self.rank == 0
         kind, local = run_cfg.device, int(os.environ.get("LOCAL_RANK", 0))
         there = {"cuda": torch.cuda.device_count(), "mps": torch.mps.device_count(), "cpu": math.inf}
         if kind == "auto":
@@ -97,34 +97,34 @@ class DistEnv:
         """Matrix products in self.dtype; a context that does nothing for float32."""
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
-    def say(self, text):
+    def print(self, text):
         """Print it, once for all processes."""
-        if self.main:
+        if self.is_main:
             print(text)
 
-    def from_main(self, make):
+    def broadcast(self, make):
         """make() on the main process; its result, or its UserError, on every process."""
         try:
-            box = [make() if self.main else None]
+            box = [make() if self.is_main else None]
         except UserError as error:
             box = [error]
-        if self.world > 1:
+        if self.world_size > 1:
             dist.broadcast_object_list(box)
         if isinstance(box[0], UserError):
             raise box[0]
         return box[0]
 
-    def sum(self, tensor):
+    def all_reduce(self, tensor):
         """The tensor, summed in place over all processes."""
-        if self.world > 1:
+        if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def total(self, sums):
+    def reduce_sums(self, sums):
         """{name: tensor} summed over all processes, as floats, by one host read; who lacks a name adds 0."""
-        names, shape = self.from_main(lambda: (sorted(sums), next(iter(sums.values())).shape))
+        names, shape = self.broadcast(lambda: (sorted(sums), next(iter(sums.values())).shape))
         table = torch.stack([sums.get(name, torch.zeros(shape)).float().to(self.device) for name in names])
-        return dict(zip(names, self.sum(table).tolist()))
+        return dict(zip(names, self.all_reduce(table).tolist()))
 
 
 def pick_dtype(name, kind):
@@ -176,7 +176,7 @@ def check_batches(train_cfg, model_cfg, world):
     require(batch % (micro * world) == 0, f"--batch_size {batch} can't be divided among {world} processes with "
          f"--micro_batch {micro}: use a multiple of {micro * world}, or another --micro_batch")
     require(micro > 1 or not (task == "irtr" or task == "pretrain" and model_cfg.itm),
-         "--micro_batch 1 leaves no other row for a wrong picture or text: use 2, or pre-train with --itm 0")
+         "--micro_batch 1 leaves no other row for a wrong image or text: use 2, or pre-train with --itm 0")
 
 
 def epochs_to_steps(train_cfg, run_cfg, samples):
@@ -218,7 +218,7 @@ def open_run(run_cfg, settings, dist_env):
             LOCKS.append(open(out / "lock", "w"))
             fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         write_atomic(config, lambda file: file.write(json.dumps(settings, indent=1).encode()))
-        (out / "pictures").mkdir(exist_ok=True)
+        (out / "plots").mkdir(exist_ok=True)
         return latest_valid_checkpoint(out, "new.pt", "last.pt", "prev.pt")       # new.pt: killed between renames
     except BlockingIOError:
         raise UserError(f"another run is at work in {out}: wait for it, or choose another --out") from None

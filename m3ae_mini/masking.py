@@ -1,4 +1,4 @@
-"""Which patches, which words, which wrong picture: the paper's asymmetric masking, and matching's other rows.
+"""Which patches, which words, which wrong image: the paper's asymmetric masking, and matching's other rows.
 
 No generator is carried from draw to draw. Each is a pure function of seed, step, chunk (the samples of one
 forward pass) and row: a run resumes by its step number alone, and the number of processes changes nothing."""
@@ -58,26 +58,26 @@ def corrupt_tokens(ids, chosen, noise, mask_id, non_special_ids):
     return np.where(chosen, put, ids)
 
 
-def sample_negatives(picture, text, noise, amount, group=None):
-    """For every row of a chunk, `amount` (at most B) other rows that differ from it in picture *and* in text,
+def sample_negatives(image, text, noise, amount, group=None):
+    """For every row of a chunk, `amount` (at most B) other rows that differ from it in image *and* in text,
     drawn without repeats -> int64 (B, amount); where there are too few, the row's own number stands instead.
 
-    picture, text: int (B,), equal where two rows share a picture or a text; noise: uniform (B, B);
+    image, text: int (B,), equal where two rows share an image or a text; noise: uniform (B, B);
     group: int (B,), where given only rows of the same group count."""
-    fits = (picture[:, None] != picture) & (text[:, None] != text)                     # (B, B)
+    fits = (image[:, None] != image) & (text[:, None] != text)                     # (B, B)
     if group is not None:
         fits &= group[:, None] == group
     order = np.argsort(np.where(fits, noise, 2.0), axis=1, kind="stable")[:, :amount]
-    return np.where(np.take_along_axis(fits, order, axis=1), order, np.arange(len(picture))[:, None])
+    return np.where(np.take_along_axis(fits, order, axis=1), order, np.arange(len(image))[:, None])
 
 
-def sample_itm_pairs(picture, text, noise, group, hard_negatives=0.0):
-    """Image-text matching: the picture each text goes with, int64 (B,). Half of the rows, rounded down, get
-    another row's picture; one without a partner stays a match. A share `hard_negatives` of the wrong pictures is of the
+def sample_itm_pairs(image, text, noise, group, hard_negatives=0.0):
+    """Image-text matching: the image each text goes with, int64 (B,). Half of the rows, rounded down, get
+    another row's image; one without a partner stays a match. A share `hard_negatives` of the wrong images is of the
     text's own group where there is one, so that the kind does not tell. noise: uniform (B, B+2)."""
-    random_index = sample_negatives(picture, text, noise[:, 2:], 1)[:, 0]                         # (B,) the partner
-    hard_index = sample_negatives(picture, text, noise[:, 2:], 1, group)[:, 0]                  # (B,)
-    own = np.arange(len(picture))
+    random_index = sample_negatives(image, text, noise[:, 2:], 1)[:, 0]                         # (B,) the partner
+    hard_index = sample_negatives(image, text, noise[:, 2:], 1, group)[:, 0]                  # (B,)
+    own = np.arange(len(image))
     wrong = np.where((noise[:, 1] < hard_negatives) & (hard_index != own), hard_index, random_index)         # (B,)
     half = np.argsort(noise[:, 0], kind="stable")[:len(own) // 2]                      # (B // 2,)
     return np.where(np.isin(own, half), wrong, own)

@@ -1,7 +1,7 @@
 """The trunk of M³AE, in the order data meets it: patches → ViT, tokens → BERT-style encoder, both → fusion.
 
-Shapes: B rows, L patches of a picture, K of them kept, T tokens of a text, N of either, Q that look at them,
-D the fusion's width, W a module's own, H heads, P a patch's side, S a picture's. Losses: objectives.py."""
+Shapes: B rows, L patches of an image, K of them kept, T tokens of a text, N of either, Q that look at them,
+D the fusion's width, W a module's own, H heads, P a patch's side, S an image's. Losses: objectives.py."""
 from functools import partial
 
 import torch
@@ -78,7 +78,7 @@ class CrossAttention(nn.Module):
         return self.out(attend(self.q(x), k, v, self.heads, mask, self.dropout if self.training else 0.0))
 
     def weights(self, x, other, mask=None):
-        """Where x looks, for pictures: (B, H, Q, N)."""
+        """Where x looks, for images: (B, H, Q, N)."""
         q, k = self.q(x), self.kv(other).chunk(2, dim=-1)[0]
         q, k = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k))   # (B, H, Q | N, W/H)
         return attention_weights(q, k, mask)

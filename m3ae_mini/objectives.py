@@ -11,7 +11,7 @@ from .model import ViTBlock, Backbone, initialise, patchify
 
 
 class MLM(nn.Module):
-    """Masked language modelling: restore hidden words from the other words and the whole picture, by an MLP
+    """Masked language modelling: restore hidden words from the other words and the whole image, by an MLP
     on the text stream after the last fusion layer: words are high-level (paper, section 2.3)."""
     inputs = ("image",)
 
@@ -50,7 +50,7 @@ class MIM(nn.Module):
         self.inputs = ("text",) if self.depth else ()
         self.embed = nn.Linear(cfg.fusion_width, width)
         self.mask_token = nn.Parameter(torch.empty(width))
-        self.register_buffer("pos", sine_cosine_positions(width, side), persistent=False)
+        self.register_buffer("pos_embed", sine_cosine_positions(width, side), persistent=False)
         self.blocks = nn.ModuleList(ViTBlock(width, cfg.decoder_heads) for _ in range(cfg.decoder_layers))
         self.norm = nn.LayerNorm(width, eps=1e-5)
         self.pred = nn.Linear(width, 3 * cfg.patch_size ** 2)
@@ -100,7 +100,7 @@ def sine_cosine_positions(width, side):
 
 
 class ITM(nn.Module):
-    """The third objective, image-text matching: half the rows get another row's picture; which ones?"""
+    """The third objective, image-text matching: half the rows get another row's image; which ones?"""
     inputs = ("text", "image")
 
     def __init__(self, cfg):
@@ -109,7 +109,7 @@ class ITM(nn.Module):
 
     def forward(self, model, batch, text, image):
         """text (B, T, D), image (B, 1+L, D); row i of the text goes with image itm_index[i] -> itm_logits
-        (B, 2), class 1: they match. A wrong picture is a row that is encoded already, so it costs nothing."""
+        (B, 2), class 1: they match. A wrong image is a row that is encoded already, so it costs nothing."""
         index = batch["itm_index"]                                                     # (B,)
         feature = model.pooled_pair(text, image.index_select(0, index), batch["text_mask"])  # (B, 2D)
         logits = self.fc(feature).float()                                              # (B, 2)
@@ -142,7 +142,7 @@ class VQA(ClassifierHead):
 
 
 class Classification(ClassifierHead):
-    """One class for a picture with its text."""
+    """One class for an image with its text."""
 
     def forward(self, model, batch, text, image):
         """-> cls_logits (B, C) and their cross-entropy."""
@@ -151,7 +151,7 @@ class Classification(ClassifierHead):
 
 
 class Retrieval(nn.Module):
-    """Which text belongs to the picture: the right one against F texts of other rows."""
+    """Which text belongs to the image: the right one against F texts of other rows."""
     inputs = ("text", "image")
 
     def __init__(self, cfg):

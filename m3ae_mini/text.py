@@ -86,7 +86,7 @@ class Tokenizer:
         return pairs
 
     def words(self, ids):
-        """ids -> the text of each token, for pictures: a leading blank where a word begins."""
+        """ids -> the text of each token, for images: a leading blank where a word begins."""
         if self.kind == "bert":
             tokens = [self.backend.id_to_token(int(i)) or "" for i in ids]
             return [token[2:] if token.startswith("##") else " " + token for token in tokens]

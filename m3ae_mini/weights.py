@@ -21,15 +21,15 @@ from .objectives import M3AE
 # {name here: released name}. A name that ends in a dot stands for two, its weight and its bias. Of several
 # released names the tensors stand one upon the other here: query, key and value are one matrix.
 CLIP_BLOCK = {"norm1.": "ln_1.", "attn.qkv.": "attn.in_proj_", "attn.out.": "attn.out_proj.",
-              "norm2.": "ln_2.", "up.": "mlp.c_fc.", "down.": "mlp.c_proj."}
+              "norm2.": "ln_2.", "fc1.": "mlp.c_fc.", "fc2.": "mlp.c_proj."}
 BERT_LAYER = {"attn.qkv.": "attention.self.query. attention.self.key. attention.self.value.",
               "attn.out.": "attention.output.dense.", "attn_norm.": "attention.output.LayerNorm.",
-              "up.": "intermediate.dense.", "down.": "output.dense.", "fc2_norm.": "output.LayerNorm."}
+              "fc1.": "intermediate.dense.", "fc2.": "output.dense.", "fc2_norm.": "output.LayerNorm."}
 FUSION_LAYER = BERT_LAYER | {
     "cross.q.": "crossattention.self.query.",
     "cross.kv.": "crossattention.self.key. crossattention.self.value.",
     "cross.out.": "crossattention.output.dense.", "cross_norm.": "crossattention.output.LayerNorm."}
-VIT = {"cls": "class_embedding", "pos": "positional_embedding", "patch.weight": "conv1.weight",
+VIT = {"cls_token": "class_embedding", "pos_embed": "positional_embedding", "patch_embed.weight": "conv1.weight",
        "norm_pre.": "ln_pre.", "norm_post.": "ln_post."}
 TEXT = {"word.weight": "word_embeddings.weight", "position.weight": "position_embeddings.weight",
         "token_type.weight": "token_type_embeddings.weight", "norm.": "LayerNorm."}
@@ -325,7 +325,7 @@ def read_init_files(cfg, train_cfg, flags):
         if path and (flag, path) != ("init", "none"):
             told, states[f"--{flag} {path}"] = load(path, **heads)
             found |= told if isinstance(told, dict) else asdict(told)
-    # Tensors fix the architecture. Picture size, lengths, dropout and losses are the user's.
+    # Tensors fix the architecture. Image size, lengths, dropout and losses are the user's.
     tied = re.compile("patch_size|text_max_positions|mim_layer|.*_(width|heads|layers|blocks)")
     tied = {name: found[name] for name in found if tied.fullmatch(name) and flags.get(name) is None}
     return replace(cfg, **tied), states

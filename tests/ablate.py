@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 
 from m3ae_mini import loop
 from m3ae_mini.config import require
-from m3ae_mini.pictures import BACK, FONT, GREEN, GREY, INK
+from m3ae_mini.plots import BACK, FONT, GREEN, GREY, INK
 
 DIFFS = ROOT / "tests" / "ablations"
 FLAGS = {                              # name: (what it changes, flags of train.py)
@@ -41,7 +41,7 @@ FLAGS = {                              # name: (what it changes, flags of train.
     "single_tokens": ("single tokens are hidden, not whole words", "--no-whole_word"),
 }
 FIGURES = {                            # (which run, its figure): head of the column
-    ("pretrain", "mlm_gain_hard"): "words: gain over a picture of the same kind",
+    ("pretrain", "mlm_gain_hard"): "words: gain over an image of the same kind",
     ("pretrain", "itm_acc_hard"): "matching within the kind",
     ("vqa", "acc"): "questions",
     ("cls", "acc"): "classes"}

@@ -1,8 +1,8 @@
 """Measures what the project claims of its speed and memory, each way beside the plain one.
 
     python tests/bench.py step --preset base --batch_size 8         a training step, part by part
-    python tests/bench.py loader                                    pictures a second and core
-    python tests/bench.py retrieval --preset small --pairs 1024     seconds per (picture, text) pair
+    python tests/bench.py loader                                    images a second and core
+    python tests/bench.py retrieval --preset small --pairs 1024     seconds per (image, text) pair
     python tests/bench.py scaling                                   packs up to a million samples; processes
 
 Four habits make such numbers worth something. Both ways are shown to compute the same before a clock starts.
@@ -245,7 +245,7 @@ def step(args):
 # ------------------------------------------------------------------------------------------- the loader
 
 def write_pack(folder, count, cfg):
-    """A pack of `count` samples of noise, made without decoding or tokenising anything: every second picture
+    """A pack of `count` samples of noise, made without decoding or tokenising anything: every second image
     is grey, each text has a length of its own, from a quarter of the longest that fits to all of it."""
     folder, draw, number = Path(folder), np.random.default_rng(0), np.arange(count)
     area, longest = cfg.image_size ** 2, cfg.max_text_len - 2                  # two tokens are special ones
@@ -256,7 +256,7 @@ def write_pack(folder, count, cfg):
     line = json.dumps({"text": "noise"}) + "\n"
     (folder / "samples.jsonl").write_text(line * count)
     samples = np.zeros(count, dtype=pack.SAMPLE_DTYPE)
-    samples["picture"], samples["line"] = number, len(line) * number
+    samples["image"], samples["line"] = number, len(line) * number
     np.save(folder / "samples.npy", samples)
     files = {file.name: {"bytes": file.stat().st_size, "sha256": ""} for file in folder.iterdir()}
     (folder / "meta.json").write_text(json.dumps({
@@ -294,18 +294,18 @@ def decode(files):
 
 
 def loader(args):
-    """Pictures of 288 pixels from a pack, beside a DataLoader (0 workers) that decodes JPEGs of 824 x 829,
+    """Images of 288 pixels from a pack, beside a DataLoader (0 workers) that decodes JPEGs of 824 x 829,
     one a sample: that the release opens two is not counted."""
     torch.set_num_threads(1)                           # normalising is all that torch does here
     loop.keep_freed_memory()                                 # for both ways
     cfg, rows, draw, table = ModelConfig(image_size=288), args.batch_size, np.random.default_rng(0), []
-    train_cfg = TrainConfig(steps=args.pictures // rows, batch_size=rows, micro_batch=rows)
+    train_cfg = TrainConfig(steps=args.images // rows, batch_size=rows, micro_batch=rows)
     if not train_cfg.steps:
-        raise UserError(f"--pictures {args.pictures} do not fill a batch: use at least --batch_size, {rows}")
+        raise UserError(f"--images {args.images} do not fill a batch: use at least --batch_size, {rows}")
     with tempfile.TemporaryDirectory() as folder:
-        write_pack(folder, args.pictures, cfg)
-        files = [f"{folder}/{i}.jpg" for i in range(args.pictures)]
-        for i, file in enumerate(files):               # coarse noise, every second picture grey
+        write_pack(folder, args.images, cfg)
+        files = [f"{folder}/{i}.jpg" for i in range(args.images)]
+        for i, file in enumerate(files):               # coarse noise, every second image grey
             coarse = draw.integers(256, size=(96, 96) if i % 2 else (96, 96, 3), dtype=np.uint8)
             Image.fromarray(coarse).resize((824, 829), Image.Resampling.BICUBIC).save(file, quality=90)
         samples = open_pack(folder, cfg, train_cfg)
@@ -328,7 +328,7 @@ def loader(args):
                 runs.append((time.process_time() - core, clock(args) - start, first))
             core, wall, first = map(median, zip(*runs[1:]))
             count = train_cfg.steps * rows
-            table.append({"way": way, "pictures/s and core": count / core, "pictures/s": count / wall,
+            table.append({"way": way, "images/s and core": count / core, "images/s": count / wall,
                           "first batch s": first, "resident MB at the start": before[0],
                           f"after {1 + args.repeats} epochs": resident()[0]})
     show(table)
@@ -340,7 +340,7 @@ def loader(args):
 
 @torch.no_grad()
 def retrieval(args):
-    """Scores of all pairs of n pictures with n texts, a picture with a block of texts at a time: each picture
+    """Scores of all pairs of n images with n texts, an image with a block of texts at a time: each image
     and each text encoded once, or anew for every pair."""
     cfg = ModelConfig.preset(args.preset, vocab_size=VOCAB[args.preset], task="irtr")
     n = math.isqrt(args.pairs)
@@ -355,8 +355,8 @@ def retrieval(args):
 
     def once():
         texts = [model.encode_text(*block) for block in zip(ids, masks)]
-        pictures = [image[None] for block in images for image in model.encode_image(block)]
-        return scores((text, mask, image) for image in pictures for text, mask in zip(texts, masks))
+        images = [image[None] for block in images for image in model.encode_image(block)]
+        return scores((text, mask, image) for image in images for text, mask in zip(texts, masks))
 
     def anew():
         return scores((model.encode_text(block, mask), mask,
@@ -495,7 +495,7 @@ def main():
     add("--chunks", type=count, default=1, help="step: batches whose gradients add up to one step [1]")
     add("--compile", action="store_true", help="step: the fast way by torch.compile")
     add("--repeats", type=count, default=5, help="timed runs, whose median is shown [5]")
-    add("--pictures", type=count, default=2000, help="loader: how many are drawn [2000]")
+    add("--images", type=count, default=2000, help="loader: how many are drawn [2000]")
     add("--pairs", type=count, default=1024, help="retrieval: rounded down to a square [1024]")
     add("--steps", type=count, default=30, help="scaling: steps of each training [30]")
     args, there = parser.parse_args(), torch.cuda.is_available()

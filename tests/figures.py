@@ -1,9 +1,9 @@
-"""Draws the pictures of the README from a run on phantoms: the front picture, reconstructions at growing mask
-ratios, where words look, the curves, and one picture to ask about.
+"""Draws the images of the README from a run on phantoms: the front image, reconstructions at growing mask
+ratios, where words look, the curves, and one image to ask about.
 
     python tests/figures.py runs/pretrain              into tests/figures
 
-No picture is chosen by hand: each is the first test sample of which a rule, said in its function, is true.
+No image is chosen by hand: each is the first test sample of which a rule, said in its function, is true.
 """
 import argparse
 import json
@@ -25,7 +25,7 @@ from m3ae_mini import M3AE, loop, weights
 from m3ae_mini.config import TrainConfig, require
 from m3ae_mini.data import VAL_SEED, Samples, load, validation_micro_batches
 from m3ae_mini.model import patchify
-from m3ae_mini.pictures import (BACK, FONT, GREY, INK, caption, curves, rebuild, to_pil, unpatchify,
+from m3ae_mini.plots import (BACK, FONT, GREY, INK, caption, curves, rebuild, to_pil, unpatchify,
                                 word_to_patch)
 from m3ae_mini.text import Tokenizer
 
@@ -56,7 +56,7 @@ def first(samples, right):
 
 
 class Sheet:
-    """A picture to paste panels and write lines on."""
+    """An image to paste panels and write lines on."""
 
     def __init__(self, width, height):
         self.image = Image.new("RGB", (width, height), BACK)
@@ -156,7 +156,7 @@ def looks(model, samples, path):
 
 
 def probabilities(model, batch, ids, place):
-    """The true word's probability at a hidden place of a batch of one: with the whole picture, and without
+    """The true word's probability at a hidden place of a batch of one: with the whole image, and without
     each of its patches, (L,)."""
     size = model.cfg.patch_size
     patches = patchify(batch["image"], size)                                           # (1, L, 3·P²)
@@ -172,10 +172,10 @@ def probabilities(model, batch, ids, place):
 
 
 def chest(path):
-    """A picture to ask about: the first effusion among the test pictures of question answering."""
+    """An image to ask about: the first effusion among the test images of question answering."""
     rows = phantoms.rows(None, "vqa", {"test": 100})
     row = next(row for row in rows if row.group == "chest x-ray" and "effusion" in row.answer)
-    row.picture(192).save(path)
+    row.image(192).save(path)
 
 
 @torch.no_grad()

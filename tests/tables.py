@@ -1,8 +1,8 @@
 """The README's tables: what pre-training brings to the three tasks, over several seeds.
 
     python tests/tables.py phantoms                                 the embedded data set
-    python tests/tables.py vqa_rad --vqa_rad DIR --medpix DIR       questions on real pictures
-    python tests/tables.py medpix --medpix DIR                      classes and retrieval on real pictures
+    python tests/tables.py vqa_rad --vqa_rad DIR --medpix DIR       questions on real images
+    python tests/tables.py medpix --medpix DIR                      classes and retrieval on real images
 
 A table is made of runs of train.py and finetune.py, `--jobs` of them at once with one thread each. A run that
 was stopped goes on and one that has finished is kept, so the same command goes on with a table. When it is
@@ -48,12 +48,12 @@ def phantoms(args, seed):
             yield task, row, Run(name, f"{on_phantoms(task, seed)} {flags}", start)
 
 
-REAL = "--device cpu --image_size 96 --patch_size 16"      # the tiny preset for real pictures
+REAL = "--device cpu --image_size 96 --patch_size 16"      # the tiny preset for real images
 READ = "--tokenizer_vocab 2000 --hard_negatives 0.5 --mlm_ratio 0.25 --dropout 0.1"        # pre-training on real captions
 
 
 def vqa_rad(args, seed):
-    """VQA-RAD, after pre-training on MedPix (without the pictures that both have) and on VQA-RAD's training
+    """VQA-RAD, after pre-training on MedPix (without the images that both have) and on VQA-RAD's training
     questions with their answers. The seeds share the pre-training. With --text, the same from scratch but for
     the text encoder."""
     rad, medpix = folder(args, "vqa_rad"), folder(args, "medpix")
@@ -77,8 +77,8 @@ def vqa_rad(args, seed):
 
 
 def medpix(args, seed):
-    """The part of the body from picture and caption, and retrieval, after pre-training on the same training
-    pictures. The seeds share the pre-training; nothing is drawn in zero-shot retrieval."""
+    """The part of the body from image and caption, and retrieval, after pre-training on the same training
+    images. The seeds share the pre-training; nothing is drawn in zero-shot retrieval."""
     packs = {f"packs/medpix-{task}-96": f"medpix --root {folder(args, 'medpix')} --task {task} --size 96"
              for task in ("pretrain", "cls", "irtr")}
     start = Run("medpix/pretrain", f"train.py {REAL} --data packs/medpix-pretrain-96 {READ} "

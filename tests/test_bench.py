@@ -35,7 +35,7 @@ def test_another_loss_is_noticed():
 
 @pytest.mark.parametrize("flags, figure, ways", [
     ("step --preset tiny --attn_dropout 0 --ways plain fast", "samples/s", 2),
-    ("loader --pictures 16", "pictures/s and core", 3),
+    ("loader --images 16", "images/s and core", 3),
     ("retrieval --preset tiny --pairs 16", "s per pair", 2)])
 def test_it_runs(flags, figure, ways, monkeypatch, capsys):
     """The packs that it writes itself are packs that the loader reads: each way gives a row with figures."""

@@ -24,23 +24,23 @@ CAPTIONS = [f"{size} {finding} on the {side}, number {n}." for n in range(4) for
 
 
 def write_pack(folder, captions, counts, size=16, colour_every=3, seed=0, groups=2):
-    """A pack of random pictures; picture n of caption n. -> (Pack, pictures uint8 (n, 3, size, size))"""
+    """A pack of random images; image n of caption n. -> (Pack, images uint8 (n, 3, size, size))"""
     rng = np.random.default_rng(seed)
-    pictures, rows = [], []
+    images, rows = [], []
     splits = [split for split, count in counts.items() for _ in range(count)]
     for n, (caption, split) in enumerate(zip(captions, splits)):
         grey = n % colour_every != 0
         pixels = rng.integers(0, 256, (size, size) if grey else (size, size, 3), dtype=np.uint8)
         path = folder.parent / f"{folder.name}-{n}.png"
         Image.fromarray(pixels).save(path)
-        pictures.append(np.stack([pixels] * 3) if grey else pixels.transpose(2, 0, 1))
+        images.append(np.stack([pixels] * 3) if grey else pixels.transpose(2, 0, 1))
         rows.append(Row(split, path, caption, group=f"kind {n % groups}" if groups else None))
     prepare.pack(rows, out=folder, name="test", task="pretrain", size=size, root=folder.parent, workers=1)
-    return Pack(folder), np.stack(pictures)
+    return Pack(folder), np.stack(images)
 
 
 def settings(tokenizer, **changes):
-    """A small architecture and training settings to go with 16-pixel pictures."""
+    """A small architecture and training settings to go with 16-pixel images."""
     train = {name: changes.pop(name) for name in list(changes) if name in TrainConfig.__dataclass_fields__}
     cfg = ModelConfig.preset("tiny", image_size=16, patch_size=4, vocab_size=tokenizer.vocab_size,
                              text_kind=tokenizer.kind, max_text_len=20, **changes)
@@ -51,8 +51,8 @@ def settings(tokenizer, **changes):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packs") / "one"
-    pack, pictures = write_pack(folder, CAPTIONS, {"train": 37, "val": 21, "test": 6})
-    return pack, pictures, Tokenizer.train(CAPTIONS, 400)
+    pack, images = write_pack(folder, CAPTIONS, {"train": 37, "val": 21, "test": 6})
+    return pack, images, Tokenizer.train(CAPTIONS, 400)
 
 
 # -------------------------------------------------------------------------------- tokenizers
@@ -138,7 +138,7 @@ def test_tokenizer_errors(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="the tokenizer can.t be read.*WordPiece"):
         Tokenizer.load(tmp_path).encode(["漢"])
-    content["model"]["tokenizer_vocab"]["nodule"] = 2 ** 31                  # to write it again would take 8 GB
+    content["model"]["vocab"]["nodule"] = 2 ** 31                  # to write it again would take 8 GB
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="large gaps"):
         Tokenizer.load(tmp_path)
@@ -163,7 +163,7 @@ def read(samples, chunks, **more):
 
 
 def test_order_and_content(made):
-    pack, pictures, tokenizer = made
+    pack, images, tokenizer = made
     cfg, train_cfg = settings(tokenizer, steps=20, micro_batch=4)
     samples = Samples([pack], "train", tokenizer, cfg, train_cfg)
     seen = read(samples, training_micro_batches(samples, train_cfg, 0))
@@ -175,7 +175,7 @@ def test_order_and_content(made):
     assert (stream[:37] != stream[37:74]).any()
 
     for _, _, numbers, batch in seen[:6]:
-        wanted = normalise(torch.from_numpy(pictures[numbers]))
+        wanted = normalise(torch.from_numpy(images[numbers]))
         assert torch.equal(batch["image"], wanted)
         for row, number in enumerate(numbers):
             ids, mask, labels = (batch[name][row] for name in ("text_ids", "text_mask", "mlm_labels"))
@@ -230,12 +230,12 @@ def test_a_pack_smaller_than_a_batch(made, tmp_path):
 
 
 def test_several_packs_are_one_stream(made, tmp_path):
-    one, pictures, tokenizer = made
+    one, images, tokenizer = made
     two, more = write_pack(tmp_path / "two", CAPTIONS[::-1], {"train": 10, "val": 5}, seed=1)
     cfg, train_cfg = settings(tokenizer, steps=8)
     samples = Samples([one, two], "train", tokenizer, cfg, train_cfg)
     assert samples.n == 47
-    wanted = normalise(torch.from_numpy(np.concatenate([pictures[:37], more[:10]])))
+    wanted = normalise(torch.from_numpy(np.concatenate([images[:37], more[:10]])))
     for _, _, numbers, batch in read(samples, training_micro_batches(samples, train_cfg, 0)):
         assert torch.equal(batch["image"], wanted[numbers])
         for row, number in enumerate(numbers):
@@ -261,8 +261,8 @@ def test_validation_counts_each_sample_once(made, world, tmp_path):
     assert len(set(limited)) == 40 and limited.max() > 60
 
 
-def test_wrong_pictures_differ_in_picture_and_caption(tmp_path, made):
-    """Rows that share a picture or a caption are never given to each other."""
+def test_wrong_images_differ_in_image_and_caption(tmp_path, made):
+    """Rows that share an image or a caption are never given to each other."""
     tokenizer = made[2]
     captions = ["small nodule.", "large nodule.", "small effusion.", "large effusion."] * 4
     paths = []
@@ -280,7 +280,7 @@ def test_wrong_pictures_differ_in_picture_and_caption(tmp_path, made):
         assert (batch["itm_index"] != numbers).sum() == 8
         for name in ("itm_index", "random_negative_index", "hard_negative_index"):
             moved = batch[name] != numbers
-            assert (batch[name][moved] // 4 != numbers[moved] // 4).all()     # another picture
+            assert (batch[name][moved] // 4 != numbers[moved] // 4).all()     # another image
             assert (batch[name][moved] % 4 != numbers[moved] % 4).all()       # and another caption
         assert (batch["hard_negative_index"] // 4 % 2 == numbers // 4 % 2).all()        # of the same kind
         assert (batch["hard_negative_index"] != numbers).all() and (batch["random_negative_index"] != numbers).all()
@@ -291,7 +291,7 @@ def test_crops_equal_pillows(made, tmp_path):
     whole."""
     tokenizer = made[2]
     counts = {"train": 12, "val": 4}
-    pack, pictures = write_pack(tmp_path / "margin", CAPTIONS, counts, size=24, colour_every=1)
+    pack, images = write_pack(tmp_path / "margin", CAPTIONS, counts, size=24, colour_every=1)
     cfg, train_cfg = settings(tokenizer, min_crop_area=0.9, steps=40)
     samples = Samples([pack], "train", tokenizer, cfg, train_cfg)
     out = np.empty((12, 3, 16, 16), np.uint8)
@@ -304,13 +304,13 @@ def test_crops_equal_pillows(made, tmp_path):
         left, top, right, bottom = box
         assert 0 <= left < right <= 24 and 0 <= top < bottom <= 24
         assert 0.85 * 24 * 24 <= (right - left) * (bottom - top)              # rounding to whole pixels
-        whole = Image.fromarray(pictures[row].transpose(1, 2, 0))
+        whole = Image.fromarray(images[row].transpose(1, 2, 0))
         wanted = np.asarray(whole.resize((16, 16), Image.Resampling.BICUBIC, box=box))
         assert (out[row].transpose(1, 2, 0) == wanted).all()
 
     with pytest.raises(UserError, match="--size 16"):
         open_packs(str(pack.folder), 16, crop=1)
-    assert open_packs(str(pack.folder), 16, min_crop_area=0.9)[0].size == 24
+    assert open_packs(str(pack.folder), 16, crop=0.9)[0].size == 24
 
 
 def test_loader_stops_its_thread(made):
@@ -378,7 +378,7 @@ def test_a_file_cut_while_reading_is_a_sentence(made, tmp_path):
     with open(cut.folder / "images.bin", "r+b") as file:
         file.truncate(300)
     samples = Samples([cut], "train", made[2], *settings(made[2]))
-    with pytest.raises(UserError, match="ends within picture"):
+    with pytest.raises(UserError, match="ends within image"):
         read(samples, training_micro_batches(samples, samples.train_cfg, 0))
 
 

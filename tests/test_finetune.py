@@ -23,7 +23,7 @@ COUNTS = {"train": 40, "val": 13, "test": 11}
 
 
 def labelled_rows(folder, task, counts=COUNTS, outside=()):
-    """Rows of a task on random pictures: each picture twice, one answer a finding, half of them closed."""
+    """Rows of a task on random images: each image twice, one answer a finding, half of them closed."""
     rng = np.random.default_rng(0)
     splits = [split for split, count in counts.items() for _ in range(count)]
     for n, split in enumerate(splits):
@@ -44,7 +44,7 @@ def packed(rows, out, task, root):
 
 @pytest.fixture(scope="module")
 def packs(tmp_path_factory):
-    """{task: folder of a pack}, all on the same pictures."""
+    """{task: folder of a pack}, all on the same images."""
     folder = tmp_path_factory.mktemp("packs")
     for task in ("pretrain", "vqa", "cls", "irtr"):
         packed(labelled_rows(folder, task), folder / task, task, folder)
@@ -138,7 +138,7 @@ def test_two_processes_equal_one(packs, pretrained, tmp_path):
 
 
 def test_blind_sees_nothing(packs, pretrained, tmp_path, monkeypatch):
-    """Nothing but one picture, the mean of training's, ever goes in."""
+    """Nothing but one image, the mean of training's, ever goes in."""
     seen = []
     forward = M3AE.encode_image
     monkeypatch.setattr(M3AE, "encode_image", lambda self, image, *rest: (
@@ -150,7 +150,7 @@ def test_blind_sees_nothing(packs, pretrained, tmp_path, monkeypatch):
 
 def test_each_task_learns_what_is_its_own(pretrained, tmp_path, monkeypatch):
     """A pack of one's own table may hold answers and labels: questions learn the ones, classes the others."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     rows = [row._replace(answer="yes#no", closed=True) for row in labelled_rows(folder, "cls")]
     packed(rows, tmp_path / "pack", "cls", folder)
@@ -201,18 +201,18 @@ def test_retrieval_scores_every_pair_as_one_by_one(packs, pretrained, tmp_path, 
 
     lines = list(Pack(packs["irtr"]).lines("test"))
     texts = list(dict.fromkeys(line["text"] for line in lines))
-    shown = list(dict.fromkeys(line["picture"] for line in lines))
+    shown = list(dict.fromkeys(line["image"] for line in lines))
     assert scores.shape == (len(texts), len(shown)) == right.shape
-    pairs = {(line["text"], line["picture"]) for line in lines}
+    pairs = {(line["text"], line["image"]) for line in lines}
     assert right.sum() == len(pairs)
-    assert all(right[texts.index(text), shown.index(picture)] for text, picture in pairs)
+    assert all(right[texts.index(text), shown.index(image)] for text, image in pairs)
 
     from m3ae_mini.data import normalise
     from m3ae_mini.text import Tokenizer
     tokenizer, pack, model = Tokenizer.load(tmp_path / "zero"), Pack(packs["irtr"]), models[0].eval()
     for t, p in (0, 0), (3, 4), (len(texts) - 1, 1):
         pixels = np.empty((1, 3, 16, 16), dtype=np.uint8)
-        pack.read_picture(shown[p], pixels[0])
+        pack.read_image(shown[p], pixels[0])
         (ids, _), = tokenizer.encode([texts[t]])
         ids = torch.tensor([[tokenizer.cls_id, *ids[:model.cfg.max_text_len - 2], tokenizer.sep_id]])
         with torch.no_grad():
@@ -222,7 +222,7 @@ def test_retrieval_scores_every_pair_as_one_by_one(packs, pretrained, tmp_path, 
 
 
 def test_answers_outside_the_list_count_as_wrong(packs, tmp_path, monkeypatch):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     rows = list(labelled_rows(folder, "vqa", outside=("hernia", "nodule#mass", "fracture#rib")))
     packed(rows, tmp_path / "pack", "vqa", folder)
@@ -243,7 +243,7 @@ def test_a_head_that_learned_other_answers_is_not_taken(packs, pretrained, tmp_p
     flags = "--init", tmp_path / "first", "--steps", 1
     started(monkeypatch, "cls", "--data", packs["cls"], *flags, "--out", tmp_path / "same")
     started(monkeypatch, "vqa", "--data", packs["vqa"], *flags, "--out", tmp_path / "another-task")
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     rows = [row._replace(label=f"no {row.label}") for row in labelled_rows(folder, "cls")]
     packed(rows, tmp_path / "pack", "cls", folder)
@@ -252,15 +252,15 @@ def test_a_head_that_learned_other_answers_is_not_taken(packs, pretrained, tmp_p
 
 
 def test_texts_that_are_the_same_once_they_are_cut_are_one(packs, pretrained, tmp_path, monkeypatch):
-    """Two captions that differ behind the last token that is read: each is right for both pictures."""
-    folder, caught = tmp_path / "pictures", []
+    """Two captions that differ behind the last token that is read: each is right for both images."""
+    folder, caught = tmp_path / "images", []
     folder.mkdir()
     rows = [row._replace(text="nodule " * 40 + row.text) for row in labelled_rows(folder, "irtr")]
     packed(rows, tmp_path / "pack", "irtr", folder)
     monkeypatch.setattr(metrics, "recall", lambda _, right, direction: caught.append(right) or {"r": 1.0})
     flags = "--data", tmp_path / "pack", "--init", pretrained, "--out", tmp_path / "zero"
     started(monkeypatch, "irtr", *flags, "--zero_shot")
-    assert caught[0].shape == (1, 6) and caught[0].all()               # one text, right for all the pictures
+    assert caught[0].shape == (1, 6) and caught[0].all()               # one text, right for all the images
 
 
 def test_a_best_checkpoint_that_is_damaged_or_missing(packs, pretrained, tmp_path, monkeypatch, capsys):
@@ -279,28 +279,28 @@ def test_a_best_checkpoint_that_is_damaged_or_missing(packs, pretrained, tmp_pat
 
 
 def test_prediction(packs, pretrained, tmp_path, monkeypatch, capsys):
-    run, picture = tmp_path / "run", tmp_path / "chest.png"
+    run, image = tmp_path / "run", tmp_path / "chest.png"
     started(monkeypatch, "vqa", "--data", packs["vqa"], "--init", pretrained, "--out", run, "--steps", 2)
-    Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(picture)
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(image)
     capsys.readouterr()
-    started(monkeypatch, "vqa", "--init", run, "--predict", picture, "What is seen on the left?")
+    started(monkeypatch, "vqa", "--init", run, "--predict", image, "What is seen on the left?")
     *answers, last = capsys.readouterr().out.splitlines()
     assert len(answers) == 4 and {line.split()[-1] for line in answers} == set(FINDINGS)
     shares = [float(line.split("%")[0]) for line in answers]
     assert shares == sorted(shares, reverse=True)
-    assert Image.open(run / "pictures" / "chest-attention.png").width > 500 and "chest-attention.png" in last
+    assert Image.open(run / "plots" / "chest-attention.png").width > 500 and "chest-attention.png" in last
 
-    (tmp_path / "broken.png").write_bytes(picture.read_bytes()[:200])
-    for shown, asked, sentence in ((tmp_path / "broken.png", "What?", "can't be read as a picture"),
-                                   (tmp_path / "none.png", "What?", "can't be read as a picture"),
-                                   (picture, "left " * 99, "99 tokens, 1 to 30 can"),
-                                   (picture, " ", "0 tokens")):
+    (tmp_path / "broken.png").write_bytes(image.read_bytes()[:200])
+    for shown, asked, sentence in ((tmp_path / "broken.png", "What?", "can't be read as an image"),
+                                   (tmp_path / "none.png", "What?", "can't be read as an image"),
+                                   (image, "left " * 99, "99 tokens, 1 to 30 can"),
+                                   (image, " ", "0 tokens")):
         with pytest.raises(UserError, match=sentence):
             started(monkeypatch, "vqa", "--init", run, "--predict", shown, asked)
     with pytest.raises(UserError, match="no run of finetune.py"):
-        started(monkeypatch, "vqa", "--init", pretrained, "--predict", picture, "What?")
-    with pytest.raises(UserError, match="no run of finetune.py cls that saw pictures"):
-        started(monkeypatch, "cls", "--init", run, "--predict", picture, "What?")
+        started(monkeypatch, "vqa", "--init", pretrained, "--predict", image, "What?")
+    with pytest.raises(UserError, match="no run of finetune.py cls that saw images"):
+        started(monkeypatch, "cls", "--init", run, "--predict", image, "What?")
 
     config = json.loads((run / "config.json").read_text())
     blind = config | {"task": config["task"] | {"blind": True}}
@@ -308,9 +308,9 @@ def test_prediction(packs, pretrained, tmp_path, monkeypatch, capsys):
                     "[" * 10 ** 5):
         (run / "config.json").write_text(choices)
         with pytest.raises(UserError, match="no run of finetune.py"):
-            started(monkeypatch, "vqa", "--init", run, "--predict", picture, "What?")
+            started(monkeypatch, "vqa", "--init", run, "--predict", image, "What?")
     (run / "config.json").write_text(json.dumps(config | {"data": {"choices": ["one", ["two"]]}}))
-    started(monkeypatch, "vqa", "--init", run, "--predict", picture, "What?")    # it has four answers
+    started(monkeypatch, "vqa", "--init", run, "--predict", image, "What?")    # it has four answers
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
@@ -330,11 +330,11 @@ def test_recall_by_hand():
     scores = torch.tensor([[3.0, 1, 2, 0], [0, 1, 2, 3], [1, 1, 1, 1]])
     right = torch.tensor([[0, 0, 1, 0], [1, 0, 0, 1], [1, 0, 0, 0]]).bool()
     found = metrics.recall(scores, right, "x")
-    assert found["x, recall@1"] == pytest.approx(1 / 3)      # the second alone; a tie is no hit
-    assert found["x, recall@5"] == found["x, recall@10"] == 1
+    assert found["x_r1"] == pytest.approx(1 / 3)      # the second alone; a tie is no hit
+    assert found["x_r5"] == found["x_r10"] == 1
     for bad in scores.masked_fill(right, torch.nan), torch.full((3, 12), torch.nan):
         wide = torch.nn.functional.pad(right, (0, bad.shape[1] - right.shape[1]))
-        assert metrics.recall(bad, wide, "x")["x, recall@1"] == 0
+        assert metrics.recall(bad, wide, "x")["x_r1"] == 0
 
 
 # -------------------------------------------------------------------------------- bad input

@@ -215,7 +215,7 @@ class Packs(Target):
             shape = (16, 16) if n else (16, 16, 3)
             pixels = np.random.default_rng(n).integers(0, 256, shape, dtype=np.uint8)
             Image.fromarray(pixels).save(tmp / f"{n}.png")
-        rows = [row._replace(picture=tmp / f"{n % 4}.png") for n, row in enumerate(rows)]
+        rows = [row._replace(image=tmp / f"{n % 4}.png") for n, row in enumerate(rows)]
         prepare.pack(rows, tmp / "pack", "test", "vqa", 16, root=tmp, workers=1)
         Tokenizer.train(CAPTIONS, 300).backend.save(str(tmp / "tokenizer.json"))
         self.folder = tmp / "pack"
@@ -333,7 +333,7 @@ class Resumed(Target):
 
 
 class Grey:
-    """A picture drawn by its number."""
+    """An image drawn by its number."""
     def __init__(self, number):
         self.number = number
 
@@ -417,9 +417,9 @@ class Annotations(Target):
                     {"roco_image_id": "PMC2_fig 2.jpg", "gorc_references": ["Figure 2 shows this."]})
         (root / "table").mkdir()
         write_lines(root / "table" / "table.jsonl", *[
-            {"picture": f"{i}.png", "text": f"What is {i}?", "answer": i, "closed": True, "group": "CT",
+            {"image": f"{i}.png", "text": f"What is {i}?", "answer": i, "closed": True, "group": "CT",
              "label": "a", "split": ["train", "val", "test"][i % 3]} for i in range(6)])
-        columns = "picture", "text", "label", "split"
+        columns = "image", "text", "label", "split"
         write_csv(root / "csv" / "table.csv", columns, *[(f"{i}.png", f"No, {i}", "ab"[i % 2], "train")
                                                          for i in range(4)])
         med_miniature(root / "vqa_med_2019")
@@ -436,14 +436,14 @@ class Annotations(Target):
             assert self.prepared(reader) == 0, reader
 
     def plant(self, root):
-        """The pictures, one pixel each, wherever the readers look for them."""
-        pictures = [f"medicat/release/figures/p{i}_{i}.png" for i in range(4)]
-        pictures += [f"medpix/images/{split}{i}.png" for split in ("train", "dev", "test") for i in (1, 2)]
-        pictures += [f"melinda/melinda_images/{i}.png" for i in (1, 2)]
-        pictures += [f"slake/imgs/a/{i}.jpg" for i in (1, 2)]
-        pictures += [f"table/{i}.png" for i in range(6)] + [f"csv/{i}.png" for i in range(4)]
-        pictures += [f"released/{split}/images/synpic3.jpg" for split in ("train", "val", "test")]
-        for name in pictures:
+        """The images, one pixel each, wherever the readers look for them."""
+        images = [f"medicat/release/figures/p{i}_{i}.png" for i in range(4)]
+        images += [f"medpix/images/{split}{i}.png" for split in ("train", "dev", "test") for i in (1, 2)]
+        images += [f"melinda/melindan_images/{i}.png" for i in (1, 2)]
+        images += [f"slake/imgs/a/{i}.jpg" for i in (1, 2)]
+        images += [f"table/{i}.png" for i in range(6)] + [f"csv/{i}.png" for i in range(4)]
+        images += [f"released/{split}/images/synpic3.jpg" for split in ("train", "val", "test")]
+        for name in images:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             Image.new("L", (9, 9), 7).save(root / name)
         Image.new("L", (9, 9), 7).save(root.parent / "secret.png")
@@ -468,8 +468,8 @@ class Annotations(Target):
         return status == 0
 
 
-class Pictures(Target):
-    """Pictures through data.prepare: packed, or a row of skipped.jsonl."""
+class Images(Target):
+    """Images through data.prepare: packed, or a row of skipped.jsonl."""
     KINDS = {"png": "L", "jpg": "RGB", "bmp": "RGB", "tiff": "I;16", "gif": "P", "webp": "RGB", "ppm": "RGB",
              "jp2": "L"}
 
@@ -478,21 +478,21 @@ class Pictures(Target):
         grey = rng.integers(0, 256, (24, 20), dtype=np.uint8)
         for kind, mode in self.KINDS.items():
             deep = mode == "I;16"
-            picture = Image.fromarray(grey.astype(np.uint16) * 99 if deep else grey)
+            image = Image.fromarray(grey.astype(np.uint16) * 99 if deep else grey)
             path = tmp / "in" / f"0.{kind}"
             path.parent.mkdir(exist_ok=True)
-            (picture if deep else picture.convert(mode)).save(path)
+            (image if deep else image.convert(mode)).save(path)
         for compression in "tiff_lzw", "tiff_deflate", "jpeg", "group4", "packbits":
-            picture = Image.fromarray(grey).convert("1" if compression == "group4" else "L")
-            picture.save(tmp / "in" / f"{compression}.tiff", compression=compression)
+            image = Image.fromarray(grey).convert("1" if compression == "group4" else "L")
+            image.save(tmp / "in" / f"{compression}.tiff", compression=compression)
         Image.fromarray(grey).convert("RGBA").save(tmp / "in" / "alpha.png")
         exif = Image.Exif()
         exif[0x0112] = 6
         Image.fromarray(grey).save(tmp / "in" / "turned.jpg", exif=exif, progressive=True)
         super().__init__(tmp / "in")
         Image.new("L", (9, 9), 7).save(tmp / "in" / "whole.png")
-        lines = [f"{name},A picture,train" for name in ("whole.png", *self.whole)]
-        (tmp / "in" / "table.csv").write_text("\n".join(["picture,text,split", *lines]))
+        lines = [f"{name},An image,train" for name in ("whole.png", *self.whole)]
+        (tmp / "in" / "table.csv").write_text("\n".join(["image,text,split", *lines]))
         self.out = tmp / "pack"
 
     def mutated(self, name, data, draw):
@@ -511,12 +511,12 @@ class Pictures(Target):
                              "--allow_missing", "--workers", "1"]) == 0
         pack, skipped = Pack(self.out), (self.out / "skipped.jsonl").read_text().splitlines()
         assert len(pack.samples) + len(skipped) == len(self.whole) + 1 and len(skipped) <= 1
-        assert all(json.loads(line)["reason"] == "unreadable picture" for line in skipped)
+        assert all(json.loads(line)["reason"] == "unreadable image" for line in skipped)
         return not skipped
 
 
 TARGETS = {"packs": Packs, "resume": Resumed, "weights": Weights, "tokenizers": Tokenizers,
-           "annotations": Annotations, "pictures": Pictures}
+           "annotations": Annotations, "images": Images}
 
 
 # -------------------------------------------------------------------------------- what must not happen

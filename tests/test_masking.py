@@ -1,4 +1,4 @@
-"""Masks and wrong pictures: pure functions of (seed, step, chunk, position), in the shares of the paper."""
+"""Masks and wrong images: pure functions of (seed, step, chunk, position), in the shares of the paper."""
 import itertools
 
 import numpy as np
@@ -7,21 +7,21 @@ import torch
 
 from m3ae_mini import masking
 from m3ae_mini.masking import (
-    PATCHES, VALIDATION, WORDS, WRONG, sample_word_mask, epoch_order, corrupt_tokens, sample_itm_pairs, random_masking,
+    MIM_MASK, VALIDATION, MLM_MASK, NEGATIVES, sample_word_mask, epoch_order, corrupt_tokens, sample_itm_pairs, random_masking,
     torch_seed, uniform, sample_negatives)
 
 
 # -------------------------------------------------------------------------------- noise
 
 def test_a_draw_is_pure():
-    first = uniform(7, WORDS, 3, 1, (4, 5))
-    uniform(7, WORDS, 4, 1, (9,))
-    assert np.array_equal(uniform(7, WORDS, 3, 1, (4, 5)), first)
+    first = uniform(7, MLM_MASK, 3, 1, (4, 5))
+    uniform(7, MLM_MASK, 4, 1, (9,))
+    assert np.array_equal(uniform(7, MLM_MASK, 3, 1, (4, 5)), first)
     assert first.dtype == np.float64 and 0 <= first.min() and first.max() < 1
 
 
 def test_a_row_does_not_know_how_many_there_are():
-    assert np.array_equal(uniform(7, WORDS, 3, 1, (64, 5))[:4], uniform(7, WORDS, 3, 1, (4, 5)))
+    assert np.array_equal(uniform(7, MLM_MASK, 3, 1, (64, 5))[:4], uniform(7, MLM_MASK, 3, 1, (4, 5)))
 
 
 def test_every_place_has_numbers_of_its_own():
@@ -52,7 +52,7 @@ def test_epoch_order():
 
 @pytest.mark.parametrize("patches, ratio, visible", [(16, 0.75, 4), (324, 0.75, 81), (10, 0.33, 6)])
 def test_split_patches(patches, ratio, visible):
-    noise = torch.from_numpy(uniform(0, PATCHES, 0, 0, (3, patches))).float()
+    noise = torch.from_numpy(uniform(0, MIM_MASK, 0, 0, (3, patches))).float()
     ids_keep, ids_restore = random_masking(noise, ratio)
     assert ids_keep.shape == (3, visible) and ids_restore.shape == (3, patches)
     for b in range(3):
@@ -92,7 +92,7 @@ LAYOUTS = {"specials start": dict(), "specials do not": dict(specials_start=Fals
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_whole_words_are_hidden(layout):
     starts, real, word = texts(200, 9, [1, 2, 3], 40, **layout)
-    chosen = sample_word_mask(starts, real, uniform(0, WORDS, 0, 0, (200, 41)), 0.15)
+    chosen = sample_word_mask(starts, real, uniform(0, MLM_MASK, 0, 0, (200, 41)), 0.15)
     assert chosen.any(axis=1).all()
     assert not chosen[~real].any()
     for b in range(200):
@@ -107,13 +107,13 @@ def test_whole_words_are_hidden(layout):
 @pytest.mark.parametrize("ratio", [0.15, 0.4])
 def test_share_of_hidden_tokens(ratio):
     starts, real, _ = texts(2000, 40, [1, 1, 1, 2], 64)
-    chosen = sample_word_mask(starts, real, uniform(0, WORDS, 0, 0, (2000, 65)), ratio)
+    chosen = sample_word_mask(starts, real, uniform(0, MLM_MASK, 0, 0, (2000, 65)), ratio)
     assert ratio <= chosen.sum() / real.sum() < ratio + 0.01                   # the last word may go beyond
 
 
 def test_single_tokens():
     starts, real, word = texts(2000, 12, [2, 3], 40)
-    chosen = sample_word_mask(starts, real, uniform(0, WORDS, 0, 0, (2000, 41)), 0.15, whole_word=False)
+    chosen = sample_word_mask(starts, real, uniform(0, MLM_MASK, 0, 0, (2000, 41)), 0.15, whole_word=False)
     assert not chosen[~real].any()
     assert np.array_equal(chosen.sum(axis=1), np.round(0.15 * real.sum(axis=1)))
     split = [0 < chosen[b][word[b] == w].sum() < (word[b] == w).sum() for b in range(50) for w in range(12)]
@@ -124,27 +124,27 @@ def test_single_tokens():
 @pytest.mark.parametrize("tokens_per_word", [1, 2])
 def test_every_word_is_as_likely(tokens_per_word, whole_word):
     starts, real, _ = texts(8000, 10, [tokens_per_word], 24)
-    chosen = sample_word_mask(starts, real, uniform(0, WORDS, 0, 0, (8000, 25)), 0.2, whole_word)
+    chosen = sample_word_mask(starts, real, uniform(0, MLM_MASK, 0, 0, (8000, 25)), 0.2, whole_word)
     share = chosen[:, 1:1 + 10 * tokens_per_word].mean(axis=0)
     assert abs(share - 0.2).max() < 5 * (0.2 * 0.8 / 8000) ** 0.5
 
 
 def test_short_texts_have_a_hidden_word():
     starts, real, word = texts(50, 1, [1, 2, 3], 8)
-    numbers = uniform(0, WORDS, 0, 0, (50, 9))
+    numbers = uniform(0, MLM_MASK, 0, 0, (50, 9))
     assert np.array_equal(sample_word_mask(starts, real, numbers, 0.15), real)     # the only word
     assert (sample_word_mask(starts, real, numbers, 0.15, whole_word=False).sum(axis=1) == 1).all()
 
 
 def test_text_without_words_hides_nothing():
     nothing = np.zeros((2, 8), bool)
-    assert not sample_word_mask(nothing, nothing, uniform(0, WORDS, 0, 0, (2, 9)), 0.15).any()
+    assert not sample_word_mask(nothing, nothing, uniform(0, MLM_MASK, 0, 0, (2, 9)), 0.15).any()
 
 
 def test_padding_does_not_change_which_words():
     """The loader cuts texts to the longest of a chunk; the choice among the same numbers is the same."""
     starts, real, _ = texts(100, 6, [1, 2], 30)
-    numbers = uniform(0, WORDS, 0, 0, (100, 31))
+    numbers = uniform(0, MLM_MASK, 0, 0, (100, 31))
     whole = sample_word_mask(starts, real, numbers, 0.15)
     short = sample_word_mask(starts[:, :16], real[:, :16], numbers[:, :17], 0.15)
     assert not real[:, 16:].any() and np.array_equal(whole[:, :16], short)
@@ -154,7 +154,7 @@ def test_what_stands_for_hidden_tokens():
     non_special_ids = np.arange(10, 1000)
     ids = np.full((400, 100), 5)
     chosen = np.arange(100) % 2 == np.zeros((400, 1))
-    put = corrupt_tokens(ids, chosen, uniform(0, WORDS, 0, 1, (400, 100, 2)), 4, non_special_ids)
+    put = corrupt_tokens(ids, chosen, uniform(0, MLM_MASK, 0, 1, (400, 100, 2)), 4, non_special_ids)
     assert put.dtype == ids.dtype and (put[~chosen] == 5).all()
 
     put = put[chosen]
@@ -172,27 +172,27 @@ def test_limits_of_the_numbers():
     assert put.tolist() == [[4, 20, 7, 30]]
 
 
-# -------------------------------------------------------------------------------- wrong pictures
+# -------------------------------------------------------------------------------- wrong images
 
 def chunk(rows=16):
-    """Rows of which some share a picture, some a text -> picture, text, group (B,)"""
+    """Rows of which some share an image, some a text -> image, text, group (B,)"""
     return np.arange(rows) // 2, np.arange(rows) % 5, np.arange(rows) % 3
 
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_wrong_rows_differ_in_both(grouped):
-    picture, text, group = chunk()
+    image, text, group = chunk()
     seen = np.zeros((16, 16), int)
     for step in range(300):
-        numbers = uniform(0, WRONG, step, 0, (16, 16))
-        wrong = sample_negatives(picture, text, numbers, 3, group if grouped else None)
+        numbers = uniform(0, NEGATIVES, step, 0, (16, 16))
+        wrong = sample_negatives(image, text, numbers, 3, group if grouped else None)
         assert wrong.shape == (16, 3) and wrong.dtype == np.int64
         for i, row in enumerate(wrong.tolist()):
             others = [j for j in row if j != i]
             assert len(set(others)) == len(others)                             # no repeats
             seen[i, others] += 1
 
-    fits = (picture[:, None] != picture) & (text[:, None] != text)
+    fits = (image[:, None] != image) & (text[:, None] != text)
     if grouped:
         fits &= group[:, None] == group
     assert np.array_equal(seen > 0, fits)                                      # each that fits, no other,
@@ -202,9 +202,9 @@ def test_wrong_rows_differ_in_both(grouped):
 
 
 def test_wrong_rows_where_there_are_too_few():
-    picture, text = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 1])
-    wrong = sample_negatives(picture, text, uniform(0, WRONG, 0, 0, (4, 4)), 3)
-    # Row 1 shares its picture with row 0 and its text with all others; rows 2 and 3 differ from row 0 alone.
+    image, text = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 1])
+    wrong = sample_negatives(image, text, uniform(0, NEGATIVES, 0, 0, (4, 4)), 3)
+    # Row 1 shares its image with row 0 and its text with all others; rows 2 and 3 differ from row 0 alone.
     assert sorted(wrong[0].tolist()) == [0, 2, 3]
     assert wrong[1:].tolist() == [[1, 1, 1], [0, 2, 2], [0, 3, 3]]
 
@@ -212,26 +212,26 @@ def test_wrong_rows_where_there_are_too_few():
 @pytest.mark.parametrize("hard_negatives", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 33])
 def test_half_of_the_rows_are_mismatched(rows, hard_negatives):
-    numbers = uniform(0, WRONG, 0, 0, (rows, rows + 2))
+    numbers = uniform(0, NEGATIVES, 0, 0, (rows, rows + 2))
     index = sample_itm_pairs(np.arange(rows), np.arange(rows), numbers, np.arange(rows) % 3, hard_negatives)
     assert index.shape == (rows,) and index.dtype == np.int64
     assert (index != np.arange(rows)).sum() == rows // 2
 
 
 @pytest.mark.parametrize("hard_negatives", [0.0, 0.5, 1.0])
-def test_mismatched_rows_differ_in_picture_and_text(hard_negatives):
-    picture, text, group = chunk()
+def test_mismatched_rows_differ_in_image_and_text(hard_negatives):
+    image, text, group = chunk()
     seen = np.zeros((16, 16))
     for step in range(400):
-        index = sample_itm_pairs(picture, text, uniform(0, WRONG, step, 0, (16, 18)), group, hard_negatives)
+        index = sample_itm_pairs(image, text, uniform(0, NEGATIVES, step, 0, (16, 18)), group, hard_negatives)
         moved = index != np.arange(16)
         assert moved.sum() == 8
-        assert (picture[index] != picture)[moved].all() and (text[index] != text)[moved].all()
+        assert (image[index] != image)[moved].all() and (text[index] != text)[moved].all()
         seen[moved, index[moved]] += 1
     assert abs(seen.sum(axis=1) - 200).max() < 50                              # every row as often (5 sd)
 
-    # A wrong picture is any that fits, or in a share `hard_negatives` of the cases any of the same group that fits.
-    fits = (picture[:, None] != picture) & (text[:, None] != text)
+    # A wrong image is any that fits, or in a share `hard_negatives` of the cases any of the same group that fits.
+    fits = (image[:, None] != image) & (text[:, None] != text)
     akin = fits & (group[:, None] == group)
     assert akin.any(axis=1).all()
     share = (1 - hard_negatives) * fits / fits.sum(axis=1, keepdims=True) + hard_negatives * akin / akin.sum(axis=1, keepdims=True)
@@ -242,17 +242,17 @@ def test_mismatched_rows_differ_in_picture_and_text(hard_negatives):
 
 
 def test_rows_without_a_partner_stay_a_match():
-    numbers = uniform(0, WRONG, 0, 0, (8, 10))
+    numbers = uniform(0, NEGATIVES, 0, 0, (8, 10))
     same, different = np.zeros(8, int), np.arange(8)
     assert np.array_equal(sample_itm_pairs(same, different, numbers, same), different)
     assert np.array_equal(sample_itm_pairs(different, same, numbers, same), different)
 
     alone = np.array([0, 0, 0, 0, 0, 0, 0, 1])                                 # a partner: the last row alone
     for step in range(200):
-        index = sample_itm_pairs(alone, alone, uniform(0, WRONG, step, 0, (8, 10)), same)
+        index = sample_itm_pairs(alone, alone, uniform(0, NEGATIVES, step, 0, (8, 10)), same)
         assert (alone[index] != alone).sum() == (index != different).sum() <= 4
 
 
-def test_rows_without_kin_get_any_other_picture():
-    index = sample_itm_pairs(np.arange(8), np.arange(8), uniform(0, WRONG, 0, 0, (8, 10)), np.arange(8), hard_negatives=1.0)
+def test_rows_without_kin_get_any_other_image():
+    index = sample_itm_pairs(np.arange(8), np.arange(8), uniform(0, NEGATIVES, 0, 0, (8, 10)), np.arange(8), hard_negatives=1.0)
     assert (index != np.arange(8)).sum() == 4

@@ -12,7 +12,7 @@ from m3ae_mini import model as model_module
 from m3ae_mini.config import UserError
 from m3ae_mini.model import CrossAttention, SelfAttention, attend, attention_weights
 
-PATCHES, KEPT = 16, 4                       # of the small model's 32 × 32 pictures
+PATCHES, KEPT = 16, 4                       # of the small model's 32 × 32 images
 
 
 def seeded(cfg, seed=0):
@@ -80,7 +80,7 @@ def test_fused_attention_is_plain_attention(width, heads, masked, monkeypatch):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_one_row_stands_beside_many(fused, monkeypatch, small_config, random_batch):
-    """Retrieval shows one picture to a block of texts without copies of it."""
+    """Retrieval shows one image to a block of texts without copies of it."""
     monkeypatch.setattr(model_module, "fused_is_faster", lambda *_: fused)
     cfg = small_config(task="irtr")
     model, batch = M3AE(cfg).double().eval(), random_batch(cfg)
@@ -186,7 +186,7 @@ def test_limits_of_fuse_leave_the_numbers_alone(small_config, random_batch):
         close(both[0], cut_text)
         close(both[1], cut_image)
 
-        for want, queries in itertools.product([("text",), ("image",), ("text", "image")], [None, 1, 3]):
+        for want, num_queries in itertools.product([("text",), ("image",), ("text", "image")], [None, 1, 3]):
             if depth:
                 limited = model.fuse(text, image, mask, depth=depth, streams=want, num_queries=num_queries)
                 for name, mine, whole in zip(("text", "image"), limited, both):
@@ -249,7 +249,7 @@ def test_rows_do_not_see_each_other(small_config, random_batch):
 
 
 def test_each_stream_reads_the_other(small_config, random_batch):
-    """A word's logits depend on the picture, a patch's prediction on the text: the model is cross-modal."""
+    """A word's logits depend on the image, a patch's prediction on the text: the model is cross-modal."""
     cfg = small_config()
     model, batch = seeded(cfg), random_batch(cfg)
     out = model(batch)
@@ -259,7 +259,7 @@ def test_each_stream_reads_the_other(small_config, random_batch):
     assert not torch.equal(out["mim_pred"], model(other_text)["mim_pred"])
 
 
-def test_matching_pairs_texts_with_the_pictures_of_the_index(small_config, random_batch):
+def test_matching_pairs_texts_with_the_images_of_the_index(small_config, random_batch):
     cfg = small_config(mlm=0, mim=0)
     model, batch = seeded(cfg), random_batch(cfg)
     index = torch.tensor([2, 1, 0, 2])
@@ -379,7 +379,7 @@ def test_parameters_of_base():
     pooler, positions = 768 * 768 + 768, (1 + 18 * 18) * 384
     assert ours == 365_589_083
     assert round((ours + pooler + positions) / 1e6, 1) == 366.3
-    assert model.objectives["mim"].pos.numel() == positions
+    assert model.objectives["mim"].pos_embed.numel() == positions
 
 
 @pytest.mark.parametrize("fusion_width", [64, 768])

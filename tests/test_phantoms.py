@@ -1,4 +1,4 @@
-"""The embedded data set: the same for everybody, and its words agree with its pictures."""
+"""The embedded data set: the same for everybody, and its words agree with its images."""
 import pickle
 import re
 from collections import Counter
@@ -21,16 +21,16 @@ def clean(scene) -> np.ndarray:
 
 
 def change(scene, finding) -> np.ndarray:
-    """(SIZE, SIZE): how much the picture owes to one finding."""
+    """(SIZE, SIZE): how much the image owes to one finding."""
     others = tuple(f for f in scene.findings if f != finding)
     return np.abs(clean(scene) - clean(scene._replace(findings=others)))
 
 
-def test_a_picture_is_a_function_of_seed_and_number():
+def test_an_image_is_a_function_of_seed_and_number():
     once = [draw(3, number, SIZE) for number in range(20)]
     again = [draw(3, number, SIZE) for number in reversed(range(20))][::-1]
     assert all(np.array_equal(a, b) for a, b in zip(once, again))
-    assert len({picture.tobytes() for picture in once}) == 20
+    assert len({image.tobytes() for image in once}) == 20
     assert not np.array_equal(draw(3, 0, SIZE), draw(4, 0, SIZE))
 
 
@@ -132,21 +132,21 @@ def test_rows_of_all_tasks_and_splits():
     for task in ("pretrain", "vqa", "cls"):
         found = list(rows(None, task, counts))
         for split, number in counts.items():
-            pictures = {row.picture for row in found if row.split == split}
-            assert len(pictures) == number
-            assert not any(pictures & others for others in seen.values())
-            seen[task, split] = pictures
+            images = {row.image for row in found if row.split == split}
+            assert len(images) == number
+            assert not any(images & others for others in seen.values())
+            seen[task, split] = images
         for row in found:
-            assert row.group == make_scene(*row.picture).kind and row.skip is None
-    assert len({draw(*picture, 16).tobytes() for pictures in seen.values() for picture in pictures}) == 180
+            assert row.group == make_scene(*row.image).kind and row.skip is None
+    assert len({draw(*image, 16).tobytes() for images in seen.values() for image in images}) == 180
 
     pretrain = list(rows(None, "pretrain", counts))
     assert list(rows(None, "irtr", counts)) == pretrain
     assert list(rows(None, "irtr", {"val": 20})) == [row for row in pretrain if row.split == "val"]
     assert [row.text for row in rows(None, "irtr", counts, seed=1)] != [row.text for row in pretrain]
 
-    picture = pickle.loads(pickle.dumps(pretrain[0].picture))
-    assert picture == pretrain[0].picture and picture(32).mode == "L" and picture(32).size == (32, 32)
+    image = pickle.loads(pickle.dumps(pretrain[0].image))
+    assert image == pretrain[0].image and image(32).mode == "L" and image(32).size == (32, 32)
     with pytest.raises(UserError):
         next(rows(None, "segmentation"))
 
@@ -154,7 +154,7 @@ def test_rows_of_all_tasks_and_splits():
 def test_answers_agree_with_the_scene():
     answers = {}
     for row in rows(None, "vqa", {"train": 1500}):
-        scene, question = make_scene(*row.picture), row.text.lower()
+        scene, question = make_scene(*row.image), row.text.lower()
         names = {f.name: f for f in scene.findings}
         asked = next((name for name in sum(FINDINGS.values(), ()) if name in question), None)
         assert row.closed == (row.answer in ("yes", "no")) and row.answer == row.answer.lower()
@@ -187,6 +187,6 @@ def test_answers_agree_with_the_scene():
 def test_classes_are_the_single_findings():
     found = list(rows(None, "cls", {"train": 300}))
     for row in found:
-        findings = make_scene(*row.picture).findings
+        findings = make_scene(*row.image).findings
         assert [row.label] == ([f.name for f in findings] or ["normal"]) and row.label not in row.text.lower()
     assert len({row.label for row in found}) == 9

@@ -1,4 +1,4 @@
-"""Packing: pictures of every kind, the readers on miniatures of their data sets, and what goes wrong."""
+"""Packing: images of every kind, the readers on miniatures of their data sets, and what goes wrong."""
 import json
 import os
 import signal
@@ -24,13 +24,13 @@ needs = partial(pytest.mark.skipif, reason="the real data set is not here")
 
 
 def noise(width, height, channels=None, seed=0):
-    """A picture of random pixels, mode L or (with 3 or 4 channels) RGB or RGBA."""
+    """An image of random pixels, mode L or (with 3 or 4 channels) RGB or RGBA."""
     shape = (height, width, channels) if channels else (height, width)
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
 
 
 def drawn(size, seed=0):
-    """A picture that is drawn, not read: partial(drawn, seed=3) is a source."""
+    """An image that is drawn, not read: partial(drawn, seed=3) is a source."""
     return noise(size, size, 3 if seed % 2 else None, seed)
 
 
@@ -46,19 +46,19 @@ def json_lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def picture(folder, number):
-    """Picture `number` of the pack in `folder`: (S, S) or (3, S, S), as it lies on the disk."""
+def image(folder, number):
+    """Image `number` of the pack in `folder`: (S, S) or (3, S, S), as it lies on the disk."""
     size, offsets = Pack(folder).size, np.load(folder / "offsets.npy")
     pixels = np.fromfile(folder / "images.bin", dtype=np.uint8)[offsets[number]:offsets[number + 1]]
     return pixels.reshape(-1, size, size).squeeze()
 
 
-# ---------------------------------------------------------------------------------------------- one picture
+# ---------------------------------------------------------------------------------------------- one image
 
 def opened(tmp_path, image, kind="png", **options):
-    path = tmp_path / f"picture.{kind}"
+    path = tmp_path / f"image.{kind}"
     image.save(path, **options)
-    return prepare.open_picture(path)
+    return prepare.open_image(path)
 
 
 def test_grey_and_colour_stay_as_they_are(tmp_path):
@@ -81,17 +81,17 @@ def test_deep_grey_whose_zero_is_white(tmp_path):
     for dtype, top in (np.uint8, 255), (np.uint16, 4095):
         ramp = np.linspace(0, top, 40).astype(dtype).reshape(5, 8)
         opened(tmp_path, Image.fromarray(ramp), "tiff")
-        file, entry = tmp_path / "picture.tiff", struct.pack("<HHI", 262, 3, 1)    # PhotometricInterpretation
+        file, entry = tmp_path / "image.tiff", struct.pack("<HHI", 262, 3, 1)    # PhotometricInterpretation
         assert entry + b"\1" in file.read_bytes()
         file.write_bytes(file.read_bytes().replace(entry + b"\1", entry + b"\0"))     # white is zero
-        seen = np.asarray(prepare.open_picture(file))
+        seen = np.asarray(prepare.open_image(file))
         assert (seen[0, 0], seen[-1, -1]) == (255, 0)
 
 
 def test_what_pillow_would_cut_is_refused(tmp_path):
     frames = [noise(8, 8, seed=seed) for seed in range(3)]
     for kind in "tiff", "gif":
-        with pytest.raises(ValueError, match="holds 3 pictures"):
+        with pytest.raises(ValueError, match="holds 3 images"):
             opened(tmp_path, frames[0], kind, save_all=True, append_images=frames[1:])
     raw = b"".join(bytes([0]) + row.tobytes() for row in np.full((4, 4, 2), 300, dtype=">u2"))  # filter 0
 
@@ -101,7 +101,7 @@ def test_what_pillow_would_cut_is_refused(tmp_path):
     (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
                                         + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b""))
     with pytest.raises(ValueError, match="16 bits with transparency"):
-        prepare.open_picture(tmp_path / "deep.png")
+        prepare.open_image(tmp_path / "deep.png")
 
 
 def test_float_pixels_that_are_no_numbers_turn_black(tmp_path):
@@ -183,31 +183,31 @@ def test_grey_takes_one_plane(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "bmp", "tiff", "gif", "webp", "ppm"])
-def test_a_truncated_picture_is_refused(tmp_path, kind):
-    path = tmp_path / f"picture.{kind}"
+def test_a_truncated_image_is_refused(tmp_path, kind):
+    path = tmp_path / f"image.{kind}"
     noise(60, 60, 3).save(path)
-    prepare.open_picture(path)
+    prepare.open_image(path)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(OSError):
-        prepare.open_picture(path)
+        prepare.open_image(path)
 
 
-def test_a_picture_bomb_is_refused_before_it_is_decoded(tmp_path):
+def test_an_image_bomb_is_refused_before_it_is_decoded(tmp_path):
     Image.new("1", (10_000, 9_000)).save(tmp_path / "bomb.png")
     with pytest.raises(Image.DecompressionBombWarning):
-        prepare.open_picture(tmp_path / "bomb.png")
+        prepare.open_image(tmp_path / "bomb.png")
     with pytest.raises(ValueError, match="elongated"):   # it would be one only after resizing
         prepare.square(Image.new("L", (40_000, 1)), 288)
 
 
-def test_a_picture_that_would_start_a_program_is_refused(tmp_path):
+def test_an_image_that_would_start_a_program_is_refused(tmp_path):
     """PostScript is drawn by a program beside Pillow, whatever the file's name says."""
     noise(20, 20, 3).save(tmp_path / "0.eps")
     os.rename(tmp_path / "0.eps", tmp_path / "0.png")
-    with Image.open(tmp_path / "0.png") as picture:          # Pillow would
-        assert picture.format == "EPS"
+    with Image.open(tmp_path / "0.png") as image:          # Pillow would
+        assert image.format == "EPS"
     with pytest.raises(UnidentifiedImageError):
-        prepare.open_picture(tmp_path / "0.png")
+        prepare.open_image(tmp_path / "0.png")
 
 
 # ------------------------------------------------------------------------------------------------- the pack
@@ -217,16 +217,16 @@ TEXT_WITH_BREAKS = "Chest radiograph.\n\n  •\tNo effusion. "
 
 @pytest.fixture
 def records(tmp_path):
-    """A JSON lines table of 22 pictures, one of them used three times, in a folder of its own."""
+    """A JSON lines table of 22 images, one of them used three times, in a folder of its own."""
     root = tmp_path / "records"
-    (root / "pictures").mkdir(parents=True)
+    (root / "images").mkdir(parents=True)
     entries = []
     for i in range(22):
-        noise(30, 20, 3 if i == 1 else None, seed=i).save(root / "pictures" / f"{i}.png")
-        entries.append({"image": f"pictures/{i}.png", "caption": f"Finding {i}", "label": "ab"[i % 2],
+        noise(30, 20, 3 if i == 1 else None, seed=i).save(root / "images" / f"{i}.png")
+        entries.append({"image": f"images/{i}.png", "caption": f"Finding {i}", "label": "ab"[i % 2],
                         "split": ["train", "dev", "test"][i % 3]})
     entries[0] |= {"caption": TEXT_WITH_BREAKS, "group": "CT", "answer": 2, "closed": True}
-    entries.append(entries[0] | {"caption": "Finding 3"})       # the picture again, the text of another
+    entries.append(entries[0] | {"caption": "Finding 3"})       # the image again, the text of another
     entries.append(entries[0])                                  # the pair again
     entries.append(entries[1] | {"caption": " \n"})             # no text
     (root / "table.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
@@ -245,7 +245,7 @@ def test_what_a_pack_holds(records, tmp_path):
     Pack(out).verify()
     assert listing(out.parent) == ["mine"]
     assert listing(out) == sorted([*meta["files"], "meta.json"])
-    assert meta["samples"] == {"train": 9, "val": 7, "test": 7} and meta["pictures"] == 22
+    assert meta["samples"] == {"train": 9, "val": 7, "test": 7} and meta["images"] == 22
     assert meta["labels"] == ["a", "b"] and meta["groups"] == ["CT"]
     assert meta["skipped"] == {"duplicate": 1, "no text": 1}
     assert [entry["reason"] for entry in json_lines(out / "skipped.jsonl")] == ["duplicate", "no text"]
@@ -253,17 +253,17 @@ def test_what_a_pack_holds(records, tmp_path):
     samples, numbers = json_lines(out / "samples.jsonl"), np.load(out / "samples.npy")
     assert numbers.dtype == SAMPLE_DTYPE and len(numbers) == len(samples) == 23
     assert [sample["split"] for sample in samples] == ["train"] * 9 + ["val"] * 7 + ["test"] * 7
-    assert samples[0] == {"picture": 0, "text": "Chest radiograph. • No effusion.", "split": "train",
+    assert samples[0] == {"image": 0, "text": "Chest radiograph. • No effusion.", "split": "train",
                           "answer": "2", "closed": True, "label": "a", "group": "CT",
-                          "source": "pictures/0.png"}
+                          "source": "images/0.png"}
     raw = (out / "samples.jsonl").read_bytes()
     for sample, row in zip(samples, numbers):
         assert json.loads(raw[row["line"]:].split(b"\n")[0]) == sample
-        assert row["picture"] == sample["picture"] and meta["labels"][row["label"]] == sample["label"]
+        assert row["image"] == sample["image"] and meta["labels"][row["label"]] == sample["label"]
         assert row["group"] == (0 if "group" in sample else -1)
         assert row["closed"] == (1 if "closed" in sample else -1)
 
-    again = [i for i, sample in enumerate(samples) if sample["source"] == "pictures/0.png"]
+    again = [i for i, sample in enumerate(samples) if sample["source"] == "images/0.png"]
     assert [samples[i]["text"] for i in again] == ["Chest radiograph. • No effusion.", "Finding 3"]
     same_text = [i for i, sample in enumerate(samples) if sample["text"] == "Finding 3"]
     assert len(same_text) == 2 and len(set(numbers["text"][same_text])) == 1
@@ -272,7 +272,7 @@ def test_what_a_pack_holds(records, tmp_path):
     for sample in samples:
         image = Image.open(records / sample["source"])
         expected = np.asarray(prepare.square(image, 16))
-        assert np.array_equal(picture(out, sample["picture"]),
+        assert np.array_equal(image(out, sample["image"]),
                               expected if image.mode == "L" else expected.transpose(2, 0, 1))
 
 
@@ -287,38 +287,38 @@ def test_any_number_of_workers_gives_the_same_pack(tmp_path):
         prepare.pack(rows_of(100), tmp_path / str(workers), "drawn", "pretrain", 24, workers=workers)
     for name in listing(tmp_path / "1"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
-    assert np.array_equal(picture(tmp_path / "2", 98), drawn(24, 98))
+    assert np.array_equal(image(tmp_path / "2", 98), drawn(24, 98))
 
 
-def test_five_percent_of_the_pictures_may_be_missing(records, tmp_path):
-    (records / "pictures" / "4.png").unlink()
-    (records / "pictures" / "5.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="2 of 22 pictures cannot be packed, the first is .*4.png"):
+def test_five_percent_of_the_images_may_be_missing(records, tmp_path):
+    (records / "images" / "4.png").unlink()
+    (records / "images" / "5.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="2 of 22 images cannot be packed, the first is .*4.png"):
         packed(records, tmp_path / "pack")
     assert listing(tmp_path) == ["records"]
 
     meta = packed(records, tmp_path / "allowed", allow_missing=True)
-    assert meta["pictures"] == 20
-    assert meta["skipped"] == {"duplicate": 1, "missing picture": 1, "no text": 1, "unreadable picture": 1}
+    assert meta["images"] == 20
+    assert meta["skipped"] == {"duplicate": 1, "missing image": 1, "no text": 1, "unreadable image": 1}
     unreadable = json_lines(tmp_path / "allowed" / "skipped.jsonl")[-1]
-    assert unreadable["reason"] == "unreadable picture" and "cannot identify" in unreadable["detail"]
+    assert unreadable["reason"] == "unreadable image" and "cannot identify" in unreadable["detail"]
     assert unreadable["text"] == "Finding 5"
 
-    noise(30, 20).save(records / "pictures" / "4.png")   # 1 of 22 is under 5 %
-    assert packed(records, tmp_path / "pack")["skipped"]["unreadable picture"] == 1
+    noise(30, 20).save(records / "images" / "4.png")   # 1 of 22 is under 5 %
+    assert packed(records, tmp_path / "pack")["skipped"]["unreadable image"] == 1
 
 
 def test_names_that_leave_the_folder_are_refused(records, tmp_path):
     noise(9, 9).save(tmp_path / "secret.png")
     (records / "link.png").symlink_to(tmp_path / "secret.png")
-    (records / "inner.png").symlink_to(records / "pictures" / "7.png")
-    names = ["../secret.png", "pictures/../../secret.png", str(tmp_path / "secret.png"), "link.png",
+    (records / "inner.png").symlink_to(records / "images" / "7.png")
+    names = ["../secret.png", "images/../../secret.png", str(tmp_path / "secret.png"), "link.png",
              "inner.png", "a\0b.png"]
     with open(records / "table.jsonl", "a") as file:
         for name in names:
             file.write(json.dumps({"image": name, "caption": f"leave {name!r}", "split": "train"}) + "\n")
     meta = packed(records, tmp_path / "pack", allow_missing=True)
-    assert meta["skipped"]["outside the data set's folder"] == 4 and meta["skipped"]["missing picture"] == 1
+    assert meta["skipped"]["outside the data set's folder"] == 4 and meta["skipped"]["missing image"] == 1
     texts = [s["source"] for s in json_lines(tmp_path / "pack" / "samples.jsonl") if "leave" in s["text"]]
     assert texts == ["inner.png"]
 
@@ -329,8 +329,8 @@ def test_an_existing_pack_is_replaced_only_on_demand(records, tmp_path):
     before = (out / "images.bin").read_bytes()
     with pytest.raises(UserError, match="exists already"):
         packed(records, out, size=8)
-    (records / "pictures" / "1.png").write_bytes(b"")
-    (records / "pictures" / "2.png").write_bytes(b"")
+    (records / "images" / "1.png").write_bytes(b"")
+    (records / "images" / "2.png").write_bytes(b"")
     with pytest.raises(UserError, match="cannot be packed"):
         packed(records, out, size=8, overwrite=True)
     assert (out / "images.bin").read_bytes() == before
@@ -411,7 +411,7 @@ def test_an_interrupt_leaves_nothing(tmp_path):
     for i in range(1, 5000):   # half a minute of work
         os.link(root / "0.png", root / f"{i}.png")
     lines = [f"{i}.png,Caption {i},train" for i in range(5000)]
-    (root / "table.csv").write_text("\n".join(["picture,text,split"] + lines))
+    (root / "table.csv").write_text("\n".join(["image,text,split"] + lines))
     (tmp_path / "packs").mkdir()
 
     process = subprocess.Popen(
@@ -429,12 +429,12 @@ def test_an_interrupt_leaves_nothing(tmp_path):
 
 
 def test_a_sheet_of_a_damaged_pack(records, tmp_path):
-    """A line that names another picture: its length is right, so the pack opens."""
+    """A line that names another image: its length is right, so the pack opens."""
     out = tmp_path / "pack"
     packed(records, out)
     sheet = prepare.contact_sheet(Pack(out))
     lines = (out / "samples.jsonl").read_bytes()
-    (out / "samples.jsonl").write_bytes(lines.replace(b'"picture": 12,', b'"picture": 92,'))
+    (out / "samples.jsonl").write_bytes(lines.replace(b'"image": 12,', b'"image": 92,'))
     assert prepare.contact_sheet(Pack(out)) == sheet           # what samples.npy says counts
     with pytest.raises(UserError, match="samples.jsonl does not have the check sum"):
         Pack(out).verify()
@@ -454,7 +454,7 @@ def test_command_line(records, tmp_path, capsys):
     out = tmp_path / "pack"
     assert prepare.main(["table", "--root", str(records), "--out", str(out), "--size", "16"]) == 0
     said = capsys.readouterr().out
-    assert "22 pictures of 16 x 16" in said and "9 train, 7 val, 7 test" in said and "1 duplicate" in said
+    assert "22 images of 16 x 16" in said and "9 train, 7 val, 7 test" in said and "1 duplicate" in said
     assert prepare.main(["--verify", str(out)]) == 0
     assert prepare.main(["--show", str(out)]) == 0
     with Image.open(tmp_path / "pack.png") as sheet:
@@ -487,7 +487,7 @@ def test_command_line(records, tmp_path, capsys):
     assert listing(tmp_path) == ["pack", "pack.png", "records"]
 
 
-def test_exclude_knows_pictures_by_their_names(tmp_path):
+def test_exclude_knows_images_by_their_names(tmp_path):
     for name in "synpic1.jpg", "synpic22.png":
         (tmp_path / name).touch()
     names = ["MPX7_synpic1.png", "MPX7_synpic2.png", "synpic22.jpg", "a_synpic222.png"]
@@ -499,7 +499,7 @@ def test_exclude_knows_pictures_by_their_names(tmp_path):
     assert [row.skip for row in rows] == ["excluded", None, "excluded", None]
     with pytest.raises(UserError, match="no folder"):
         list(prepare.excluding([], tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="none of the pictures is in"):       # that of the data set, say
+    with pytest.raises(UserError, match="none of the images is in"):       # that of the data set, say
         list(prepare.excluding([Row("train", Path("synpic3.jpg"), "text")], tmp_path))
 
 
@@ -516,21 +516,21 @@ def test_csv(tmp_path):
     assert rows[1] == Row("val", tmp_path / "b/c.png", "Where is it?", "", False)
 
 
-def test_a_table_without_splits_is_split_by_picture(tmp_path):
+def test_a_table_without_splits_is_split_by_image(tmp_path):
     lines = [f"{i // 2}.png,text {i}" for i in range(4000)]
     (tmp_path / "t.csv").write_text("\n".join(["file,text"] + lines))
     rows = list(table.rows(tmp_path, "pretrain"))
-    splits = {row.picture: row.split for row in rows}
-    assert all(row.split == splits[row.picture] for row in rows)
+    splits = {row.image: row.split for row in rows}
+    assert all(row.split == splits[row.image] for row in rows)
     share = {split: list(splits.values()).count(split) / 2000 for split in SPLITS}
     assert abs(share["val"] - 0.1) < 0.02 and abs(share["test"] - 0.1) < 0.02
     (tmp_path / "t.csv").write_text("\n".join(["file,text"] + [f"./{line}" for line in lines]))
-    again = list(table.rows(tmp_path, "pretrain"))             # the same pictures, spelled otherwise
+    again = list(table.rows(tmp_path, "pretrain"))             # the same images, spelled otherwise
     assert [row.split for row in again] == [row.split for row in rows]
     assert [round(draw(f"{i}.png"), 6) for i in range(3)] == [0.059171, 0.579619, 0.201021]   # for ever
 
 
-def test_all_pictures_of_a_patient_are_in_one_split_and_answers_in_one_spelling(tmp_path):
+def test_all_images_of_a_patient_are_in_one_split_and_answers_in_one_spelling(tmp_path):
     lines = [f"{i}.png,text {i},p{i // 7},The Left#on  the LEFT!#," for i in range(700)]
     (tmp_path / "t.csv").write_text("\n".join(["file,text,patient,answer,split"] + lines))
     rows = list(table.rows(tmp_path, "vqa"))
@@ -542,19 +542,19 @@ def test_all_pictures_of_a_patient_are_in_one_split_and_answers_in_one_spelling(
 @pytest.mark.parametrize("name, lines, sentence", [
     ("t.jsonl", ['{"image": "a", "text": "b"}', '{"image": "a", '], "t.jsonl, line 2: not valid JSON"),
     ("t.jsonl", ['["a"]'], "line 1: not a JSON object"),
-    ("t.jsonl", ['{"text": "b"}'], "line 1: no picture .* among text"),
+    ("t.jsonl", ['{"text": "b"}'], "line 1: no image .* among text"),
     ("t.jsonl", ['{"image": "a", "text": ["b"]}'], "line 1: text is not plain text"),
     ("t.jsonl", ['{"image": "a", "text": "b", "split": "tain"}'], "line 1: the split is 'tain'"),
     ("t.jsonl", ['{"image": "a", "text": "b", "closed": 3}'], "line 1: closed is '3'"),
-    ("t.csv", ["picture,text", "a,b", "a,b,c"], "t.csv, line 3: 3 fields, not 2"),
-    ("t.csv", ["picture,text", 'a,"b'], "line 2: not valid CSV"),
-    ("t.csv", ["picture,text", ",b"], "line 2: the picture's name is empty"),
-    ("t.csv", ["picture,words", "a,b"], "line 2: no text .* among picture, words"),
-    ("t.csv", ["picture,caption,question", "a,b,c"], "line 2: which is meant, caption or question"),
-    ("t.csv", ["picture,text,text", "a,b,c"], "line 1: the column 'text' stands there twice"),
-    ("t.csv", ["picture,Text,text", "a,b,c"], "line 2: text stands there twice"),
-    ("t.csv", ["picture,text,split", "a,b,train", "c,d,"], "line 3: some rows have a split and some none"),
-    ("t.txt", ["picture,text"], "holds no table"),
+    ("t.csv", ["image,text", "a,b", "a,b,c"], "t.csv, line 3: 3 fields, not 2"),
+    ("t.csv", ["image,text", 'a,"b'], "line 2: not valid CSV"),
+    ("t.csv", ["image,text", ",b"], "line 2: the image's name is empty"),
+    ("t.csv", ["image,words", "a,b"], "line 2: no text .* among image, words"),
+    ("t.csv", ["image,caption,question", "a,b,c"], "line 2: which is meant, caption or question"),
+    ("t.csv", ["image,text,text", "a,b,c"], "line 1: the column 'text' stands there twice"),
+    ("t.csv", ["image,Text,text", "a,b,c"], "line 2: text stands there twice"),
+    ("t.csv", ["image,text,split", "a,b,train", "c,d,"], "line 3: some rows have a split and some none"),
+    ("t.txt", ["image,text"], "holds no table"),
 ])
 def test_a_malformed_table_is_named_by_file_and_line(tmp_path, name, lines, sentence):
     (tmp_path / name).write_text("\n".join(lines))
@@ -565,17 +565,17 @@ def test_a_malformed_table_is_named_by_file_and_line(tmp_path, name, lines, sent
 def test_what_tables_hold_besides(tmp_path):
     """An ending in capitals, a line of commas, a choice called A, a path in two spellings; NaN as an empty
     cell, as pandas writes it; a column of lists that nothing reads."""
-    (tmp_path / "T.CSV").write_text("picture,text,answer\na.png,Which?,A\n,,\nb/../a.png,Which?,The B#a\n")
+    (tmp_path / "T.CSV").write_text("image,text,answer\na.png,Which?,A\n,,\nb/../a.png,Which?,The B#a\n")
     first, second = table.rows(tmp_path, "vqa")
-    assert (first.answer, second.answer) == ("a", "b#a") and first.picture == second.picture
+    assert (first.answer, second.answer) == ("a", "b#a") and first.image == second.image
     (tmp_path / "T.CSV").unlink()
     (tmp_path / "t.jsonl").write_text(
-        '{"picture": "a.png", "text": "Which?", "answer": NaN, "patient": NaN, "box": [1, 2]}')
+        '{"image": "a.png", "text": "Which?", "answer": NaN, "patient": NaN, "box": [1, 2]}')
     assert [(row.answer, row.text) for row in table.rows(tmp_path, "vqa")] == [("", "Which?")]
 
 
 def test_a_table_must_be_one_and_utf8(tmp_path):
-    (tmp_path / "a.csv").write_bytes("picture,text\na.png,caf\u00e9\n".encode("latin-1"))
+    (tmp_path / "a.csv").write_bytes("image,text\na.png,caf\u00e9\n".encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8"):
         list(table.rows(tmp_path, "pretrain"))
     (tmp_path / "b.jsonl").touch()
@@ -644,35 +644,35 @@ def test_roco(tmp_path, validation):
     write_lines(references / "roco_train_references.jsonl",
                 {"roco_image_id": "PMC2_fig 2.jpg", "gorc_references": ["Figure 2 shows this.", "See Fig."]},
                 {"roco_image_id": "PMC3_fig 3.jpg", "gorc_references": None},
-                {"roco_image_id": "PMC99_fig 3.jpg", "gorc_references": ["Of no picture here."]})
+                {"roco_image_id": "PMC99_fig 3.jpg", "gorc_references": ["Of no image here."]})
     more = list(roco.rows(root, "pretrain"))
     added = [row for row in more if row not in rows]
-    assert [(row.picture.stem, row.text, row.skip) for row in added] == [
+    assert [(row.image.stem, row.text, row.skip) for row in added] == [
         ("ROCO_00002", "Figure 2 shows this.", None), ("ROCO_00002", "See Fig.", "under 3 words")]
     meta = packed(root, tmp_path / "pack", reader=roco)
-    assert meta["pictures"] == 29 and meta["samples"] == {"train": 4, "val": 16, "test": 10}
+    assert meta["images"] == 29 and meta["samples"] == {"train": 4, "val": 16, "test": 10}
 
 
 def test_roco_retrieval_takes_pairs_that_are_there(tmp_path, monkeypatch):
     monkeypatch.setattr(roco, "RETRIEVAL_PAIRS", 8)
     roco_miniature(tmp_path)
-    first = [row.picture for row in roco.rows(tmp_path, "irtr") if row.split == "val"]
-    assert len(first) == 8 and first == sorted(first, key=lambda picture: draw(picture.stem))
+    first = [row.image for row in roco.rows(tmp_path, "irtr") if row.split == "val"]
+    assert len(first) == 8 and first == sorted(first, key=lambda image: draw(image.stem))
     first[0].unlink()
     rows = list(roco.rows(tmp_path, "irtr"))
-    second = [row.picture for row in rows if row.split == "val"]
+    second = [row.image for row in rows if row.split == "val"]
     assert second[:8] == first and len(second) == 9   # the missing one is listed, another takes its place
     assert len([row for row in rows if row.split == "train"]) == 4
     with pytest.raises(UserError, match="task vqa"):
         list(roco.rows(tmp_path, "vqa"))
 
 
-def test_roco_without_pictures(tmp_path, capsys):
+def test_roco_without_images(tmp_path, capsys):
     roco_miniature(tmp_path / "roco")
     for path in (tmp_path / "roco").rglob("*.jpg"):
         path.unlink()
     said = refused(capsys, "roco", "--root", tmp_path / "roco", "--out", tmp_path / "pack")
-    assert "29 of 29 pictures" in said and "train/radiology/images/ROCO_00001.jpg (missing picture)" in said
+    assert "29 of 29 images" in said and "train/radiology/images/ROCO_00001.jpg (missing image)" in said
     assert listing(tmp_path) == ["roco"]
 
     captions = tmp_path / "roco" / "test" / "radiology" / "captions.txt"
@@ -689,11 +689,11 @@ def test_medicat(tmp_path, monkeypatch):
                for i in range(30)]
     write_lines(tmp_path / "release" / medicat.ANNOTATIONS, *entries)
     rows = list(medicat.rows(tmp_path, "pretrain"))
-    usable = {row.picture.name: row.split for row in rows if row.skip is None}
+    usable = {row.image.name: row.split for row in rows if row.skip is None}
     assert len(usable) == 28   # not the figure that is no radiology, nor the one without a text
     assert "paper2_5-Figure1-1.png" not in usable and "paper3_6-Figure1-1.png" not in usable
     assert list(usable.values()) == ["val"] * 4 + ["test"] * 4 + ["train"] * 20
-    of_one = [row for row in rows if row.picture == tmp_path / "release/figures/paper0_1-Figure1-1.png"]
+    of_one = [row for row in rows if row.image == tmp_path / "release/figures/paper0_1-Figure1-1.png"]
     assert [row.text for row in of_one] == ["Axial CT number 1.", "Figure 1 shows a mass.", "See Figure"]
     assert [row.skip for row in of_one] == [None, None, "under 3 words"]
 
@@ -716,7 +716,7 @@ def test_real_medpix():
     assert count == {"train": 1653, "val": 197, "test": 200}
     assert placeholders == {"train": 15, "val": 6, "test": 0}
     assert len({row.label for row in rows}) == 5 and len({row.group for row in rows}) == 10
-    assert all(row.picture.is_file() for row in rows)
+    assert all(row.image.is_file() for row in rows)
     kept, skipped = prepare.sift(rows, "pretrain")
     assert len(kept) == 2029 and len(skipped) == 21 and not any("\n" in row.text for row in kept)
 
@@ -728,9 +728,9 @@ def test_real_medpix_without_vqa_rad():
 
 
 @needs(not (REAL / "roco").is_dir())
-def test_real_roco_has_no_pictures(tmp_path, capsys):
+def test_real_roco_has_no_images(tmp_path, capsys):
     rows = list(roco.rows(REAL / "roco", "pretrain"))
     assert sum(row.skip is not None for row in rows) == 116 + 131 and len(rows) == 8179 + 8180
     said = refused(capsys, "roco", "--root", REAL / "roco", "--out", tmp_path / "pack")
-    assert "16,112 of 16,112 pictures" in said and "validation/radiology/images/ROCO_00020.jpg" in said
+    assert "16,112 of 16,112 images" in said and "validation/radiology/images/ROCO_00020.jpg" in said
     assert listing(tmp_path) == []

@@ -17,7 +17,7 @@ REAL = Path(__file__).parent.parent.parent / "shared" / "data"
 needs = partial(pytest.mark.skipif, reason="the real data set is not here")
 
 
-def draw_pictures(folder, *names):
+def draw_images(folder, *names):
     for i, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,20 +63,20 @@ def test_answers_in_one_spelling(given, normal):
 
 # --------------------------------------------------------------------------------------------------- VQA-RAD
 
-def rad_entry(qid, answer="Yes", kind="CLOSED", picture=None, question=None):
-    return {"qid": qid, "image_name": f"synpic{picture or qid % 20}.jpg", "image_organ": "CHEST",
+def rad_entry(qid, answer="Yes", kind="CLOSED", image=None, question=None):
+    return {"qid": qid, "image_name": f"synpic{image or qid % 20}.jpg", "image_organ": "CHEST",
             "question": question or f"Is finding {qid} there?", "answer": answer, "answer_type": kind}
 
 
 def rad_miniature(root):
     train = [rad_entry(qid) for qid in range(200)]
-    train += [rad_entry(200 + qid, picture=qid % 20, question=f"  is finding {qid}  THERE? ")
+    train += [rad_entry(200 + qid, image=qid % 20, question=f"  is finding {qid}  THERE? ")
               for qid in range(1, 100) if qid % 20]                                  # asked again
     train[0] |= {"answer": 12, "answer_type": "OPEN"}                                # a JSON number
     train[1] |= {"answer": "The X-ray", "answer_type": "closed "}
     write(root / "trainset.json", train)
     write(root / "testset.json", [rad_entry(qid, 2.5, " Open") for qid in range(900, 910)])
-    draw_pictures(root / "images", *[f"synpic{i}.jpg" for i in range(20)])
+    draw_images(root / "images", *[f"synpic{i}.jpg" for i in range(20)])
 
 
 def test_vqa_rad(tmp_path):
@@ -89,15 +89,15 @@ def test_vqa_rad(tmp_path):
     assert (rows[1].answer, rows[1].closed) == ("x ray", True)
     assert {(row.answer, row.closed) for row in rows if row.split == "test"} == {("2.5", False)}
 
-    held = {(row.picture, prepare.clean(row.text).lower()) for row in rows if row.split == "val"}
-    learned = {(row.picture, prepare.clean(row.text).lower()) for row in rows if row.split == "train"}
+    held = {(row.image, prepare.clean(row.text).lower()) for row in rows if row.split == "val"}
+    learned = {(row.image, prepare.clean(row.text).lower()) for row in rows if row.split == "train"}
     assert not held & learned and 10 <= len(held) <= 30
     write(root / "trainset.json", json.loads((root / "trainset.json").read_text())[::-1])
     again = list(vqa_rad.rows(root, "vqa"))   # nothing but the question itself decides
     assert sorted(map(str, again)) == sorted(map(str, rows))
 
     meta, samples, _ = packed(vqa_rad, root, tmp_path / "pack")
-    assert meta["pictures"] == 20 and sum(meta["samples"].values()) == 305 and not meta["skipped"]
+    assert meta["images"] == 20 and sum(meta["samples"].values()) == 305 and not meta["skipped"]
     assert [sample["answer"] for sample in samples if sample["split"] == "test"] == ["2.5"] * 10
     with pytest.raises(UserError, match="nothing for the task cls"):
         list(vqa_rad.rows(root, "cls"))
@@ -163,12 +163,12 @@ def test_odd_but_legal_values_are_counted(tmp_path):
     write(tmp_path / "rad" / "trainset.json", train)
     meta, samples, skipped = packed(vqa_rad, tmp_path / "rad", tmp_path / "pack")   # 1 of 20 is not above 5 %
     assert meta["skipped"]["no answer"] == 2 and meta["skipped"]["no text"] == 1
-    missing = [entry for entry in skipped if entry["reason"] == "missing picture"]
-    assert missing and all(entry["picture"].endswith("synpic7.jpg") for entry in missing)
+    missing = [entry for entry in skipped if entry["reason"] == "missing image"]
+    assert missing and all(entry["image"].endswith("synpic7.jpg") for entry in missing)
     assert len(skipped) == len(missing) + 3 and len(samples) + len(skipped) == 305 and "5" in meta["groups"]
 
     (tmp_path / "rad" / "images" / "synpic8.jpg").unlink()
-    with pytest.raises(UserError, match=r"2 of 20 pictures .*synpic[78].jpg \(missing picture\)"):
+    with pytest.raises(UserError, match=r"2 of 20 images .*synpic[78].jpg \(missing image\)"):
         packed(vqa_rad, tmp_path / "rad", tmp_path / "strict")
 
 
@@ -187,16 +187,16 @@ def test_slake(tmp_path):
         slake_entry("xmlab1/source.jpg", "How many kidneys?", 2, "open", location="")])
     write(root / "validate.json", [slake_entry("xmlab2/source.jpg", "Is it an MRI?", "No", " closed")])
     write(root / "test.json", [slake_entry("xmlab2/source.jpg", "器官?", "是", language="zh")])
-    draw_pictures(root / "imgs", "xmlab1/source.jpg", "xmlab2/source.jpg")
+    draw_images(root / "imgs", "xmlab1/source.jpg", "xmlab2/source.jpg")
     rows = list(slake.rows(root, "vqa"))
-    picture = root / "imgs" / "xmlab1" / "source.jpg"
-    assert rows[0] == Row("train", picture, "Which organ is it?", "liver kidney", False, group="MRI Brain")
-    assert rows[1] == Row("train", picture, "图中有什么器官?", skip="not English")
+    image = root / "imgs" / "xmlab1" / "source.jpg"
+    assert rows[0] == Row("train", image, "Which organ is it?", "liver kidney", False, group="MRI Brain")
+    assert rows[1] == Row("train", image, "图中有什么器官?", skip="not English")
     assert (rows[2].answer, rows[2].closed, rows[2].group) == ("2", False, "MRI")
     assert (rows[3].split, rows[3].answer, rows[3].closed) == ("val", "no", True)
 
     meta, _, _ = packed(slake, root, tmp_path / "pack")
-    assert meta["pictures"] == 2 and meta["samples"] == {"train": 2, "val": 1, "test": 0}
+    assert meta["images"] == 2 and meta["samples"] == {"train": 2, "val": 1, "test": 0}
     assert meta["skipped"] == {"not English": 2}
     with pytest.raises(UserError, match="nothing for the task irtr"):
         list(slake.rows(root, "irtr"))
@@ -213,7 +213,7 @@ def test_slake(tmp_path):
 
 def test_lists_that_are_hostile(tmp_path):
     """Too deep, numbers too long, lists for texts: one sentence. Names that no system takes: a missing
-    picture. What is quoted on the terminal can't command it."""
+    image. What is quoted on the terminal can't command it."""
     rad_miniature(tmp_path)
     for content, sentence in (("[" * 10 ** 5, "line 1: not valid JSON .too deep"),
                               ("[" + "1" * 5000 + "]", "not valid JSON .a number of thousands"),
@@ -224,7 +224,7 @@ def test_lists_that_are_hostile(tmp_path):
             list(vqa_rad.rows(tmp_path, "vqa"))
         assert str(error.value).isprintable()
     for name in "\ud800.jpg", "a\0b.jpg", "x" * 5000:
-        assert prepare.unusable(tmp_path / name, tmp_path) == "missing picture"
+        assert prepare.unusable(tmp_path / name, tmp_path) == "missing image"
 
 
 # ---------------------------------------------------------------------------------------------- VQA-Med-2019
@@ -238,11 +238,11 @@ def med_miniature(root):
         for i, category in enumerate(vqa_med_2019.CATEGORIES, start=1):
             write(folder / "QAPairsByCategory" / f"C{i}_{category}_{split}.txt",
                   f"synpic1|what is the {category}?|The {category}, one\nsynpic2|is it so?|yes\n")
-        draw_pictures(folder / f"{split.capitalize()}_images", "synpic1.jpg", "synpic2.jpg")
+        draw_images(folder / f"{split.capitalize()}_images", "synpic1.jpg", "synpic2.jpg")
     write(root / MED_TEST, "synpic9|modality|Which?|cta - ct angiography\r\n\r\n"
                            "synpic9|Organ|Which organ?|heart and vessels#Lung, mediastinum#The\n"
                            "synpic8|abnormality|What is wrong?|a#b\n")
-    draw_pictures(root / "VQAMed2019Test" / "VQAMed2019_Test_Images", "synpic8.jpg", "synpic9.jpg")
+    draw_images(root / "VQAMed2019Test" / "VQAMed2019_Test_Images", "synpic8.jpg", "synpic9.jpg")
 
 
 def test_vqa_med_2019(tmp_path):
@@ -256,7 +256,7 @@ def test_vqa_med_2019(tmp_path):
     assert rows[-3].answer == "cta ct angiography" and rows[-2].answer == "heart and vessels#lung mediastinum"
     assert rows[-1].skip == "question on abnormality" and rows[-2].skip is None
     meta, _, _ = packed(vqa_med_2019, root, tmp_path / "pack")
-    assert meta["samples"] == {"train": 6, "val": 6, "test": 2} and meta["pictures"] == 5
+    assert meta["samples"] == {"train": 6, "val": 6, "test": 2} and meta["images"] == 5
     assert meta["skipped"] == {"question on abnormality": 1}
 
     test = root / MED_TEST
@@ -277,10 +277,10 @@ def test_vqa_med_2019_in_the_layout_of_the_release(tmp_path):
         for category in vqa_med_2019.CATEGORIES:
             write(root / split / "QA" / f"{category}.csv",
                   "synpic3|what is it?|CT\nsynpic3.jpg|or?|A#Three\n")
-        draw_pictures(root / split / "images", "synpic3.jpg")
+        draw_images(root / split / "images", "synpic3.jpg")
     rows = list(vqa_med_2019.rows(root, "vqa"))
     assert len(rows) == 18 and {row.answer for row in rows} == {"ct", "3"}
-    assert {row.picture for row in rows} == {root / split / "images" / "synpic3.jpg" for split in SPLITS}
+    assert {row.image for row in rows} == {root / split / "images" / "synpic3.jpg" for split in SPLITS}
     (root / "val" / "QA" / "Plane.csv").unlink()
     with pytest.raises(UserError, match="Plane.csv cannot be read"):
         list(vqa_med_2019.rows(root, "vqa"))
@@ -306,17 +306,17 @@ def test_melinda(tmp_path):
               ("1_A.png", "Second caption", "a", "b", "c", "gel"), ("1_B.png", "None", "a", "b", "c", " "))
     write_csv(root / "dev.csv", MELINDA, ("2.png", "Dev", "a", "b", "c", "blot"))
     write_csv(root / "test.csv", MELINDA, ("3.png", "Test", "a", "b", "c", "gel"))
-    draw_pictures(root / "melinda_images", "1_A.png", "1_B.png", "2.png", "3.png")
+    draw_images(root / "melindan_images", "1_A.png", "1_B.png", "2.png", "3.png")
     rows = list(melinda.rows(root, "cls"))
-    assert rows[0] == Row("train", root / "melinda_images" / "1_A.png", "Western blot,\n\nof \"X\".",
+    assert rows[0] == Row("train", root / "melindan_images" / "1_A.png", "Western blot,\n\nof \"X\".",
                           label="blot")
     assert [row.split for row in rows] == ["train"] * 3 + ["val", "test"]
     meta, samples, _ = packed(melinda, root, tmp_path / "pack", "cls")
     assert meta["labels"] == ["blot", "gel"] and meta["skipped"] == {"no label": 1}
     assert samples[0]["text"] == 'Western blot, of "X".' and meta["samples"]["train"] == 2
 
-    (root / "melinda_images" / "2.png").unlink()
-    with pytest.raises(UserError, match=r"1 of 3 pictures .*2.png \(missing picture\)"):
+    (root / "melindan_images" / "2.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 3 images .*2.png \(missing image\)"):
         packed(melinda, root, tmp_path / "gone", "cls")
     with pytest.raises(UserError, match="nothing for the task vqa"):
         list(melinda.rows(root, "vqa"))
@@ -336,13 +336,13 @@ def test_a_malformed_csv_is_named_by_file_and_line(tmp_path, content, sentence):
 
 # -------------------------------------------------------------------------------------------------- retrieval
 
-def test_retrieval_takes_a_picture_with_two_captions_and_no_pair_twice(tmp_path, monkeypatch):
+def test_retrieval_takes_an_image_with_two_captions_and_no_pair_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(roco, "RETRIEVAL_PAIRS", 3)
     lines = ["ROCO_1\tA first caption.", "ROCO_1\tA second caption.", "ROCO_2\tToo short",
              "ROCO_3\tAnother long caption.", "ROCO_4\tOne more caption."]
     for name in "train", "validation", "test":
         write(tmp_path / "roco" / name / "radiology" / "captions.txt", "\n".join(lines))
-        draw_pictures(tmp_path / "roco" / name / "radiology" / "images",
+        draw_images(tmp_path / "roco" / name / "radiology" / "images",
                       *[f"ROCO_{i}.jpg" for i in range(1, 5)])
     meta, samples, _ = packed(roco, tmp_path / "roco", tmp_path / "pack", "irtr")
     assert meta["samples"] == {"train": 4, "val": 3, "test": 3}
@@ -360,7 +360,7 @@ def test_real_vqa_rad():
     assert len({row.answer for row in rows}) == 498        # the paper's list
     assert len({row.answer for row in train}) == 461
     assert all(row.answer and row.group for row in rows) and {row.closed for row in rows} == {True, False}
-    assert len({row.picture for row in rows}) == 314 and all(row.picture.is_file() for row in rows)
+    assert len({row.image for row in rows}) == 314 and all(row.image.is_file() for row in rows)
     assert 0.08 < sum(row.split == "val" for row in rows) / 3064 < 0.12
     left_out = [row.split for row in vqa_rad.rows(REAL / "vqa_rad", "pretrain") if row.skip]
     assert len(left_out) == 451 + 22                       # 14 stand in the training file, too, some twice

@@ -116,9 +116,9 @@ def test_commands_run_in_order(tmp_path, monkeypatch, capsys):
     for name, task in ("reports", "pretrain"), ("questions", "vqa"):           # "your own table"
         with open(f"{name}.csv", "w", newline="") as file:
             rows = csv.writer(file)
-            rows.writerow(["picture", "text", "split", "answer"])
+            rows.writerow(["image", "text", "split", "answer"])
             for n, row in enumerate(phantoms.rows(None, task, {"train": 16, "val": 4, "test": 4})):
-                row.picture(64).save(f"{name}{n}.png")
+                row.image(64).save(f"{name}{n}.png")
                 rows.writerow([f"{name}{n}.png", row.text, row.split, row.answer or ""])
     Path("new.png").write_bytes(Path("questions0.png").read_bytes())
 

@@ -415,7 +415,7 @@ def test_torchrun_starts_the_group_anew(pack, tmp_path):
 # -------------------------------------------------------------------------------- packs
 
 class Peeking:
-    """A picture that tries to open the pack while it is drawn for it."""
+    """An image that tries to open the pack while it is drawn for it."""
     def __init__(self, out, found):
         self.out, self.found = out, found
 
@@ -429,7 +429,7 @@ class Peeking:
 
 def test_a_pack_that_is_being_written_is_not_opened(tmp_path):
     found = []
-    rows = [Row("train", Peeking(tmp_path / "pack", found), "A picture.")]
+    rows = [Row("train", Peeking(tmp_path / "pack", found), "An image.")]
     prepare.pack(rows, tmp_path / "pack", "drawn", "pretrain", 8, workers=1)
     assert len(found) == 2 and len(Pack(tmp_path / "pack").samples) == 1
 

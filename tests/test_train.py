@@ -94,8 +94,8 @@ def test_a_run_leaves_what_it_promises(pack, tmp_path, monkeypatch, capsys):
         assert state["model_config"]["image_size"] == 16 and "vit.pos_embed" in state["model"]
     assert torch.load(out / "last.pt", weights_only=True)["step"] == 4
     assert torch.load(out / "prev.pt", weights_only=True)["step"] == 2
-    for picture in ("step000002.png", "step000004.png", "curves.png"):
-        with Image.open(out / "pictures" / picture) as image:
+    for name in ("step000002.png", "step000004.png", "curves.png"):
+        with Image.open(out / "plots" / name) as image:
             assert len(set(image.convert("L").getdata() if not hasattr(image, "get_flattened_data")
                            else image.convert("L").get_flattened_data())) > 10
     report = capsys.readouterr().out
@@ -253,7 +253,7 @@ def test_launchers(pack, tmp_path):
 
 REFUSED = {
     "no such folder": ("--data /nowhere/pack", "no pack at /nowhere/pack"),
-    "another picture size": ("--image_size 24", "holds pictures of 16 pixels"),
+    "another image size": ("--image_size 24", "holds images of 16 pixels"),
     "batch and micro-batch": ("--batch_size 10", "--batch_size 10 can't be divided"),
     "micro-batch of one": ("--micro_batch 1", "--micro_batch 1 leaves no other row"),
     "mim_layer": ("--mim_layer 2", "--mim_layer 2 is out of range"),
@@ -401,7 +401,7 @@ def test_a_run_starts_from_clip_and_bert(pack, tmp_path, monkeypatch, capsys):
     assert f"--init_image {tmp_path / 'clip.pt'}: 65 image positions resized to 17" in printed
     assert "fusion" in printed and "random" in printed and f"--init_text {tmp_path}\n" in printed
 
-    # And from what this run left, at another picture size.
+    # And from what this run left, at another image size.
     other = tmp_path / "other"
     write_pack(other, CAPTIONS, {"train": 16, "val": 8}, size=24)
     started(monkeypatch, *sizes, "--image_size", 24, "--data", other, "--out", tmp_path / "next",

@@ -19,7 +19,7 @@ from m3ae_mini import M3AE, ModelConfig
 from m3ae_mini.config import UserError
 from m3ae_mini.weights import (
     State, export, from_official, load_clip, load_m3ae, load_text, read_safetensors,
-    resize_positions, start, to_official)
+    resize_positions, load_pretrained, to_official)
 
 # Unequal widths, heads of width 64 where a file has to tell them by its shapes.
 CFG = ModelConfig(
@@ -131,7 +131,7 @@ def test_released_checkpoint(tmp_path, lightning, cfg):
     assert same(state, own(cfg))
     assert sorted(state.rest) == sorted(BESIDE)
 
-    table = start(other_model(found), {"--init m3ae.ckpt": state})
+    table = load_pretrained(other_model(found), {"--init m3ae.ckpt": state})
     assert "random" not in table
     assert "language_encoder.pooler.dense (2)" in table and "vision_encoder.ln_final (2)" in table
 
@@ -167,13 +167,13 @@ def test_own_checkpoint_and_export(tmp_path, monkeypatch, cfg):
 def test_retrieval_starts_from_the_itm_head():
     """Paper: a score from one linear unit that starts as the ITM head's row and bias 1."""
     net = other_model(VARIANTS["irtr"])
-    table = start(net, {"--init run": State(own())})
+    table = load_pretrained(net, {"--init run": State(own())})
     head = net.objectives["irtr"].fc
     assert torch.equal(head.weight, own()["objectives.itm.fc.weight"][1:])
     assert torch.equal(head.bias, own()["objectives.itm.fc.bias"][1:])
     assert "random" not in table and "objectives.irtr.fc.weight is row 1 of objectives.itm.fc.weight" in table
 
-    start(net, {"--init run": State(own() | own(VARIANTS["irtr"]))})        # a file's own head goes first
+    load_pretrained(net, {"--init run": State(own() | own(VARIANTS["irtr"]))})        # a file's own head goes first
     assert torch.equal(head.weight, own(VARIANTS["irtr"])["objectives.irtr.fc.weight"])
 
 
@@ -241,7 +241,7 @@ def test_clip(tmp_path, kind):
 
     net = other_model(replace(CFG, **fields, image_size=48))
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    table = start(net, {"--init_image ViT.pt": state})
+    table = load_pretrained(net, {"--init_image ViT.pt": state})
     for name, tensor in net.state_dict().items():
         wanted = before[name] if not name.startswith("vit.") else expected[name]
         assert torch.equal(tensor, resize_positions(wanted, 36) if name == "vit.pos_embed" else wanted)
@@ -253,7 +253,7 @@ def test_clip(tmp_path, kind):
 def test_too_many_blocks(tmp_path):
     fields, state = load_clip(saved(tmp_path / "ViT.pt", clip_weights()))
     with pytest.raises(UserError, match="ViT.pt has no tensor vit.blocks.3.norm1.weight"):
-        start(other_model(replace(CFG, vit_blocks=4)), {"--init_image ViT.pt": state})
+        load_pretrained(other_model(replace(CFG, vit_blocks=4)), {"--init_image ViT.pt": state})
 
 
 def cubic(old, new):
@@ -325,7 +325,7 @@ def test_text(tmp_path, kind, prefix, form):
     assert fields == dict(text_kind=kind, vocab_size=50, text_max_positions=20, text_width=192, text_layers=2,
                           text_heads=2)
     net = other_model(replace(cfg, **fields))
-    table = start(net, {"--init_text folder": state})
+    table = load_pretrained(net, {"--init_text folder": state})
     loaded = {name: tensor for name, tensor in net.state_dict().items() if name.startswith("text.")}
     assert same(loaded, own_part("text", cfg))
     assert f"{prefix}pooler.dense (1)" in table and ("lm_head" in table or "cls.predictions" in table)
@@ -357,7 +357,7 @@ def test_text_of_another_kind(tmp_path, change):
 def test_another_tokenizer(tmp_path):
     fields, state = load_text(hugging_face(tmp_path, "roberta"))
     with pytest.raises(UserError, match=r"folder: text.word.weight .*\(50, 192\).*\(60, 192\).*--tokenizer"):
-        start(other_model(replace(CFG, vocab_size=60)), {"--init_text folder": state})
+        load_pretrained(other_model(replace(CFG, vocab_size=60)), {"--init_text folder": state})
 
 
 SENTENCES = """No acute cardiopulmonary abnormality.
@@ -383,7 +383,7 @@ def test_a_real_text_encoder():
 
     fields, state = load_text(folder)
     net = other_model(replace(CFG, **fields)).eval()
-    start(net, {"--init_text MiniLM": state})
+    load_pretrained(net, {"--init_text MiniLM": state})
     theirs = transformers.BertModel.from_pretrained(folder).eval()
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -521,7 +521,7 @@ def test_almost_nothing_in_a_file(tmp_path):
     path = saved(tmp_path / "ViT.pt", {"class_embedding": torch.ones(128)})
     fields, state = load_clip(path)
     with pytest.raises(UserError, match="ViT.pt has no tensor vit.pos_embed"):
-        start(other_model(), {path: state})
+        load_pretrained(other_model(), {path: state})
     for content in {}, [], 3, "model", {"state_dict": 3}, {"model": {"vit.cls_token": torch.ones(64)}}, \
             {"state_dict": {}, "hyper_parameters": {"config": {"patch_size": 0, "vit_heads": 0}}}:
         with pytest.raises(UserError, match="ViT.pt "):
@@ -537,9 +537,9 @@ def test_missing_and_misshapen_tensors(tmp_path, name):
     tensor = weights.pop(name)
     path = saved(tmp_path / "m3ae.ckpt", {"state_dict": weights, "model_config": asdict(CFG)})
     with pytest.raises(UserError, match=f"m3ae.ckpt has no tensor .*{name}"):
-        start(net, {path: load_m3ae(path)[1]})
+        load_pretrained(net, {path: load_m3ae(path)[1]})
 
     weights[name] = tensor[..., :-1]
     saved(path, {"state_dict": weights, "model_config": asdict(CFG)})
     with pytest.raises(UserError, match=r"shape|differ|heads"):
-        start(net, {path: load_m3ae(path)[1]})
+        load_pretrained(net, {path: load_m3ae(path)[1]})

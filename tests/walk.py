@@ -35,9 +35,9 @@ MEANING = {
     "mlm_labels": "the true token where one is hidden, else -100",
     "mlm_positions": "places of the hidden tokens in the flattened batch, filled up to a multiple of B",
     "mim_noise": "a number for each patch: those with the highest are hidden",
-    "itm_index": "which row's picture each text goes with in matching",
-    "random_negative_index": "validation: a row with another picture and another text",
-    "hard_negative_index": "validation: such a row of the same kind of picture"}
+    "itm_index": "which row's image each text goes with in matching",
+    "random_negative_index": "validation: a row with another image and another text",
+    "hard_negative_index": "validation: such a row of the same kind of image"}
 LETTERS = "B rows, S pixels a side, T tokens, L patches, K of them kept, M hidden tokens and filler"
 
 

@@ -1,4 +1,4 @@
-"""Pictures of what was learned, drawn by Pillow as PNG files: reconstructions, attention, curves."""
+"""Images of what was learned, drawn by Pillow as PNG files: reconstructions, attention, curves."""
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -104,16 +104,16 @@ def word_to_patch(model, ids, mask, image):
 
 @torch.no_grad()
 def attention(model, batch, words, path):
-    """The picture of a batch's first row; then, in red, where each of the tokens `words` looks."""
+    """The image of a batch's first row; then, in red, where each of the tokens `words` looks."""
     image = batch["image"][:1].float()                                          # (1, 3, S, S)
     looks = word_to_patch(model.eval(), batch["text_ids"][:1], batch["text_mask"][:1], image)[0, :len(words)]
     low, high = looks.aminmax(dim=1, keepdim=True)
     looks = (looks - low) / (high - low).clamp(min=1e-9)                        # (T, L)
     side, cell, columns = round(looks.shape[1] ** 0.5), 192, 6
-    picture = to_pil(image[0]).resize((cell, cell), Image.Resampling.BICUBIC)
+    shown = to_pil(image[0]).resize((cell, cell), Image.Resampling.BICUBIC)
     sheet = Image.new("RGB", (columns * cell, (1 + len(words) // columns) * (cell + 20)), BACK)
-    for place, word in enumerate(["picture", *words]):
-        panel = picture.copy()
+    for place, word in enumerate(["image", *words]):
+        panel = shown.copy()
         if place:
             heat = Image.fromarray((looks[place - 1].view(side, side) * 180).byte().cpu().numpy())
             panel.paste((255, 40, 0), mask=heat.resize((cell, cell), Image.Resampling.BICUBIC))
