@@ -1,350 +1,309 @@
-"""Fine-tune M³AE on questions (vqa), classes (cls) or retrieval (irtr); the test split is looked at once.
+"""Fine-tune M³AE on questions (vqa), classes (cls) or retrieval (irtr); test it once.
 
-    python finetune.py vqa --init runs/pretrain                         on phantoms, after `python train.py`
-    python finetune.py vqa --init none --tokenizer runs/pretrain        the same from random values
+    python finetune.py vqa --init runs/pretrain                      on phantoms, after train.py
+    python finetune.py vqa --init none --tokenizer runs/pretrain     the same from random weights
     python finetune.py cls --data packs/medpix --preset small --init runs/medpix --out runs/parts
-    python finetune.py irtr --init runs/pretrain --zero_shot            retrieval by the matching head alone
+    python finetune.py irtr --init runs/pretrain --zero_shot         rank by the matching head alone
     python finetune.py vqa --init runs/vqa --predict chest.png "Is there a pneumothorax?"
 """
-import itertools
 import json
 import math
-import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-import m3ae_mini                       # before torch: it says how threads wait for each other
+import m3ae_mini                       # before torch: it sets how threads wait
 import numpy as np
 import torch
-from tqdm import tqdm
+from torch.nn.parallel import DistributedDataParallel
 
-from data.pack import open_packs
-from data.prepare import clean, open_image, square
-from m3ae_mini import M3AE, ModelConfig, loop, masking, metrics, plots, weights
-from m3ae_mini.config import RunConfig, TrainConfig, UserError, require, opt, parse
-from m3ae_mini.data import VAL_SEED, Samples, load, normalise, numbered, training_micro_batches, validation_micro_batches
-from m3ae_mini.text import Tokenizer
+from data.images import open_image, square
+from data.pack import Pack
+from data.prepare import clean, open_packs
+from m3ae_mini import M3AE, checkpoint, config, evaluate, optim, plots, weights
+from m3ae_mini.config import ModelConfig, RunConfig, TrainConfig, UserError, require
+from m3ae_mini.distributed import (
+    DistEnv, keep_freed_memory, launch_torchrun, pick_device, run, started_by_torchrun)
+from m3ae_mini.loader import Samples, normalise
+from m3ae_mini.model import use_grad_checkpointing
+from m3ae_mini.tokenizer import Tokenizer
+from train import fit
 
-PAIRS = 128                            # (image, text) pairs of one fusion in retrieval
-NAMES = {"acc": "accuracy", "acc_open": "on open questions", "acc_closed": "on closed questions",
-         "answer_not_in_list": "right answer not in the list"}
-RIGHT = {"vqa": "answer", "cls": "label"}                  # where a pack's line says what is right
+MEAN_OF = 2048                         # training images whose mean --blind shows
+LABEL_KEY = {"vqa": "answer", "cls": "label"}      # where a pack's line says what is right
+WORDS = {                              # metrics in the report
+    "acc": "accuracy",
+    "acc_open": "on open questions",
+    "acc_closed": "on closed questions",
+    "answer_not_in_list": "right answer not in the list"}
 
 
 @dataclass
 class TaskConfig:
-    """What only the tasks ask."""
-    answers: str = opt("train", "the answer list: train (of the training questions) or all (as released)")
-    blind: bool = opt(False, "put the mean image in the dist_env of every image, in training and in test")
-    zero_shot: bool = opt(False, "irtr: rank by the matching head of --init, without training")
+    """What only the downstream tasks need."""
+    answers: str = config.setting(
+        "train", "the answer list: train (of the training questions) or all (as released)")
+    blind: bool = config.setting(
+        False, "show the mean image in place of every image, in training and in test")
+    zero_shot: bool = config.setting(
+        False, "irtr: rank by the matching head of --init, without training")
+
+
+class Data(NamedTuple):
+    """What load_data returns."""
+    train: Samples
+    val: Samples
+    test: Samples
+    labels: list[str]                  # the answer list or the classes; retrieval has none
+    tokenizer: Tokenizer
+    cfg: ModelConfig                   # with the sizes of vocabulary and label list
+    settings: dict                     # of config.json: a run that resumes must have the same
 
 
 def main():
-    def add(parser):
-        parser.add_argument("task", choices=("vqa", "cls", "irtr"), help="questions, classes or retrieval")
-        parser.add_argument("--predict", nargs=2, metavar=("IMAGE", "TEXT"),
-                            help="the likeliest answers of the run --init for an image of your own")
-
+    # Settings: a preset's for the task, and those given as flags.
     configs = ModelConfig, TrainConfig, RunConfig, TaskConfig
-    cfg, train_cfg, run_cfg, task_cfg, args = parse(__doc__, configs, add)
+    parser = config.make_parser(__doc__, configs)
+    parser.add_argument("task", choices=("vqa", "cls", "irtr"))
+    parser.add_argument("--predict", nargs=2, metavar=("IMAGE", "TEXT"),
+                        help="the likeliest answers of the run --init for an image of your own")
+    cfg, train_cfg, run_cfg, task_cfg, args = config.parse(parser, configs)
     if args.predict:
-        return predict(cfg.task, train_cfg.init, *args.predict)
-    run_cfg = replace(run_cfg, out=args.out or f"runs/{cfg.task}")
+        return predict(cfg.task, Path(train_cfg.init), *args.predict)
+    run_cfg.out = args.out or f"runs/{cfg.task}"
     out = Path(run_cfg.out)
+    train_cfg.check()
+    run_cfg.check()
+    require(train_cfg.init, "name the run or checkpoint to start from by --init, or --init none")
 
-    # ------------------------------------------------------------------------------------ what to learn from
-    require(train_cfg.init, "say by --init which run or checkpoint to start from, or --init none")
-    cfg, sources = weights.read_init_files(cfg, train_cfg, vars(args))
-    make = partial(prepare, cfg, train_cfg, run_cfg, task_cfg, sources)
-    dist_env, (train, val, test, choices, tokenizer, cfg) = loop.begin(train_cfg, cfg, run_cfg, make)
-    train_cfg, run_cfg = loop.epochs_to_steps(train_cfg, run_cfg, train.n)
+    # --gpus N: find mistakes here, in one process; then torchrun takes over and starts N of them.
+    if run_cfg.gpus and not started_by_torchrun():
+        pick_device(run_cfg)
+        config.check_batch_size(cfg, train_cfg, run_cfg.gpus)
+        checkpoint.check_run_dir(out, run_cfg.resume)
+        new_cfg, init_weights = weights.read_init_files(cfg, train_cfg, vars(args))
+        data = load_data(new_cfg, train_cfg, run_cfg, task_cfg, init_weights)
+        checkpoint.check_same_settings(out, data.settings)
+        launch_torchrun(run_cfg.gpus)
 
-    settings = {"model": asdict(cfg), "train": asdict(train_cfg), "run": asdict(run_cfg),
-                "task": asdict(task_cfg),
-                "data": {"packs": [pack.fingerprint() for pack in train.packs], "tokenizer": tokenizer.hash,
-                         "choices": choices}}
-    checkpoint = dist_env.broadcast(lambda: loop.open_run(run_cfg, settings, dist_env))  # --gpus starts torchrun
-    mean = mean_image(train, dist_env.device) if task_cfg.blind else None       # (3, S, S) or None
+    # This process among the others; the run's folder, opened and locked by rank 0.
+    dist_env = DistEnv(run_cfg)
+    config.check_batch_size(cfg, train_cfg, dist_env.world_size)
+    resume_from = None
     if dist_env.is_main:
-        loop.write_atomic(out / "tokenizer.json", lambda file: file.write(tokenizer.json.encode()))
-        print(f"{train.n:,} training and {val.n:,} validation samples; {train.cut + val.cut + test.cut:,} "
-              f"texts of more than {cfg.max_text_len} tokens are cut; choices: {len(choices):,}")
+        resume_from = checkpoint.open_run_dir(out, run_cfg.resume)
+    resume_from = dist_env.broadcast(resume_from)
 
-    # ------------------------------------------------------------------------------------ the model
+    # Weights to start from, and data. Rank 0 goes first: it writes files of first use.
+    cfg, init_weights = weights.read_init_files(cfg, train_cfg, vars(args))
+    with dist_env.main_process_first():
+        data = load_data(cfg, train_cfg, run_cfg, task_cfg, init_weights)
+        checkpoint.check_same_settings(out, data.settings)
+    if dist_env.is_main:
+        checkpoint.save_settings(out, data.settings, data.tokenizer)
+    dist_env.print(f"{data.train.n:,} training and {data.val.n:,} validation samples; "
+                   f"labels: {len(data.labels):,}")
+    num_truncated = sum(samples.num_truncated for samples in (data.train, data.val, data.test))
+    dist_env.print(f"{num_truncated:,} texts of more than {cfg.max_text_len} tokens are truncated")
+
+    # The model, its first weights, and what is frozen.
     torch.manual_seed(train_cfg.seed)
-    model = M3AE(cfg)
-    if sources and not checkpoint:
-        dist_env.print(weights.load_pretrained(model, sources))           # they are put in on every process, told by one
-    net, optimizer, scaler, step, best = loop.learner(model, train, train_cfg, run_cfg, dist_env, checkpoint)
-    log = loop.Log(out, step) if dist_env.is_main else None
-    del sources, make                  # they hold what was loaded
+    model = M3AE(data.cfg)
+    if init_weights and not resume_from:
+        origin, notes = weights.load_pretrained(model, init_weights)
+        dist_env.print(weights.origin_table(model, origin, notes))
+    optim.freeze_unused(model, data.train.example())
+    model.to(dist_env.device)
+    keep_freed_memory()
     if task_cfg.zero_shot:
-        return report(model, test, choices, mean, dist_env, run_cfg, step)
+        return report(model, data, run_cfg, dist_env, step=0)
 
-    # ------------------------------------------------------------------------------------ the loop
-    chunks = train_cfg.batch_size // train_cfg.micro_batch // dist_env.world_size      # of a step, on this process
-    batches = load(train, training_micro_batches(train, train_cfg, step, dist_env.rank, dist_env.world_size), train_cfg.seed,
-                   dist_env.device, crop=train_cfg.min_crop_area < 1)
-    bar = tqdm(total=train_cfg.steps, initial=step, unit="step", disable=not dist_env.is_main, dynamic_ncols=True)
-    sums, since, skipped, clock = 0, 0, 0, time.perf_counter()                 # since the log's last line
-    stop, stopping, in_a_row = loop.StopSignal(), False, 0
-    model.train()
+    # The optimizer; a checkpoint, if the run continues.
+    optimizer = torch.optim.AdamW(
+        optim.param_groups(model, train_cfg),
+        lr=train_cfg.lr,
+        betas=(0.9, train_cfg.beta2),
+        eps=1e-8,
+        fused=dist_env.device.type != "mps")
+    scaler = torch.amp.GradScaler(
+        dist_env.device.type,
+        enabled=dist_env.dtype == torch.float16)
+    step, best_score = 0, -math.inf
+    if resume_from:
+        step, best_score = checkpoint.load_training_state(resume_from, model, optimizer, scaler)
+        dist_env.print(f"continuing from {resume_from}, step {step:,}")
 
-    while step < train_cfg.steps and not stopping:
-        rate = loop.set_lr(optimizer, step, train_cfg)
+    # The model as the loop calls it: compiled, in DDP.
+    if run_cfg.grad_checkpointing:
+        use_grad_checkpointing(model)
+    net = torch.compile(model) if run_cfg.compile else model
+    if dist_env.world_size > 1:
+        net = DistributedDataParallel(
+            net,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False)
+    dist_env.print(optim.describe(model, dist_env))
 
-        # Forward and backward, a chunk at a time; the processes add up their gradients at the last one.
-        for i, (_, chunk, _, batch) in enumerate(itertools.islice(batches, chunks), 1):
-            torch.manual_seed(masking.torch_seed(train_cfg.seed, step, chunk))         # dropout
-            if mean is not None:
-                batch["image"] = mean.expand_as(batch["image"])
-            with net.no_sync() if dist_env.world_size > 1 and i < chunks else nullcontext():
-                with dist_env.autocast():
-                    loss = net(batch)["loss"]
-                scaler.scale(loss / chunks).backward()
-            sums = sums + loss.detach()
+    # Train, with the loop of train.py; then test the best checkpoint, once.
+    def validate(model: M3AE, step: int) -> dict[str, float]:
+        return evaluate.task(model, data.val, data.labels, dist_env, run_cfg.eval_samples)
 
-        # Step. A gradient that is not finite is the same on all processes by now, so all of them skip it.
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train_cfg.grad_clip or math.inf)
-        norm, stopping = stop.agree(norm, dist_env)                                       # one host read
-        if math.isfinite(norm):
-            scaler.step(optimizer)
-            in_a_row = 0
-        else:
-            skipped, in_a_row = skipped + 1, in_a_row + 1
-            require(in_a_row < 20, loop.DIVERGED)
-        scaler.update()                                    # float16: a lower scale after such a gradient
-        optimizer.zero_grad()
-        step, since = step + 1, since + 1
-
-        # Log; then, while the clock stands still, validate and save.
-        last = step == train_cfg.steps
-        if step % run_cfg.log_every == 0 or last:
-            value = dist_env.reduce_sums({"loss": sums})["loss"] / (since * chunks * dist_env.world_size)
-            if dist_env.is_main:
-                speed = since * train_cfg.batch_size / (time.perf_counter() - clock)
-                log.write(step, "train", lr=rate, norm=norm, skipped=skipped, samples_per_s=speed, loss=value)
-                bar.set_postfix_str(f"loss {value:.3f} {speed:,.0f} samples/s")
-                bar.update(step - bar.n)
-            sums, since, skipped, clock = 0, 0, 0, time.perf_counter()
-
-        pause = time.perf_counter()
-        if step % run_cfg.eval_every == 0 or last:
-            found = evaluate(model, val, choices, mean, dist_env, run_cfg.eval_samples)
-            if dist_env.is_main:
-                log.write(step, "val", **found)
-                shown = "  ".join(f"{name} {value:.4g}" for name, value in found.items() if " " not in name)
-                tqdm.write(f"step {step:,}  {shown}")
-                plots.curves(log.lines(), out / "plots" / "curves.png")
-                if found["score"] > best:
-                    loop.save(out / "best.pt", model, step)
-            best = max(best, found["score"])
-
-        if (step % run_cfg.save_every == 0 or last or stopping) and dist_env.is_main:
-            loop.save_checkpoint(out, model, optimizer, scaler, step, best)
-        clock += time.perf_counter() - pause
-    bar.close()
-
-    if stopping and step < train_cfg.steps:
-        return dist_env.print(f"stopped after step {step:,}; go on with --resume")
-    if run_cfg.test_samples:
-        tested = dist_env.broadcast(partial(loop.latest_valid_checkpoint, out, "best.pt", "last.pt"))
-        state = loop.load_checkpoint(tested)
-        model.load_state_dict(state["model"])
-        report(model, test, choices, mean, dist_env, run_cfg, state["step"])
+    finished = fit(
+        model,
+        net,
+        optimizer,
+        scaler,
+        data.train,
+        validate,
+        step,
+        best_score,
+        train_cfg,
+        run_cfg,
+        dist_env)
+    if finished and run_cfg.test_samples:
+        best = checkpoint.load_best(out, dist_env)
+        model.load_state_dict(best["model"])
+        report(model, data, run_cfg, dist_env, best["step"])
 
 
-def prepare(cfg, train_cfg, run_cfg, task_cfg, sources):
-    """Open the packs and the tokenizer, fit the configuration to them -> the samples of three splits, answers
-    or classes (none in retrieval), tokenizer, configuration. UserError where these or the weights misfit."""
+def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
+              task_cfg: TaskConfig, init_weights: dict) -> Data:
+    """Open packs and tokenizer, list the labels. UserError where they and the weights don't fit."""
     packs = open_packs(run_cfg.data, cfg.image_size, train_cfg.min_crop_area, cfg.task)
     texts = (line["text"] for pack in packs for line in pack.lines("train"))
     tokenizer = Tokenizer.choose(train_cfg, run_cfg, texts)
-    matched = any(weights.part(name) in ("itm", "irtr") for state in sources.values() for name in state)
-    require(not task_cfg.zero_shot or cfg.task == "irtr" and matched,
-         "--zero_shot is for irtr, with an --init that has learned to match")
-
-    choices = list_choices(packs, cfg.task, task_cfg.answers)
-    number = {"vqa": "num_answers", "cls": "num_classes"}.get(cfg.task)
-    cfg = replace(cfg, vocab_size=tokenizer.vocab_size, text_kind=tokenizer.kind,
-                  **({number: len(choices)} if number else {}))
+    labels = list_labels(packs, cfg.task, task_cfg.answers)
+    cfg = replace(cfg, vocab_size=tokenizer.vocab_size, text_kind=tokenizer.kind)
+    if cfg.task == "vqa":
+        cfg.num_answers = len(labels)
+    if cfg.task == "cls":
+        cfg.num_classes = len(labels)
     cfg.check()
-    require(saved_labels(train_cfg.init, cfg.task) in (None, choices), f"{train_cfg.init} has learned other answers "
-         "or classes: start from the run that it was started from")
-    weights.check(cfg, sources)
-    index = {choice: i for i, choice in enumerate(choices)}
-    splits = []
-    for split, limit in ("train", train_cfg.train_samples), ("val", 0), ("test", 0):
-        samples = Samples(packs, split, tokenizer, cfg, train_cfg, limit)
-        if choices:                    # the first right answer that is in the list, or -1
-            known = ((index[name] for name in truth(samples.line(n), cfg.task) if name in index)
-                     for n in range(samples.n))
-            samples.labels = np.array([next(right, -1) for right in known])
-        splits.append(samples)
-    return *splits, choices, tokenizer, cfg
+
+    # The weights to start from must fit the model, and have learned the same labels if any.
+    modules = {weights.module_of(name) for state in init_weights.values() for name in state}
+    require(not task_cfg.zero_shot or cfg.task == "irtr" and modules & {"itm", "irtr"},
+            "--zero_shot is for irtr, with an --init that has learned to match")
+    require(saved_labels(Path(train_cfg.init), cfg.task) in (None, labels),
+            f"{train_cfg.init} has learned other answers or classes: start from the run that it "
+            "was started from")
+    weights.check(cfg, init_weights)
+
+    # The samples, their labels, and the image that --blind shows.
+    train = Samples(packs, "train", tokenizer, cfg, train_cfg, train_cfg.train_samples)
+    val = Samples(packs, "val", tokenizer, cfg, train_cfg)
+    test = Samples(packs, "test", tokenizer, cfg, train_cfg)
+    mean_image = train.mean_image(MEAN_OF) if task_cfg.blind else None
+    for samples in (train, val, test):
+        samples.constant_image = mean_image
+        if labels:
+            samples.label_ids = evaluate.label_ids(samples, labels)
+
+    optim.epochs_to_steps(train_cfg, run_cfg, train.n)
+    fingerprints = [pack.fingerprint() for pack in packs]
+    settings = {
+        "model": asdict(cfg),
+        "train": asdict(train_cfg),
+        "run": asdict(run_cfg),
+        "task": asdict(task_cfg),
+        "data": {"packs": fingerprints, "tokenizer": tokenizer.hash, "labels": labels}}
+    return Data(train, val, test, labels, tokenizer, cfg, settings)
 
 
-def saved_labels(run, task):
-    """The answers or classes that a run has learned for a task, as its config.json tells, or None."""
-    try:
-        told = json.loads((Path(run) / "config.json").read_text())
-        fits = told["model"]["task"] == task and not told["task"]["blind"]
-        return [str(name) for name in told["data"]["choices"]] if fits else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
-def truth(line, task):
-    """What is right for a sample: the answers, any of which will do (between them stands #), or the class."""
-    return line["answer"].split("#") if task == "vqa" else [line["label"]]
-
-
-def list_choices(packs, task, answers):
-    """The answers of the training split (or of all splits) in order of appearance, or the classes, sorted."""
+def list_labels(packs: list[Pack], task: str, answers: str) -> list[str]:
+    """The answers of the training split (or of all) as they appear, or the classes, sorted."""
     if task == "irtr":
         return []
     require(answers in ("train", "all"), f"--answers {answers} is not known: use train or all")
     for pack in packs:
-        require(all(RIGHT[task] in line for line in pack.lines()),
-             f"{pack.folder} holds samples without {RIGHT[task]}: prepare it with --task {task}")
-    seen = {split: dict.fromkeys(name for pack in packs for line in pack.lines(split)
-                                 for name in truth(line, task)) for split in ("train", "val", "test")}
+        require(all(LABEL_KEY[task] in line for line in pack.lines()),
+                f"{pack.folder} holds samples without {LABEL_KEY[task]}: prepare it with --task "
+                f"{task}")
+
+    # dict keys: a set that keeps the order.
+    seen: dict[str, dict[str, None]] = {"train": {}, "val": {}, "test": {}}
+    for split, names in seen.items():
+        for pack in packs:
+            for line in pack.lines(split):
+                names.update(dict.fromkeys(evaluate.targets(line, task)))
+    if task == "vqa" and answers == "train":
+        return list(seen["train"])
     if task == "vqa":
-        return list(seen["train"] if answers == "train" else seen["train"] | seen["val"] | seen["test"])
+        return list(seen["train"] | seen["val"] | seen["test"])
     unseen = sorted((seen["val"] | seen["test"]).keys() - seen["train"].keys())
-    require(not unseen, f"no training sample has the class {', '.join(unseen)}: prepare another split")
+    require(not unseen,
+            f"no training sample has the class {', '.join(unseen)}: prepare another split")
     return sorted(seen["train"])
 
 
-def mean_image(samples, device):
-    """What --blind shows: the mean of (at most 2,048 of) the training images, (3, S, S), normalised."""
-    total, count = 0, 0
-    for _, _, _, batch in load(samples, validation_micro_batches(samples, 2048), VAL_SEED, device):
-        total, count = total + batch["image"].sum(0), count + len(batch["image"])
-    return total / count
+def saved_labels(run_dir: Path, task: str) -> list[str] | None:
+    """The answers or classes that a run has learned for a task, from its config.json, or None."""
+    try:
+        saved = json.loads((run_dir / "config.json").read_text())
+        if saved["model"]["task"] != task or saved["task"]["blind"]:
+            return None
+        return [str(label) for label in saved["data"]["labels"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
-# ---------------------------------------------------------------------------------------------- evaluation
-
-@torch.no_grad()
-def evaluate(model, samples, choices, mean, dist_env, limit):
-    """Every figure of the task over at most `limit` samples, each counted once, and `score`, by which the
-    best checkpoint is chosen: accuracy, or the mean of the recalls."""
-    model.eval()
-    if model.cfg.task == "irtr":
-        found = retrieval(model, samples, mean, dist_env, limit)
-        found["score"] = sum(found.values()) / len(found)
-    else:
-        sums = {}
-        chunks = validation_micro_batches(samples, limit, dist_env.rank, dist_env.world_size)
-        for _, _, numbers, batch in load(samples, chunks, VAL_SEED, dist_env.device):
-            if mean is not None:
-                batch["image"] = mean.expand_as(batch["image"])
-            with dist_env.autocast():
-                logits = model(batch)[f"{model.cfg.task}_logits"]                      # (B, A)
-            lines = [samples.line(n) for n in numbers]
-            told = [choices[i] for i in logits.argmax(-1).tolist()]
-            pairs = metrics.answer_metrics(told, [truth(line, model.cfg.task) for line in lines], choices,
-                                   model.cfg.task, [line.get("closed") for line in lines])
-            for name, pair in pairs.items():
-                sums[name] = sums.get(name, 0) + pair
-        found = {name: total / count for name, (total, count) in dist_env.reduce_sums(sums).items() if count}
-        found["score"] = found["acc"]
-    model.train()
-    return found
-
-
-def retrieval(model, samples, mean, dist_env, limit):
-    """Recall at 1, 5 and 10 in both directions among `limit` samples at most (paper, section 3.3).
-
-    Each image is encoded once, each text once a process; only the fusion runs for every pair. The processes
-    share the images."""
-    numbers = np.concatenate([chunk for _, _, chunk in validation_micro_batches(samples, limit)])        # (n,)
-    image_number = numbered((which, int(samples.packs[which].samples["image"][row]))
-                            for which, row in samples.where[numbers])                                  # (n,)
-    text = numbered(samples.text(n)[:samples.cfg.max_text_len - 2].tobytes() for n in numbers)    # (n,)
-    _, first_image = np.unique(image_number, return_index=True)                                      # (P,)
-    _, first_text = np.unique(text, return_index=True)                                            # (Q,)
-
-    def batches(rows):
-        chunks = ((masking.VALIDATION, 0, rows[i:i + PAIRS]) for i in range(0, len(rows), PAIRS))
-        return (batch for _, _, _, batch in load(samples, chunks, VAL_SEED, dist_env.device))
-
-    texts, masks, fc = [], [], model.objectives["irtr"].fc
-    with dist_env.autocast():
-        for batch in batches(numbers[first_text]):
-            room = samples.cfg.max_text_len - batch["text_ids"].shape[1]
-            encoded = model.encode_text(batch["text_ids"], batch["text_mask"])                    # (B, T, D)
-            texts.append(torch.nn.functional.pad(encoded, (0, 0, 0, room)))
-            masks.append(torch.nn.functional.pad(batch["text_mask"], (0, room)))
-        texts, masks = torch.cat(texts), torch.cat(masks)                                # (Q, T, D), (Q, T)
-
-        own = np.arange(dist_env.rank, len(first_image), dist_env.world_size)                     # this process's
-        scores = torch.zeros(len(texts), len(first_image), device=dist_env.device)                 # (Q, P)
-        bar = tqdm(total=len(own) * len(texts), desc="pairs", leave=False, disable=not dist_env.is_main)
-        for start, batch in zip(range(0, len(own), PAIRS), batches(numbers[first_image[own]])):
-            shown = batch["image"] if mean is None else mean.expand_as(batch["image"])
-            for p, image in zip(own[start:start + PAIRS], model.encode_image(shown)):             # (1+L, D)
-                for i in range(0, len(texts), PAIRS):
-                    some = slice(i, i + PAIRS)
-                    feature = model.pooled_pair(texts[some], image[None], masks[some])
-                    # In float32: among equal scores the wrong ones come first, and bf16 makes many equal.
-                    scores[some, p] = (feature.float() * fc.weight).sum(1) + fc.bias              # (≤ PAIRS,)
-                    bar.update(len(texts[some]))
-        bar.close()
-
-    scores, right = dist_env.all_reduce(scores).cpu(), torch.zeros(scores.shape, dtype=torch.bool)          # (Q, P)
-    right[text, image_number] = True
-    return {**metrics.recall(scores, right, "t2i"),
-            **metrics.recall(scores.T, right.T, "i2t")}
-
-
-def report(model, test, choices, mean, dist_env, run_cfg, step):
-    """The test split, once, in metrics.jsonl and in words."""
-    found = evaluate(model, test, choices, mean, dist_env, run_cfg.test_samples)
+def report(model: M3AE, data: Data, run_cfg: RunConfig, dist_env: DistEnv, step: int) -> None:
+    """The test split, once: in metrics.jsonl and in words."""
+    metrics = evaluate.task(model, data.test, data.labels, dist_env, run_cfg.test_samples)
     if not dist_env.is_main:
         return
-    loop.Log(run_cfg.out, math.inf).write(step, "test", **found)
-    print(f"\nOn {min(run_cfg.test_samples, test.n):,} test samples (step {step:,}):")
-    del found["score"]
-    for name, value in found.items():
-        print(f"  {NAMES.get(name, name):32}{value:7.1%}")
+    checkpoint.Log(run_cfg.out, math.inf).write(step, "test", **metrics)
+    print(f"\nOn {min(run_cfg.test_samples, data.test.n):,} test samples (step {step:,}):")
+    for name, value in metrics.items():
+        if name != "score":
+            print(f"  {WORDS.get(name, name):32}{value:7.1%}")
 
 
-# ---------------------------------------------------------------------------------------------- prediction
+# --------------------------------------------------------------------------------------- prediction
 
 @torch.no_grad()
-def predict(task, run, path, text):
-    """Print the five likeliest answers of a fine-tuned run about an image, and save the text's attention."""
-    run, path, text, choices = Path(run), Path(path), clean(text), saved_labels(run, task)
-    require(choices, f"{run} is no run of finetune.py {task} that saw images: give one by --init")
-    tokenizer, (cfg, state) = Tokenizer.load(run), weights.load_m3ae(run)
-    try:
-        pixels = np.array(square(open_image(path), cfg.image_size).convert("RGB"))         # (S, S, 3)
-    except Exception as error:         # Pillow's formats raise all kinds on a damaged file
-        raise UserError(f"{path} can't be read as an image ({error})") from None
-
+def predict(task: str, run_dir: Path, image_path: str, text: str) -> None:
+    """Print the five likeliest answers of a fine-tuned run, and plot where the text attends."""
+    # The run.
+    labels = saved_labels(run_dir, task)
+    require(labels,
+            f"{run_dir} is no run of finetune.py {task} that saw images: give one by --init")
+    tokenizer = Tokenizer.load(run_dir)
+    cfg, state = weights.load_m3ae(run_dir)
     model = M3AE(cfg).eval()
     model.load_state_dict(state)
-    (body, _), = tokenizer.encode([text])
-    require(0 < len(body) <= cfg.max_text_len - 2,
-         f"the text has {len(body)} tokens, 1 to {cfg.max_text_len - 2} can be read: write another")
-    ids = torch.tensor([[tokenizer.cls_id, *body, tokenizer.sep_id]])                             # (1, T)
-    image = normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None])                          # (1, 3, S, S)
-    batch = {"image": image, "text_ids": ids, "text_mask": torch.ones_like(ids),
-             f"{cfg.task}_labels": torch.zeros(1, dtype=torch.long)}
-    logits = model(batch)[f"{cfg.task}_logits"][0, :len(choices)]                                 # (A,)
-    likely = (logits.sigmoid() if cfg.task == "vqa" else logits.softmax(0)).topk(min(5, len(choices)))
-    for share, i in zip(likely.values.tolist(), likely.indices.tolist()):
-        print(f"{share:7.1%}  {choices[i]}")
-    out = run / "plots" / f"{path.stem[:60]}-attention.png"
+
+    # The image.
+    try:
+        image = square(open_image(Path(image_path)), cfg.image_size).convert("RGB")
+    except Exception as error:         # Pillow's formats raise all kinds on a damaged file
+        raise UserError(f"{image_path} can't be read as an image ({error})") from None
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)       # (3, S, S)
+
+    # The text.
+    (token_ids, _), = tokenizer.encode([clean(text)])
+    longest = cfg.max_text_len - 2
+    require(0 < len(token_ids) <= longest,
+            f"the text has {len(token_ids)} tokens, but 1 to {longest} can be read: write another")
+    ids = torch.tensor([[tokenizer.cls_id, *token_ids, tokenizer.sep_id]])  # (1, T)
+
+    # The answers.
+    batch = {
+        "image": normalise(pixels[None]),                             # (1, 3, S, S)
+        "text_ids": ids,
+        "text_mask": torch.ones_like(ids),
+        f"{task}_labels": torch.zeros(1, dtype=torch.long)}
+    logits = model(batch)[f"{task}_logits"][0, :len(labels)]          # (A,)
+    probabilities = logits.sigmoid() if task == "vqa" else logits.softmax(0)
+    top = probabilities.topk(min(5, len(labels)))
+    for probability, i in zip(top.values.tolist(), top.indices.tolist()):
+        print(f"{probability:7.1%}  {labels[i]}")
+
+    out = run_dir / "plots" / f"{Path(image_path).stem[:60]}-attention.png"
     out.parent.mkdir(exist_ok=True)
-    plots.attention(model, batch, tokenizer.words(ids[0]), out)
+    plots.attention_map(model, batch, tokenizer.words(ids[0]), out)
     print(f"attention: {out}")
 
 
 if __name__ == "__main__":
-    loop.run(main)
+    run(main)

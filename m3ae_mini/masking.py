@@ -1,83 +1,116 @@
-"""Which patches, which words, which wrong image: the paper's asymmetric masking, and matching's other rows.
+"""Which patches, which words, which wrong image: the paper's asymmetric masking, and ITM's
+negatives.
 
-No generator is carried from draw to draw. Each is a pure function of seed, step, chunk (the samples of one
-forward pass) and row: a run resumes by its step number alone, and the number of processes changes nothing."""
+All functions are pure. Random numbers are a pure function of (seed, purpose, step, micro-batch,
+row), so a run resumes by its step number alone, and the number of processes changes nothing."""
 import numpy as np
+from torch import Tensor
 
-# What a draw is for. Two purposes never share numbers.
+# What random numbers are for. Two purposes never share numbers.
 ORDER, MIM_MASK, MLM_MASK, NEGATIVES, CROP, DROPOUT = range(6)
-VALIDATION = 1 << 62        # validation's step number: its noise never meet training's
+VALIDATION = 1 << 62        # validation's step number, which training never reaches
 
 
-def uniform(seed, purpose, step, chunk, shape):
-    """Uniform numbers in [0, 1) of `shape`, float64. Row i depends on (seed, purpose, step, chunk, i) alone,
-    as long as a row's own shape stays the same: rows are filled one after the other."""
+# ----------------------------------------------------------------------------------- random numbers
+
+def uniform(seed: int, purpose: int, step: int, micro_batch_index: int, shape) -> np.ndarray:
+    """Uniform numbers in [0, 1) of `shape`, float64.
+
+    Row i depends on (seed, purpose, step, micro_batch_index, i) alone, as long as a row's own shape
+    stays the same: rows are filled one after the other."""
     key = np.array([seed, purpose], dtype=np.uint64)
-    counter = np.array([0, 0, chunk, step], dtype=np.uint64)       # the two zeros count the numbers drawn
+    # The two zeros are Philox's own counter of the numbers drawn.
+    counter = np.array([0, 0, micro_batch_index, step], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter)).random(shape)
 
 
-def torch_seed(seed, step, chunk):
-    """The seed for dropout in the forward pass of one chunk."""
-    return int(uniform(seed, DROPOUT, step, chunk, ()) * 2 ** 53)
+def torch_seed(seed: int, step: int, micro_batch_index: int) -> int:
+    """The seed of dropout in the forward pass of one micro-batch."""
+    return int(uniform(seed, DROPOUT, step, micro_batch_index, ()) * 2 ** 53)
 
 
-def epoch_order(seed, epoch, size):
+def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     """The order in which epoch `epoch` visits `size` samples, int64 (size,)."""
     return np.argsort(uniform(seed, ORDER, epoch, 0, size), kind="stable")
 
 
-def random_masking(noise, ratio):
-    """noise (B, L) -> ids_keep (B, K), ids_restore (B, L), MAE's ids_keep and ids_restore: the int(L·(1 - ratio))
-    patches of least noise stay visible, ordered by it; ids_restore[b, l]: patch l's place in [kept ; hidden]."""
-    order = noise.argsort(dim=1, stable=True)                                          # (B, L)
-    ids_restore = order.argsort(dim=1)                                                     # (B, L)
-    return order[:, :int(noise.shape[1] * (1 - ratio))], ids_restore
+# ------------------------------------------------------------------------------------------ patches
+
+def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
+    """noise (B, L) -> ids_keep (B, K), ids_restore (B, L), as in MAE
+
+    The K = int(L·(1 - mask_ratio)) patches of least noise stay visible, in the order of their
+    noise. ids_restore[b, l] is the position of patch l in [visible ; hidden]."""
+    ids_shuffle = noise.argsort(dim=1, stable=True)                   # (B, L)
+    ids_restore = ids_shuffle.argsort(dim=1)                          # (B, L)
+    num_visible = int(noise.shape[1] * (1 - mask_ratio))
+    return ids_shuffle[:, :num_visible], ids_restore
 
 
-def sample_word_mask(starts, maskable, noise, ratio, whole_word=True):
-    """Which tokens are hidden. starts, maskable: bool (B, T), where a word starts and which tokens may be
-    hidden (no padding, no special ones); noise: uniform (B, T+1) -> bool (B, T).
+# -------------------------------------------------------------------------------------------- words
 
-    Words are taken in random order until `ratio` of the row's maskable tokens is reached, at least one word a
-    row (the release drew single tokens, padding included, and hid nothing in a quarter of short captions)."""
+def sample_word_mask(starts: np.ndarray, maskable: np.ndarray, noise: np.ndarray, mlm_ratio: float,
+                     whole_word: bool = True) -> np.ndarray:
+    """Which tokens to mask: bool (B, T).
+
+    starts, maskable: bool (B, T), where a word starts and which tokens may be masked (no padding,
+    no special tokens); noise: uniform (B, T+1). Words are taken in random order until `mlm_ratio`
+    of the row's maskable tokens is reached, at least one word a row. (The release draws single
+    tokens, padding included, and masks nothing in a quarter of short captions.)"""
     if not whole_word:
-        starts = np.ones_like(starts)                                       # each token is a word of its own
-    word = starts.cumsum(axis=1)                                            # (B, T) number of a token's word
-    draw = np.where(maskable, np.take_along_axis(noise, word, axis=1), 2.0)     # (B, T) one draw a word
-    before = (draw[:, None, :] < draw[:, :, None]).sum(axis=2)              # (B, T) tokens of earlier words
-    wanted = np.round(ratio * maskable.sum(axis=1, keepdims=True))              # (B, 1) tokens
+        starts = np.ones_like(starts)                                         # each token is a word
+    word = starts.cumsum(axis=1)                                      # (B, T) index of its word
+    word_noise = np.take_along_axis(noise, word, axis=1)              # (B, T) one number a word
+    word_noise = np.where(maskable, word_noise, 2.0)                  # (B, T) never the least
+    before = word_noise[:, None, :] < word_noise[:, :, None]          # (B, T, T)
+    before = before.sum(axis=2)                                       # (B, T) tokens taken before
+    wanted = np.round(mlm_ratio * maskable.sum(axis=1, keepdims=True))  # (B, 1) tokens to mask
     return maskable & (before < np.maximum(wanted, 1))
 
 
-def corrupt_tokens(ids, chosen, noise, mask_id, non_special_ids):
-    """What replaces the hidden tokens: 80 % the mask token, 10 % a random token of `non_special_ids` (the ids of no
-    special token), 10 % the token itself. ids, chosen (B, T), noise (B, T, 2) uniform -> ids (B, T)."""
-    random_ids = non_special_ids[(noise[..., 1] * len(non_special_ids)).astype(np.int64)]            # (B, T)
-    put = np.where(noise[..., 0] < 0.8, mask_id, np.where(noise[..., 0] < 0.9, random_ids, ids))
-    return np.where(chosen, put, ids)
+def corrupt_tokens(ids: np.ndarray, masked: np.ndarray, noise: np.ndarray, mask_id: int,
+                   non_special_ids: np.ndarray) -> np.ndarray:
+    """BERT's corruption of the masked tokens: 80 % mask token, 10 % random token, 10 % unchanged.
+
+    ids, masked (B, T), noise (B, T, 2) uniform -> ids (B, T). Random tokens come from
+    `non_special_ids`."""
+    random_ids = non_special_ids[(noise[..., 1] * len(non_special_ids)).astype(np.int64)]  # (B, T)
+    unchanged_or_random = np.where(noise[..., 0] < 0.9, random_ids, ids)  # (B, T)
+    corrupted = np.where(noise[..., 0] < 0.8, mask_id, unchanged_or_random)  # (B, T)
+    return np.where(masked, corrupted, ids)
 
 
-def sample_negatives(image, text, noise, amount, group=None):
-    """For every row of a chunk, `amount` (at most B) other rows that differ from it in image *and* in text,
-    drawn without repeats -> int64 (B, amount); where there are too few, the row's own number stands instead.
+# ---------------------------------------------------------------------------------------- negatives
 
+def sample_negatives(image: np.ndarray, text: np.ndarray, noise: np.ndarray, amount: int,
+                     group: np.ndarray | None = None) -> np.ndarray:
+    """For every row `amount` other rows that differ from it in image *and* in text: int64 (B,
+    amount).
+
+    They are drawn without repeats. Rows with too few negatives are padded with their own index.
     image, text: int (B,), equal where two rows share an image or a text; noise: uniform (B, B);
-    group: int (B,), where given only rows of the same group count."""
-    fits = (image[:, None] != image) & (text[:, None] != text)                     # (B, B)
+    group: int (B,), if given only rows of the same group count (hard negatives); amount: at most
+    B."""
+    allowed = (image[:, None] != image) & (text[:, None] != text)     # (B, B)
     if group is not None:
-        fits &= group[:, None] == group
-    order = np.argsort(np.where(fits, noise, 2.0), axis=1, kind="stable")[:, :amount]
-    return np.where(np.take_along_axis(fits, order, axis=1), order, np.arange(len(image))[:, None])
+        allowed &= group[:, None] == group
+    noise = np.where(allowed, noise, 2.0)                             # (B, B) negatives first
+    order = np.argsort(noise, axis=1, kind="stable")[:, :amount]      # (B, amount)
+    is_negative = np.take_along_axis(allowed, order, axis=1)          # (B, amount)
+    return np.where(is_negative, order, np.arange(len(image))[:, None])
 
 
-def sample_itm_pairs(image, text, noise, group, hard_negatives=0.0):
-    """Image-text matching: the image each text goes with, int64 (B,). Half of the rows, rounded down, get
-    another row's image; one without a partner stays a match. A share `hard_negatives` of the wrong images is of the
-    text's own group where there is one, so that the kind does not tell. noise: uniform (B, B+2)."""
-    random_index = sample_negatives(image, text, noise[:, 2:], 1)[:, 0]                         # (B,) the partner
-    hard_index = sample_negatives(image, text, noise[:, 2:], 1, group)[:, 0]                  # (B,)
-    own = np.arange(len(image))
-    wrong = np.where((noise[:, 1] < hard_negatives) & (hard_index != own), hard_index, random_index)         # (B,)
-    half = np.argsort(noise[:, 0], kind="stable")[:len(own) // 2]                      # (B // 2,)
-    return np.where(np.isin(own, half), wrong, own)
+def sample_itm_pairs(image: np.ndarray, text: np.ndarray, noise: np.ndarray, group: np.ndarray,
+                     hard_negatives: float = 0.0) -> np.ndarray:
+    """Image-text matching: the row whose image each text gets, int64 (B,).
+
+    Half of the rows, rounded down, get another row's image; a row without a negative keeps its own.
+    A share `hard_negatives` of the wrong images is of the text's own group where there is one: then
+    the group alone does not tell. noise: uniform (B, B+2)."""
+    positive_index = np.arange(len(image))                            # (B,)
+    random_index = sample_negatives(image, text, noise[:, 2:], 1)[:, 0]  # (B,)
+    hard_index = sample_negatives(image, text, noise[:, 2:], 1, group)[:, 0]  # (B,)
+    use_hard = (noise[:, 1] < hard_negatives) & (hard_index != positive_index)  # (B,)
+    negative_index = np.where(use_hard, hard_index, random_index)     # (B,)
+    half = np.argsort(noise[:, 0], kind="stable")[:len(image) // 2]   # (B // 2,)
+    return np.where(np.isin(positive_index, half), negative_index, positive_index)

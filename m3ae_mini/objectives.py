@@ -1,87 +1,119 @@
-"""What M³AE learns from: each objective is one module with its head, its pass through the trunk and its loss.
+"""What M³AE learns from: each objective is one module with its head, its pass through the backbone,
+its loss.
 
-An objective is called with the model, the batch, the whole text and the whole image, encoded once (None where
-none `reads` it). It returns a dict: `NAME_loss` and what it predicted. A new loss: one more in OBJECTIVES."""
+An objective is called with the model, the batch, and the encodings of the whole text and the whole
+image. Those are computed once and shared; one that no objective names in `inputs` is None. An
+objective returns a dict: `NAME_loss` and its predictions. A new loss is one class here and one
+entry in OBJECTIVES."""
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from .model import ViTBlock, Backbone, initialise, patchify
+from .config import ModelConfig
+from .model import Backbone, ViTBlock, initialise, patchify
 
+
+# ------------------------------------------------------------------------------------- pre-training
 
 class MLM(nn.Module):
-    """Masked language modelling: restore hidden words from the other words and the whole image, by an MLP
-    on the text stream after the last fusion layer: words are high-level (paper, section 2.3)."""
+    """Masked language modelling: restore the hidden words from the other words and the whole image.
+
+    Words are high-level: an MLP reads the text stream after the last fusion layer (paper, section
+    2.3)."""
     inputs = ("image",)
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.dense = nn.Linear(cfg.fusion_width, cfg.fusion_width)
         self.norm = nn.LayerNorm(cfg.fusion_width, eps=1e-12)
         self.decoder = nn.Linear(cfg.fusion_width, cfg.vocab_size)
 
-    def forward(self, model, batch, text, image):
-        """image (B, 1+L, D) -> mlm_logits (M, V) and mlm_targets (M,) for the masked tokens, row-major, and
-        their cross-entropy. M may count filler at the end, of target -100, where the loader rounded up."""
-        labels = batch["mlm_labels"].flatten()                                         # (B·T,)
-        where = batch.get("mlm_positions")
-        if where is None:
-            where = (labels != -100).nonzero()[:, 0]                                   # (M,)
-        stream = model.encode_text(batch["mlm_ids"], batch["text_mask"])               # (B, T, D)
-        stream, _ = model.fuse(stream, image, batch["text_mask"], streams=("text",))      # (B, T, D)
+    def forward(self, model: Backbone, batch: dict, text: Tensor | None, image: Tensor) -> dict:
+        """image (B, 1+L, D) -> mlm_loss (), mlm_logits (M, V), mlm_targets (M,) of the masked
+        tokens, row-major
 
-        # The vocabulary is the widest layer of all: only masked tokens pay for it.
-        states = stream.flatten(0, 1).index_select(0, where)                           # (M, D)
-        logits = self.decoder(self.norm(F.gelu(self.dense(states)))).float()           # (M, V)
-        targets = labels.index_select(0, where)                                        # (M,)
-        loss = F.cross_entropy(logits, targets, reduction="sum") / (targets != -100).sum().clamp(min=1)
+        M may count padding at its end, of target -100: the loader rounds M up to repeat shapes."""
+        # Encode the masked text and fuse it with the whole image.
+        x = model.encode_text(batch["mlm_ids"], batch["text_mask"])   # (B, T, D)
+        x, _ = model.fuse(x, image, batch["text_mask"], streams=("text",))  # (B, T, D)
+
+        # The vocabulary is the widest layer of all: only masked tokens are projected onto it.
+        labels = batch["mlm_labels"].flatten()                        # (B·T,)
+        positions = batch.get("mlm_positions")
+        if positions is None:
+            positions = (labels != -100).nonzero()[:, 0]              # (M,)
+        x = x.flatten(0, 1).index_select(0, positions)                # (M, D)
+        logits = self.decoder(self.norm(F.gelu(self.dense(x)))).float()  # (M, V)
+
+        # Cross-entropy, averaged over the masked tokens.
+        targets = labels.index_select(0, positions)                   # (M,)
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        loss = loss / (targets != -100).sum().clamp(min=1)
         return {"mlm_loss": loss, "mlm_logits": logits, "mlm_targets": targets}
 
 
 class MIM(nn.Module):
-    """Masked image modelling: restore hidden patches from the visible quarter and the text, by a small
-    Transformer on the image stream entering fusion layer `mim_layer`: pixels are low-level (section 2.3)."""
+    """Masked image modelling: restore the hidden patches from the visible quarter and the whole
+    text.
 
-    def __init__(self, cfg):
+    Pixels are low-level: a small Transformer reads the image stream entering fusion layer
+    `mim_layer` (paper, section 2.3)."""
+
+    def __init__(self, cfg: ModelConfig):
         super().__init__()
-        width, side = cfg.decoder_width, cfg.image_size // cfg.patch_size
+        width, grid = cfg.decoder_width, cfg.image_size // cfg.patch_size
         self.depth = cfg.fusion_layers if cfg.mim_layer == -1 else cfg.mim_layer
         self.inputs = ("text",) if self.depth else ()
         self.embed = nn.Linear(cfg.fusion_width, width)
         self.mask_token = nn.Parameter(torch.empty(width))
-        self.register_buffer("pos_embed", sine_cosine_positions(width, side), persistent=False)
-        self.blocks = nn.ModuleList(ViTBlock(width, cfg.decoder_heads) for _ in range(cfg.decoder_layers))
+        self.register_buffer("pos_embed", sine_cosine_positions(width, grid), persistent=False)
+        self.blocks = nn.ModuleList(ViTBlock(width, cfg.decoder_heads)
+                                    for _ in range(cfg.decoder_layers))
         self.norm = nn.LayerNorm(width, eps=1e-5)
         self.pred = nn.Linear(width, 3 * cfg.patch_size ** 2)
 
-    def forward(self, model, batch, text, image):
-        """text (B, T, D) -> mim_pred (B, L, 3·P²), mim_hidden (B, L), 1 where a patch was hidden, and the
-        squared error: mean within a patch, then over the hidden patches."""
-        kept, ids_restore = model.encode_image(batch["image"], batch["mim_noise"])         # (B, 1+K, D), (B, L)
-        _, kept = model.fuse(text, kept, batch["text_mask"], depth=self.depth, streams=("image",))
-        pred = self.decode(kept, ids_restore).float()                                      # (B, L, 3·P²)
-        target = self.target(batch["image"], model.cfg)                                # (B, L, 3·P²)
-        hidden = (ids_restore >= kept.shape[1] - 1).float()                                # (B, L)
-        error = (pred - target).square().mean(-1)                                      # (B, L)
-        return {"mim_loss": (error * hidden).sum() / hidden.sum(), "mim_pred": pred, "mim_hidden": hidden}
+    def forward(self, model: Backbone, batch: dict, text: Tensor, image: Tensor | None) -> dict:
+        """text (B, T, D) -> mim_loss (), mim_pred (B, L, 3·P²), mim_hidden (B, L), 1 where a patch
+        was hidden
 
-    def decode(self, kept, ids_restore):
-        """kept (B, 1+K, D), ids_restore (B, L) -> predicted patches (B, L, 3·P²)"""
-        x = self.embed(kept)                                                           # (B, 1+K, W)
-        # Mask tokens fill up the row behind the kept patches; then every patch goes back to its place.
-        filler = self.mask_token.to(x.dtype).expand(len(x), ids_restore.shape[1] + 1 - x.shape[1], -1)
-        patches = torch.cat([x[:, 1:], filler], dim=1)                                 # (B, L, W)
-        patches = patches.gather(1, ids_restore[..., None].expand(-1, -1, x.shape[-1]))    # (B, L, W)
-        x = torch.cat([x[:, :1], patches], dim=1) + self.pos_embed                           # (B, 1+L, W)
+        The loss is the squared error: its mean within a patch, then its mean over the hidden
+        patches."""
+        # Encode the visible patches, fuse them with the text for `depth` layers, decode them all.
+        image, noise = batch["image"], batch["mim_noise"]
+        visible, ids_restore = model.encode_visible(image, noise)     # (B, 1+K, D), (B, L)
+        _, visible = model.fuse(text, visible, batch["text_mask"], depth=self.depth,
+                                streams=("image",))                   # (B, 1+K, D)
+        pred = self.decode(visible, ids_restore).float()              # (B, L, 3·P²)
+
+        # Only hidden patches count.
+        target = self.target(image, model.cfg)                        # (B, L, 3·P²)
+        hidden = (ids_restore >= visible.shape[1] - 1).float()        # (B, L)
+        error = (pred - target).square().mean(-1)                     # (B, L)
+        loss = (error * hidden).sum() / hidden.sum()
+        return {"mim_loss": loss, "mim_pred": pred, "mim_hidden": hidden}
+
+    def decode(self, visible: Tensor, ids_restore: Tensor) -> Tensor:
+        """visible (B, 1+K, D), ids_restore (B, L) -> predicted patches (B, L, 3·P²)"""
+        x = self.embed(visible)                                       # (B, 1+K, W)
+        num_hidden = ids_restore.shape[1] + 1 - x.shape[1]                             # L - K
+
+        # Append a mask token for every hidden patch, then put all patches back into reading order.
+        mask_tokens = self.mask_token.to(x.dtype).expand(len(x), num_hidden, -1)  # (B, L-K, W)
+        patches = torch.cat([x[:, 1:], mask_tokens], dim=1)           # (B, L, W)
+        patches = patches.gather(1, ids_restore[..., None].expand(-1, -1, x.shape[-1]))  # (B, L, W)
+
+        x = torch.cat([x[:, :1], patches], dim=1) + self.pos_embed    # (B, 1+L, W)
         for block in self.blocks:
             x = block(x)
-        return self.pred(self.norm(x[:, 1:]))                                          # class token dropped
+        return self.pred(self.norm(x[:, 1:]))                                  # class token dropped
 
     @staticmethod
-    def target(image, cfg):
-        """image (B, 3, S, S) -> the patches to restore (B, L, 3·P²), each normalised by its mean and unbiased
-        variance where norm_pix_loss says so: contrast then counts as much in dark patches as in bright."""
+    def target(image: Tensor, cfg: ModelConfig) -> Tensor:
+        """image (B, 3, S, S) -> the patches to restore (B, L, 3·P²)
+
+        With norm_pix_loss each patch is normalised by its mean and unbiased variance, so that
+        contrast counts as much in dark patches as in bright ones."""
         patches = patchify(image, cfg.patch_size)
         if not cfg.norm_pix_loss:
             return patches
@@ -89,54 +121,66 @@ class MIM(nn.Module):
         return (patches - mean) / (var + 1e-6).sqrt()
 
 
-def sine_cosine_positions(width, side):
-    """Fixed 2-D positions (1 + side², width), class token zeros. The first half of the channels tells the
-    column, the second the row; in a half all sines, then all cosines, of 10000^(-4i/width), i < width/4."""
-    frequency = 10000.0 ** (-np.arange(width // 4) / (width / 4))                      # float64, as released
-    angle = np.arange(side)[:, None] * frequency                                       # (side, width/4)
-    code = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)                      # (side, width/2)
-    grid = np.concatenate([np.tile(code, (side, 1)), code.repeat(side, axis=0)], axis=1)   # (side², width)
-    return torch.from_numpy(np.concatenate([np.zeros((1, width)), grid])).float()
+def sine_cosine_positions(width: int, grid: int) -> Tensor:
+    """Fixed 2-D position embedding (1 + grid², width); zeros for the class token (released code).
+
+    The first half of the channels codes the column, the second the row. Within a half all sines
+    come first, then all cosines, of 10000^(-4i/width), i < width/4."""
+    frequency = 10000.0 ** (-np.arange(width // 4) / (width / 4))     # (width/4,)
+    angle = np.arange(grid)[:, None] * frequency                      # (grid, width/4)
+    code = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)     # (grid, width/2)
+    column, row = np.tile(code, (grid, 1)), code.repeat(grid, axis=0)  # (grid², width/2) each
+    table = np.concatenate([np.zeros((1, width)), np.concatenate([column, row], axis=1)])
+    return torch.from_numpy(table).float()                            # (1 + grid², width)
 
 
 class ITM(nn.Module):
-    """The third objective, image-text matching: half the rows get another row's image; which ones?"""
+    """Image-text matching: half of the texts get another row's image; which ones? (paper, section
+    2.4)"""
     inputs = ("text", "image")
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.fc = nn.Linear(2 * cfg.fusion_width, 2)
 
-    def forward(self, model, batch, text, image):
-        """text (B, T, D), image (B, 1+L, D); row i of the text goes with image itm_index[i] -> itm_logits
-        (B, 2), class 1: they match. A wrong image is a row that is encoded already, so it costs nothing."""
-        index = batch["itm_index"]                                                     # (B,)
-        feature = model.pooled_pair(text, image.index_select(0, index), batch["text_mask"])  # (B, 2D)
-        logits = self.fc(feature).float()                                              # (B, 2)
-        match = (index == torch.arange(len(index), device=index.device)).long()        # (B,)
+    def forward(self, model: Backbone, batch: dict, text: Tensor, image: Tensor) -> dict:
+        """text (B, T, D), image (B, 1+L, D), itm_index (B,): the image of each text -> itm_loss (),
+        itm_logits (B, 2)
+
+        Class 1 means "they match". A wrong image is a row that is encoded already, so it costs
+        nothing."""
+        index = batch["itm_index"]                                    # (B,)
+        image = image.index_select(0, index)                          # (B, 1+L, D)
+        feature = model.pooled_pair(text, image, batch["text_mask"])  # (B, 2D)
+        logits = self.fc(feature).float()                             # (B, 2)
+        match = (index == torch.arange(len(index), device=index.device)).long()  # (B,)
         return {"itm_loss": F.cross_entropy(logits, match), "itm_logits": logits}
 
 
+# --------------------------------------------------------------------------------- downstream tasks
+
 class ClassifierHead(nn.Module):
-    """What VQA and classification share: a head on the joint feature, (B, 2D) -> (B, choices)."""
+    """What VQA and classification share: a head on the pooled pair, (B, 2D) -> (B, classes)."""
     inputs = ("text", "image")
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: ModelConfig):
         super().__init__()
         width = 2 * cfg.fusion_width
-        choices = {"vqa": cfg.num_answers, "cls": cfg.num_classes}[cfg.task]
+        num_labels = {"vqa": cfg.num_answers, "cls": cfg.num_classes}[cfg.task]
         self.head = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width, eps=1e-5), nn.GELU(),
-                                  nn.Linear(width, choices))
+                                  nn.Linear(width, num_labels))
 
 
 class VQA(ClassifierHead):
-    """Question answering as a choice from the answer list. A label of -1 (outside it) has no right choice."""
+    """Question answering as classification over the answer list; a label of -1 has no right answer
+    in it."""
 
-    def forward(self, model, batch, text, image):
-        """-> vqa_logits (B, A); binary cross-entropy summed over the answers, averaged over the rows."""
-        logits = self.head(model.pooled_pair(text, image, batch["text_mask"])).float()       # (B, A)
-        answers = torch.arange(logits.shape[1], device=logits.device)                  # (A,)
-        target = (batch["vqa_labels"][:, None] == answers).float()                     # (B, A) one-hot
+    def forward(self, model: Backbone, batch: dict, text: Tensor, image: Tensor) -> dict:
+        """vqa_labels (B,) -> vqa_logits (B, A) and vqa_loss (): BCE summed over the answers, mean
+        over the rows"""
+        logits = self.head(model.pooled_pair(text, image, batch["text_mask"])).float()  # (B, A)
+        answers = torch.arange(logits.shape[1], device=logits.device)  # (A,)
+        target = (batch["vqa_labels"][:, None] == answers).float()    # (B, A) one-hot
         loss = F.binary_cross_entropy_with_logits(logits, target) * logits.shape[1]
         return {"vqa_loss": loss, "vqa_logits": logits}
 
@@ -144,9 +188,9 @@ class VQA(ClassifierHead):
 class Classification(ClassifierHead):
     """One class for an image with its text."""
 
-    def forward(self, model, batch, text, image):
-        """-> cls_logits (B, C) and their cross-entropy."""
-        logits = self.head(model.pooled_pair(text, image, batch["text_mask"])).float()       # (B, C)
+    def forward(self, model: Backbone, batch: dict, text: Tensor, image: Tensor) -> dict:
+        """cls_labels (B,) -> cls_logits (B, C) and their cross-entropy cls_loss ()"""
+        logits = self.head(model.pooled_pair(text, image, batch["text_mask"])).float()  # (B, C)
         return {"cls_loss": F.cross_entropy(logits, batch["cls_labels"]), "cls_logits": logits}
 
 
@@ -154,51 +198,69 @@ class Retrieval(nn.Module):
     """Which text belongs to the image: the right one against F texts of other rows."""
     inputs = ("text", "image")
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.fc = nn.Linear(2 * cfg.fusion_width, 1)
 
-    def forward(self, model, batch, text, image):
-        """false_text_index (B, F) -> irtr_logits (B, 1+F), the right text first, and their cross-entropy."""
-        false = batch["false_text_index"]                                              # (B, F)
-        own = torch.arange(len(false), device=false.device)[:, None]                   # (B, 1)
-        texts = torch.cat([own, false], dim=1)                                         # (B, 1+F)
-        pairs = texts.flatten()                                                        # (B·(1+F),)
-        feature = model.pooled_pair(text.index_select(0, pairs), image.repeat_interleave(texts.shape[1], dim=0),
-                              batch["text_mask"].index_select(0, pairs))               # (B·(1+F), 2D)
-        logits = self.fc(feature).float().view(texts.shape)                            # (B, 1+F)
-        # Where a row had too few partners its own text fills up the false ones: no choice at all.
-        logits = logits.masked_fill(F.pad(false == own, (1, 0)), -torch.inf)           # (B, 1+F)
-        return {"irtr_loss": F.cross_entropy(logits, torch.zeros_like(own[:, 0])), "irtr_logits": logits}
+    def forward(self, model: Backbone, batch: dict, text: Tensor, image: Tensor) -> dict:
+        """false_text_index (B, F) -> irtr_logits (B, 1+F), the right text first, and cross-entropy
+        irtr_loss ()"""
+        # Each image with its own text and F texts of other rows.
+        false = batch["false_text_index"]                             # (B, F)
+        positive_index = torch.arange(len(false), device=false.device)[:, None]  # (B, 1)
+        texts = torch.cat([positive_index, false], dim=1)             # (B, 1+F)
+        pairs = texts.flatten()                                       # (B·(1+F),)
+        images = image.repeat_interleave(texts.shape[1], dim=0)       # (B·(1+F), 1+L, D)
+        feature = model.pooled_pair(text.index_select(0, pairs), images,
+                                    batch["text_mask"].index_select(0, pairs))  # (B·(1+F), 2D)
+        logits = self.fc(feature).float().view(texts.shape)           # (B, 1+F)
+
+        # Rows with too few negatives are padded with their own text; mask the padding out.
+        padding = F.pad(false == positive_index, (1, 0))              # (B, 1+F)
+        logits = logits.masked_fill(padding, -torch.inf)
+        loss = F.cross_entropy(logits, torch.zeros_like(positive_index[:, 0]))
+        return {"irtr_loss": loss, "irtr_logits": logits}
 
 
 OBJECTIVES = {"pretrain": {"mlm": MLM, "mim": MIM, "itm": ITM},
               "vqa": {"vqa": VQA}, "cls": {"cls": Classification}, "irtr": {"irtr": Retrieval}}
 
 
-class M3AE(Backbone):
-    """The trunk and the objectives in use. An objective of weight 0 is not built, and its work not done."""
+# ---------------------------------------------------------------------------------------- the model
 
-    def __init__(self, cfg):
+class M3AE(Backbone):
+    """The backbone and its objectives. An objective of weight 0 is not built and costs nothing."""
+
+    def __init__(self, cfg: ModelConfig):
         super().__init__(cfg)
-        self.loss_weights = {name: weight for name in OBJECTIVES[cfg.task]
-                             if (weight := getattr(cfg, name, 1.0))}    # a task's one loss has no field: 1
-        self.objectives = nn.ModuleDict({name: OBJECTIVES[cfg.task][name](cfg) for name in self.loss_weights})
+        self.loss_weights, objectives = {}, {}
+        for name, objective in OBJECTIVES[cfg.task].items():
+            weight = getattr(cfg, name, 1.0)             # a task's one loss is no setting: weight 1
+            if weight:
+                self.loss_weights[name] = weight
+                objectives[name] = objective(cfg)
+        self.objectives = nn.ModuleDict(objectives)
+
         initialise(self)
         if "mim" in self.objectives:
             nn.init.normal_(self.objectives["mim"].mask_token, std=0.02)
             for block in self.objectives["mim"].blocks:
                 nn.init.xavier_uniform_(block.attn.qkv.weight)
 
-    def forward(self, batch):
-        """A dict of tensors (the loader's, or a golden case's) -> every objective's outputs, and `loss`,
-        their weighted sum. With dropout on, MIM and ITM share one draw for the text (two in the release)."""
-        read = {what for objective in self.objectives.values() for what in objective.inputs}
-        text = self.encode_text(batch["text_ids"], batch["text_mask"]) if "text" in read else None
-        image = self.encode_image(batch["image"]) if "image" in read else None
+    def forward(self, batch: dict) -> dict:
+        """A dict of tensors (the loader's, or a golden case's) -> every objective's outputs, and
+        `loss`
+
+        `loss` is the weighted sum. With dropout MIM and ITM share one text encoding (two in the
+        release)."""
+        # Encode the whole text and the whole image once, if some objective reads them.
+        inputs = {name for objective in self.objectives.values() for name in objective.inputs}
+        text = self.encode_text(batch["text_ids"], batch["text_mask"]) if "text" in inputs else None
+        image = self.encode_image(batch["image"]) if "image" in inputs else None  # (B, 1+L, D)
 
         out = {}
         for name, objective in self.objectives.items():
             out.update(objective(self, batch, text, image))
-        out["loss"] = sum(weight * out[f"{name}_loss"] for name, weight in self.loss_weights.items())
+        out["loss"] = sum(weight * out[f"{name}_loss"]
+                          for name, weight in self.loss_weights.items())
         return out

@@ -1,0 +1,215 @@
+"""The run's folder: opened and locked, atomic writes, checkpoints, resuming, the log."""
+import json
+import math
+import os
+import re
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+from .config import UserError, reading, require
+from .distributed import DistEnv
+
+# A line of metrics.jsonl as Log writes it: {"step": 20, "split": "train", "loss": 1.5, ...}
+LINE = re.compile(r'{"step": \d{1,9}, "split": "\w+"'
+                  r'(, "(\\.|[^"\\])*": (-?\d{1,20}(\.\d+)?(e[+-]\d+)?|null))*}')
+LOCKS: list = []                  # open lock files; they lock their folders until this process ends
+
+
+# --------------------------------------------------------------------------------------- the folder
+
+def check_run_dir(out: Path, resume: bool) -> None:
+    """Raise UserError where `out` holds another run that is not to be resumed, or something
+    else."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if (out / "config.json").is_file():
+        require(resume or restarted,
+                f"{out} holds another run: continue it with --resume, or choose another --out")
+    elif out.is_dir():
+        left_by_a_kill = {"lock", "config.json.tmp"}
+        require({file.name for file in out.iterdir()} <= left_by_a_kill,
+                f"{out} is not empty and holds no run: choose another --out")
+
+
+def open_run_dir(out: Path, resume: bool) -> Path | None:
+    """Make the run's folder, lock it against other runs -> its newest checkpoint that is whole, or
+    None."""
+    check_run_dir(out, resume)
+    try:
+        (out / "plots").mkdir(parents=True, exist_ok=True)
+        if sys.platform != "win32":
+            import fcntl                                   # Windows has none
+            LOCKS.append(open(out / "lock", "w"))
+            fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is at work in {out}: wait for it, or choose another "
+                        "--out") from None
+    except OSError as error:
+        raise UserError(f"{out} can't be written to ({error.strerror}): choose another "
+                        "--out") from None
+    # new.pt is there where a kill came between two renames.
+    return latest_valid_checkpoint(out, "new.pt", "last.pt", "prev.pt")
+
+
+def saved_settings(out: Path) -> dict | None:
+    """The settings in a run's config.json, or None where there is none."""
+    path = out / "config.json"
+    if not path.is_file():
+        return None
+    with reading(path):
+        return dict(json.loads(path.read_text()))
+
+
+def check_same_settings(out: Path, settings: dict[str, dict]) -> None:
+    """Raise UserError where a run that is resumed has other settings; those under "run" may
+    change."""
+    saved = saved_settings(out)
+    if saved is None:
+        return
+    changed = []
+    with reading(out / "config.json"):
+        for part in settings.keys() - {"run"}:
+            now = json.loads(json.dumps(settings[part]))
+            for name, value in now.items():
+                old = saved.get(part, {}).get(name)
+                if old != value:
+                    changed.append(f"{name} {old!r:.60} (now {value!r:.60})")
+    require(not changed, f"{out} was started with other settings: {', '.join(sorted(changed))}; "
+            "give the same, or choose another --out")
+
+
+def save_settings(out: Path, settings: dict[str, dict], tokenizer) -> None:
+    """Write config.json and tokenizer.json."""
+    text = json.dumps(settings, indent=1)
+    write_atomic(out / "config.json", lambda file: file.write(text.encode()))
+    write_atomic(out / "tokenizer.json", lambda file: file.write(tokenizer.json.encode()))
+
+
+def write_atomic(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
+    """Call write(file) on a temporary file, then rename it: a reader finds the old file or the new
+    one.
+
+    UserError where the disk is full or may not be written to."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:            # the latter is torch.save's for a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} can't be written ({reason}): what was saved before is whole; make "
+                        "room, then --resume, or choose another folder") from None
+    finally:
+        temporary.unlink(missing_ok=True)                  # a full disk needs the room
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+def save_weights(path: Path, model: nn.Module, step: int, **more) -> None:
+    """Write the weights, the step, the model's settings, and whatever else is given."""
+    state = {"model": model.state_dict(), "step": step, "model_config": asdict(model.cfg)} | more
+    write_atomic(path, lambda file: torch.save(state, file))
+
+
+def save_checkpoint(out: Path, model: nn.Module, optimizer, scaler, step: int,
+                    best_score: float) -> None:
+    """Write last.pt; the one before stays as prev.pt."""
+    save_weights(out / "new.pt", model, step, best=best_score, optimizer=optimizer.state_dict(),
+                 scaler=scaler.state_dict())
+    if (out / "last.pt").exists():
+        os.replace(out / "last.pt", out / "prev.pt")
+    os.replace(out / "new.pt", out / "last.pt")
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint: tensors and plain containers, nothing else. UserError where it is
+    damaged."""
+    with reading(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        require(not damaged, f"{path} is damaged: its entry {damaged} does not have its check sum")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def load_training_state(path: Path, model: nn.Module, optimizer, scaler) -> tuple[int, float]:
+    """Load a checkpoint into the three -> its step, its best score. UserError where it is another
+    run's."""
+    with reading(path):
+        state = load_checkpoint(path)
+        model.load_state_dict(state["model"])
+        # Rates and decay come from the settings, the moments from the file.
+        state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(state["optimizer"])
+        # The scaler's state is empty where another dtype was used.
+        scaler.load_state_dict(state["scaler"] or scaler.state_dict())
+        fits = state["step"] >= 0
+        for parameter, moments in optimizer.state.items():
+            shapes = {moments["exp_avg"].shape, moments["exp_avg_sq"].shape}
+            fits &= shapes == {parameter.shape} and moments["step"].ndim == 0
+        require(fits, f"{path} was written by another run: choose another --out")
+        return int(state["step"]), float(state["best"])
+
+
+def latest_valid_checkpoint(out: Path, *names: str) -> Path | None:
+    """The first of the run's checkpoints `names` that is there and whole, or None where there is
+    none.
+
+    UserError where all that are there are damaged."""
+    paths = [out / name for name in names if (out / name).exists()]
+    for path in paths:
+        try:
+            load_checkpoint(path)
+            return path
+        except UserError as error:
+            require(path != paths[-1], f"no checkpoint in {out} can be read: {error}")
+            print(f"warning: {error}; trying the next one", file=sys.stderr)
+    return None
+
+
+def load_best(out: Path, dist_env: DistEnv) -> dict:
+    """The checkpoint of the best score; the last one where it is missing or damaged, and said."""
+    path = None
+    if dist_env.is_main:
+        path = latest_valid_checkpoint(out, "best.pt", "last.pt")
+        require(path, f"{out} holds no checkpoint to test: continue it with --resume")
+    return load_checkpoint(dist_env.broadcast(path))
+
+
+# ------------------------------------------------------------------------------------------ the log
+
+class Log:
+    """metrics.jsonl: one JSON object a line. Opened at a step, it drops later lines and those of
+    the test."""
+
+    def __init__(self, out: Path | str, step: float):
+        self.path = Path(out) / "metrics.jsonl"
+        kept = [line for line in self.lines() if line["step"] <= step and line["split"] != "test"]
+        text = "".join(f"{json.dumps(line)}\n" for line in kept)
+        write_atomic(self.path, lambda file: file.write(text.encode()))
+
+    def lines(self) -> list[dict]:
+        """The log's lines as dicts; lines that `write` did not write are left out (a power cut
+        tears lines)."""
+        text = self.path.read_text(errors="replace") if self.path.is_file() else ""
+        return [json.loads(line) for line in text.splitlines() if LINE.fullmatch(line)]
+
+    def write(self, step: int, split: str, **values: float) -> None:
+        """Append a line; numbers that are not finite become null."""
+        plain = {name: round(value, 10) if math.isfinite(value) else None
+                 for name, value in values.items()}
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, "split": split, **plain}) + "\n")
+
+
+def format_metrics(metrics: dict[str, float]) -> str:
+    """Metrics in one line, for the terminal; a class's recall, whose name has blanks, is left
+    out."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if " " not in name)

@@ -1,0 +1,210 @@
+"""Processes and devices: rank, world size, device, dtype; starting torchrun; stop signals; error
+messages."""
+import ctypes
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .config import RunConfig, UserError, require
+
+# What torch says in a RuntimeError where it is no bug, and what a user should read instead.
+OUT_OF_MEMORY = ("out of memory: continue with --grad_checkpointing --resume, or start anew with a "
+                 "smaller --micro_batch")
+PEER_IS_GONE = ("another process of this run has ended or hangs: look at its messages, then "
+                "continue with --resume")
+KNOWN_ERRORS = {"MemoryError|out of memory|can't allocate": OUT_OF_MEMORY,
+                "[Tt]imed out|[Tt]imeout|[Cc]onnection (closed|reset)": PEER_IS_GONE}
+
+
+# ---------------------------------------------------------------------------------------- processes
+
+class DistEnv:
+    """Where this process runs: rank, world_size, is_main (rank 0), device, dtype (of matrix
+    products)."""
+
+    def __init__(self, run_cfg: RunConfig):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.is_main = self.rank == 0
+        self.device = pick_device(run_cfg)
+        self.dtype = pick_dtype(run_cfg.dtype, self.device.type)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if started_by_torchrun() and not dist.is_initialized():
+            self._init_process_group(run_cfg.timeout)
+
+    def _init_process_group(self, seconds: int) -> None:
+        timeout = timedelta(seconds=seconds)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        # On one node torchrun's restarts share a store that holds the addresses of ended processes.
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank,
+                                world_size=world_size)
+
+    def autocast(self) -> AbstractContextManager:
+        """A context in which matrix products have self.dtype; it does nothing for float32."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def print(self, text: str) -> None:
+        """Print once, on rank 0."""
+        if self.is_main:
+            print(text)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    @contextmanager
+    def main_process_first(self) -> Iterator[None]:
+        """Rank 0 runs the block alone, then the others do. A UserError of rank 0 is raised on every
+        rank."""
+        if not self.is_main:
+            error = self.broadcast(None)
+            if error:
+                raise error
+        try:
+            yield
+        except UserError as error:
+            if self.is_main:
+                self.broadcast(error)
+            raise
+        if self.is_main:
+            self.broadcast(None)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The tensor, summed in place over all ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def reduce_sums(self, sums: dict[str, Tensor]) -> dict[str, Any]:
+        """{name: tensor} summed over all ranks, as floats, with one host read; a missing name
+        counts as 0."""
+        shape = next(iter(sums.values())).shape if sums else None
+        names, shape = self.broadcast((sorted(sums), shape))
+        rows = [sums.get(name, torch.zeros(shape)).float().to(self.device) for name in names]
+        return dict(zip(names, self.all_reduce(torch.stack(rows)).tolist()))
+
+
+def started_by_torchrun() -> bool:
+    return "RANK" in os.environ
+
+
+def launch_torchrun(num_processes: int) -> None:
+    """Replace this process by torchrun, which starts this command line `num_processes` times."""
+    sys.stdout.flush()
+    threads = max(1, (os.cpu_count() or 1) // num_processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                              "--nproc-per-node", str(num_processes), *sys.argv])
+
+
+# ------------------------------------------------------------------------------------------ devices
+
+def pick_device(run_cfg: RunConfig) -> torch.device:
+    """The device of this process. UserError where there are fewer GPUs than processes."""
+    kind, local_rank = run_cfg.device, int(os.environ.get("LOCAL_RANK", 0))
+    available = {"cuda": torch.cuda.device_count(), "mps": torch.mps.device_count(),
+                 "cpu": math.inf}
+    if kind == "auto":
+        kind = "cuda" if available["cuda"] else "cpu"
+    require(kind in available, f"--device {kind} is not known: use auto, cuda, cpu or mps")
+    wanted = max(local_rank + 1, run_cfg.gpus)
+    require(wanted <= available[kind], f"{wanted} GPUs are wanted, {available[kind] or 'none'} "
+            "available: use fewer, or --device cpu")
+    return torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+
+
+def pick_dtype(name: str, device: str) -> torch.dtype:
+    """auto: bfloat16 where the hardware computes in it, float16 on older GPUs, else float32."""
+    if name == "auto" and device == "cuda":
+        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    elif name == "auto":
+        on_linux = device == "cpu" and sys.platform == "linux"
+        flags = Path("/proc/cpuinfo").read_text().split() if on_linux else []
+        name = "bfloat16" if {"amx_bf16", "avx512_bf16"} & set(flags) else "float32"
+    known = {"cuda": ("float32", "bfloat16", "float16"), "cpu": ("float32", "bfloat16"),
+             "mps": ("float32",)}
+    require(name in known[device],
+            f"--device {device} has no --dtype {name}: use auto, {', '.join(known[device])}")
+    return getattr(torch, name)
+
+
+def keep_freed_memory() -> None:
+    """Freed memory stays with this process, on Linux. By default glibc gives large tensors back at
+    once, and every step on a CPU pays for fresh pages of zeros (tests/README.md, Speed)."""
+    if sys.platform == "linux":
+        for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX 0, M_TRIM_THRESHOLD -1: see malloc.h
+            ctypes.CDLL(None).mallopt(option, value)
+
+
+# ---------------------------------------------------------------------------------- signals, errors
+
+class StopSignal:
+    """SIGTERM and SIGINT ask the run to finish its step and save a checkpoint; a second one stops
+    at once."""
+
+    def __init__(self):
+        self.requested = False                             # on this rank; `sync` asks all
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame) -> None:
+        self.requested = True
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+
+    def sync(self, norm: Tensor, dist_env: DistEnv) -> tuple[float, bool]:
+        """The gradient's norm () -> it as a float, and whether any rank was asked to stop: all stop
+        together.
+
+        Both travel in one all-reduce and one host read a step."""
+        both = torch.stack([norm / dist_env.world_size, norm.new_full((), self.requested)])
+        norm, requested = dist_env.all_reduce(both).tolist()
+        return norm, requested > 0
+
+
+def run(main: Callable) -> Any:
+    """Call main(). A mistake of the user's making ends in one sentence and status 2, without a
+    traceback."""
+    try:
+        return main()
+    except UserError as error:
+        sentence = str(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:                      # a full disk, a folder that may not be written to
+        sentence = f"{error.filename or 'a file'}: {error.strerror or error}"
+    except (MemoryError, RuntimeError) as error:
+        text = f"{error!r} {error}"
+        known = [sentence for pattern, sentence in KNOWN_ERRORS.items() if re.search(pattern, text)]
+        if not known:
+            raise
+        sentence = known[0]
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+    if sentence == PEER_IS_GONE:
+        time.sleep(1)                                    # let torchrun find the ended process first
+    sys.exit(2)

@@ -1,0 +1,386 @@
+"""How good is it? Validation metrics of pre-training, trivial baselines, answers and classes,
+retrieval.
+
+Metrics are collected as (sum, count) of a micro-batch. They add up over micro-batches and
+processes."""
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from . import masking
+from .distributed import DistEnv
+from .loader import VAL_SEED, Samples, factorize, load, normalise, validation_micro_batches
+from .model import patchify
+from .objectives import M3AE, MIM
+
+PAIRS = 128                        # (image, text) pairs of one pass through the fusion in retrieval
+BASELINE_SAMPLES = 8192                # training images that the mean patch is taken from
+
+
+def sum_and_count(values: Tensor, rows: Tensor | None = None) -> Tensor:
+    """values, any shape: what is averaged; rows: bool, which of them count -> (sum, count), (2,)"""
+    values = values.float()
+    rows = torch.ones_like(values) if rows is None else rows.float()
+    return torch.stack([(values * rows).sum(), rows.sum()])
+
+
+def add(sums: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    """Add a micro-batch's (sum, count) pairs to `sums`."""
+    for name, pair in new.items():
+        sums[name] = sums.get(name, 0) + pair
+
+
+def means(sums: dict[str, Tensor], dist_env: DistEnv) -> dict[str, float]:
+    """The mean of each metric over all processes; a metric that counted nothing is left out."""
+    totals = dist_env.reduce_sums(sums)
+    return {name: total / count for name, (total, count) in totals.items() if count}
+
+
+# ------------------------------------------------------------------------------------- pre-training
+
+@torch.no_grad()
+def pretraining(model: M3AE, samples: Samples, dist_env: DistEnv, limit: int) -> dict[str, float]:
+    """Means over at most `limit` samples, each counted once, with fixed masks; and `score`."""
+    model.eval()
+    sums: dict[str, Tensor] = {}
+    micro_batches = validation_micro_batches(samples, limit, dist_env.rank, dist_env.world_size)
+    for loaded in load(samples, micro_batches, VAL_SEED, dist_env.device):
+        with dist_env.autocast():
+            add(sums, validation_metrics(model, loaded.batch))
+    model.train()
+    metrics = means(sums, dist_env)
+    metrics["score"] = score(metrics)
+    return metrics
+
+
+def score(metrics: dict[str, float]) -> float:
+    """What best.pt has the most of: matching and word accuracy less the pixel loss, as in the
+    release."""
+    return metrics.get("itm_acc", 0) + metrics.get("mlm_acc", 0) - metrics.get("mim_loss", 0)
+
+
+def validation_metrics(model: M3AE, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All metrics of one micro-batch -> {name: (sum, count)}
+
+    The cross-modal gains ask whether each modality uses the other: the same hidden words are
+    restored with the right image, with a random wrong one and with a hard negative (a wrong image
+    of the same group); the same hidden patches with the right text and with a random wrong one.
+    Rows without a negative don't count."""
+    text = model.encode_text(batch["text_ids"], batch["text_mask"])   # (B, T, D)
+    image = model.encode_image(batch["image"])                        # (B, 1+L, D)
+    metrics: dict[str, Tensor] = {}
+    for name, objective in model.objectives.items():
+        if name == "mlm":
+            metrics |= mlm_metrics(model, batch, text, image)
+        elif name == "mim":
+            metrics |= mim_metrics(model, batch, text, image)
+        elif name == "itm":
+            metrics |= itm_metrics(model, batch, text, image)
+        else:                          # an objective of your own: its loss
+            loss = objective(model, batch, text, image)[f"{name}_loss"]
+            metrics[f"{name}_loss"] = torch.stack([loss * len(image), loss.new_tensor(len(image))])
+    return metrics
+
+
+def negatives(batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Each row's own index (B,), and the index of its negative (B,) by kind; its own where it has
+    none."""
+    positive_index = torch.arange(len(batch["image"]), device=batch["image"].device)
+    return positive_index, {"random": batch["random_negative_index"],
+                            "hard": batch["hard_negative_index"]}
+
+
+def mlm_metrics(model: M3AE, batch: dict, text: Tensor, image: Tensor) -> dict[str, Tensor]:
+    """Loss and accuracy of the masked words; the same with wrong images, and the gain over them."""
+    positive_index, negative_index = negatives(batch)
+    out = model.objectives["mlm"](model, batch, text, image)
+    targets = out["mlm_targets"]                                      # (M,)
+    right = out["mlm_logits"].argmax(-1) == targets                   # (M,)
+    counts = targets != -100                                          # (M,) padding doesn't count
+    row = batch["mlm_positions"] // batch["mlm_ids"].shape[1]        # (M,) row of each masked token
+
+    metrics = {"mlm_loss": torch.stack([out["mlm_loss"] * counts.sum(), counts.sum()]),
+               "mlm_acc": sum_and_count(right, counts)}
+    for name, index in negative_index.items():
+        swapped = model.objectives["mlm"](model, batch, text, image.index_select(0, index))
+        swapped_right = swapped["mlm_logits"].argmax(-1) == targets   # (M,)
+        has_negative = counts & (index != positive_index)[row]        # (M,)
+        gain = right.float() - swapped_right.float()                  # (M,)
+        metrics[f"mlm_acc_{name}"] = sum_and_count(swapped_right, has_negative)
+        metrics[f"mlm_gain_{name}"] = sum_and_count(gain, has_negative)
+    return metrics
+
+
+def mim_metrics(model: M3AE, batch: dict, text: Tensor, image: Tensor) -> dict[str, Tensor]:
+    """Error of the hidden patches, and how much it grows with a random wrong text."""
+    positive_index, negative_index = negatives(batch)
+    target = MIM.target(batch["image"], model.cfg)                    # (B, L, 3·P²)
+    index = negative_index["random"]                                  # (B,)
+    wrong_text = batch | {"text_mask": batch["text_mask"].index_select(0, index)}
+
+    out = model.objectives["mim"](model, batch, text, image)
+    swapped = model.objectives["mim"](model, wrong_text, text.index_select(0, index), image)
+    hidden = out["mim_hidden"].bool()                                 # (B, L)
+    error = (out["mim_pred"] - target).square().mean(-1)              # (B, L)
+    swapped_error = (swapped["mim_pred"] - target).square().mean(-1)  # (B, L)
+    has_negative = hidden & (index != positive_index)[:, None]        # (B, L)
+    return {"mim_loss": sum_and_count(error, hidden),
+            "mim_gain_random": sum_and_count(swapped_error - error, has_negative)}
+
+
+def itm_metrics(model: M3AE, batch: dict, text: Tensor, image: Tensor) -> dict[str, Tensor]:
+    """Loss and accuracy of matching, half of the pairs wrong; accuracy against each kind of
+    negative."""
+    positive_index, negative_index = negatives(batch)
+
+    def predict_match(index):
+        out = model.objectives["itm"](model, batch | {"itm_index": index}, text, image)
+        return out["itm_logits"].argmax(-1) == 1, out["itm_loss"]     # (B,), ()
+
+    mixed, loss = predict_match(batch["itm_index"])
+    right, _ = predict_match(positive_index)
+    metrics = {"itm_loss": torch.stack([loss * len(mixed), loss.new_tensor(len(mixed))]),
+               "itm_acc": sum_and_count(mixed == (batch["itm_index"] == positive_index))}
+    for name, index in negative_index.items():
+        swapped, _ = predict_match(index)
+        both = (right.float() + (~swapped).float()) / 2               # (B,)
+        metrics[f"itm_acc_{name}"] = sum_and_count(both, index != positive_index)
+    return metrics
+
+
+@torch.no_grad()
+def baselines(train: Samples, test: Samples, limit: int, device: torch.device,
+              draw_clean: Callable[[list[dict], int], np.ndarray] | None = None
+              ) -> dict[str, float]:
+    """Trivial baselines on at most `limit` test samples, which understand nothing.
+
+    most_frequent_token: the share of the most frequent token among the masked ones. group_only:
+    matching accuracy against random negatives of one who sees only the image's group. mean_patch:
+    error of the mean normalised patch at each position of the training images. noise_floor: error
+    of the images that draw_clean(indices) -> (B, 3, S, S) draws without noise."""
+    cfg = test.cfg
+    mean_patch, count = 0, 0
+    for loaded in load(train, validation_micro_batches(train, BASELINE_SAMPLES), VAL_SEED, device):
+        mean_patch = mean_patch + MIM.target(loaded.batch["image"], cfg).sum(0)  # (L, 3·P²)
+        count += len(loaded.indices)
+    mean_patch = mean_patch / count
+
+    tokens: Counter = Counter()
+    sums: dict[str, Tensor] = {}
+    for loaded in load(test, validation_micro_batches(test, limit), VAL_SEED, device):
+        batch = loaded.batch
+        masked = batch["mlm_labels"][batch["mlm_labels"] != -100]     # (M,)
+        tokens.update(masked.tolist())
+
+        # Pixels: the mean patch, and where it can be drawn the image without its noise.
+        target = MIM.target(batch["image"], cfg)                      # (B, L, 3·P²)
+        ids_keep, ids_restore = masking.random_masking(batch["mim_noise"], cfg.mask_ratio)
+        hidden = ids_restore >= ids_keep.shape[1]                     # (B, L)
+        add(sums, {"mean_patch": sum_and_count((mean_patch - target).square().mean(-1), hidden)})
+        if draw_clean:
+            lines = [test.line(n) for n in loaded.indices]
+            clean = torch.from_numpy(draw_clean(lines, cfg.image_size))  # (B, S, S)
+            clean = normalise(clean[:, None].expand(-1, 3, -1, -1))   # (B, 3, S, S)
+            clean = patchify(clean.to(target), cfg.patch_size)        # (B, L, 3·P²)
+            if cfg.norm_pix_loss:      # in the same units: the noisy patch's own mean and deviation
+                patches = patchify(batch["image"], cfg.patch_size)    # (B, L, 3·P²)
+                var, mean = torch.var_mean(patches, dim=-1, keepdim=True)  # (B, L, 1) each
+                clean = (clean - mean) / (var + 1e-6).sqrt()
+            add(sums, {"noise_floor": sum_and_count((clean - target).square().mean(-1), hidden)})
+
+        # Matching: one who knows the group says "no" to a wrong image of another group, else "yes".
+        group = np.array([test.line(n).get("group", "") for n in loaded.indices])
+        index = batch["random_negative_index"].cpu().numpy()          # (B,)
+        refused = torch.from_numpy(group != group[index])             # (B,)
+        has_negative = torch.from_numpy(index != np.arange(len(index)))  # (B,)
+        pair = sum_and_count((1 + refused.float()) / 2, has_negative)
+        add(sums, {"group_only": pair.to(device)})
+
+    found = {name: (total / count).item() for name, (total, count) in sums.items()}
+    return {"most_frequent_token": max(tokens.values()) / tokens.total()} | found
+
+
+# The report: for each metric there is, its line; a gain is missing where no row has a negative.
+TABLE = {
+    "mlm_acc": "  masked tokens, accuracy     {mlm_acc:6.1%}   "
+               "most frequent token: {most_frequent_token:.1%}",
+    "mlm_gain_random": "    gain over a random image  {mlm_gain_random:+6.1f} points",
+    "mlm_gain_hard": "    gain over a hard negative {mlm_gain_hard:+6.1f} points",
+    "itm_acc_random": "  matching, random negatives  {itm_acc_random:6.1%}   "
+                      "chance: 50.0%; by the group alone: {group_only:.1%}",
+    "itm_acc_hard": "    hard negatives            {itm_acc_hard:6.1%}   "
+                    "chance, and by the group alone: 50.0%",
+    "mim_loss": "  reconstruction error        {mim_loss:6.3f}   "
+                "mean patch: {mean_patch:.3f} ({error_below:+.0%})",
+    "mim_gain_random": "    gain over a random text   {mim_gain_random:+6.3f}",
+    "noise_floor": "    noise floor               {noise_floor:6.3f}   "
+                   "the same image without noise"}
+
+
+def pretraining_table(metrics: dict[str, float]) -> str:
+    """The report of a pre-training: each metric beside its trivial baseline."""
+    shown = dict(metrics)
+    for name in ("mlm_gain_random", "mlm_gain_hard"):
+        if name in shown:
+            shown[name] *= 100                                                # in points
+    if "mim_loss" in shown:
+        shown["error_below"] = shown["mim_loss"] / shown["mean_patch"] - 1
+    lines = [line.format(**shown) for name, line in TABLE.items() if name in shown]
+    if "mlm_gain_hard" not in shown and "itm_acc_hard" not in shown:
+        lines.append("  no hard negatives: the data name no groups, or no group has two pairs")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------- downstream tasks
+
+@torch.no_grad()
+def task(model: M3AE, samples: Samples, labels: list[str], dist_env: DistEnv,
+         limit: int) -> dict[str, float]:
+    """Every metric of a downstream task over at most `limit` samples, each counted once; and
+    `score`.
+
+    labels: the answer list or the classes. score: accuracy, or the mean of the recalls."""
+    model.eval()
+    if model.cfg.task == "irtr":
+        metrics = retrieval_metrics(model, samples, dist_env, limit)
+        metrics["score"] = sum(metrics.values()) / len(metrics)
+    else:
+        sums: dict[str, Tensor] = {}
+        micro_batches = validation_micro_batches(samples, limit, dist_env.rank, dist_env.world_size)
+        for loaded in load(samples, micro_batches, VAL_SEED, dist_env.device):
+            with dist_env.autocast():
+                logits = model(loaded.batch)[f"{model.cfg.task}_logits"]  # (B, A)
+            predictions = [labels[i] for i in logits.argmax(-1).tolist()]
+            lines = [samples.line(n) for n in loaded.indices]
+            add(sums, answer_metrics(predictions, lines, labels, model.cfg.task))
+        metrics = means(sums, dist_env)
+        metrics["score"] = metrics["acc"]
+    model.train()
+    return metrics
+
+
+def targets(line: dict, task: str) -> list[str]:
+    """What is right for a sample: the answers, any of which will do ("#" stands between), or the
+    class."""
+    return line["answer"].split("#") if task == "vqa" else [line["label"]]
+
+
+def label_ids(samples: Samples, labels: list[str]) -> np.ndarray:
+    """The first right label of each sample that is in the list, or -1: int64 (n,)."""
+    index = {label: i for i, label in enumerate(labels)}
+    ids = np.full(samples.n, -1)
+    for n in range(samples.n):
+        names = targets(samples.line(n), samples.cfg.task)
+        ids[n] = next((index[name] for name in names if name in index), -1)
+    return ids
+
+
+def answer_metrics(predictions: list[str], lines: list[dict], labels: list[str],
+                   task: str) -> dict[str, Tensor]:
+    """Predictions for a micro-batch's samples -> {name: (sum, count)}
+
+    vqa: accuracy on all, open and closed questions, and the share of answers that are not in the
+    list and so count as wrong. cls: accuracy, and the recall of each class."""
+    right_names = [targets(line, task) for line in lines]
+    right = torch.tensor([name in names for name, names in zip(predictions, right_names)])  # (B,)
+    metrics = {"acc": sum_and_count(right)}
+    if task == "cls":
+        for label in labels:
+            rows = torch.tensor([label in names for names in right_names])  # (B,)
+            metrics[f"recall of {label}"] = sum_and_count(right, rows)
+        return metrics
+
+    closed = [line.get("closed") for line in lines]                 # True, False or None, not known
+    known = set(labels)
+    metrics["acc_open"] = sum_and_count(right, torch.tensor([flag is False for flag in closed]))
+    metrics["acc_closed"] = sum_and_count(right, torch.tensor([flag is True for flag in closed]))
+    not_in_list = torch.tensor([known.isdisjoint(names) for names in right_names])  # (B,)
+    metrics["answer_not_in_list"] = sum_and_count(not_in_list)
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------- retrieval
+
+def retrieval_metrics(model: M3AE, samples: Samples, dist_env: DistEnv,
+                      limit: int) -> dict[str, float]:
+    """Recall at 1, 5 and 10 in both directions among at most `limit` samples (paper, section 3.3).
+
+    Each image is encoded once, each text once a process; only the fusion runs for every pair. The
+    processes share the images."""
+    # The images and the texts among the samples, each once.
+    parts = [part for _, _, part in validation_micro_batches(samples, limit)]
+    indices = np.concatenate(parts)                                   # (n,)
+    images = [(pack_index, int(samples.packs[pack_index].samples["image"][row]))
+              for pack_index, row in samples.location[indices]]
+    longest = samples.cfg.max_text_len - 2
+    image_id = factorize(images)                                      # (n,)
+    text_id = factorize(samples.token_ids(n)[:longest].tobytes() for n in indices)  # (n,)
+    _, first_image = np.unique(image_id, return_index=True)           # (P,)
+    _, first_text = np.unique(text_id, return_index=True)             # (Q,)
+
+    with dist_env.autocast():
+        # Texts (Q, T, D), their masks (Q, T), and the score of every pair (Q, P).
+        texts, masks = encode_texts(model, samples, indices[first_text], dist_env)
+        scores = matching_scores(model, samples, indices[first_image], texts, masks, dist_env)
+    right = torch.zeros(scores.shape, dtype=torch.bool)               # (Q, P)
+    right[text_id, image_id] = True
+    return {**recall(scores, right, "t2i"), **recall(scores.T, right.T, "i2t")}
+
+
+def encode_texts(model: M3AE, samples: Samples, indices: np.ndarray,
+                 dist_env: DistEnv) -> tuple[Tensor, Tensor]:
+    """Texts of the samples `indices` (Q,) -> encodings (Q, T, D) and masks (Q, T), T =
+    max_text_len"""
+    texts, masks = [], []
+    for batch in batches_of(samples, indices, dist_env):
+        padding = samples.cfg.max_text_len - batch["text_ids"].shape[1]
+        text = model.encode_text(batch["text_ids"], batch["text_mask"])  # (B, T', D)
+        texts.append(F.pad(text, (0, 0, 0, padding)))                 # (B, T, D)
+        masks.append(F.pad(batch["text_mask"], (0, padding)))         # (B, T)
+    return torch.cat(texts), torch.cat(masks)
+
+
+def matching_scores(model: M3AE, samples: Samples, indices: np.ndarray, texts: Tensor,
+                    masks: Tensor, dist_env: DistEnv) -> Tensor:
+    """The retrieval head's score of every text (Q, T, D) with the image of every sample `indices`
+    (P,): (Q, P)"""
+    fc = model.objectives["irtr"].fc
+    own = np.arange(dist_env.rank, len(indices), dist_env.world_size)        # this process's images
+    scores = torch.zeros(len(texts), len(indices), device=dist_env.device)  # (Q, P)
+    bar = tqdm(total=len(own) * len(texts), desc="pairs", leave=False, disable=not dist_env.is_main)
+    columns = iter(own)
+    for batch in batches_of(samples, indices[own], dist_env):
+        for image in model.encode_image(batch["image"]):              # (1+L, D)
+            column = next(columns)
+            for start in range(0, len(texts), PAIRS):
+                rows = slice(start, start + PAIRS)
+                feature = model.pooled_pair(texts[rows], image[None], masks[rows])  # (≤ PAIRS, 2D)
+                # In float32: wrong candidates win ties, and bf16 makes many scores equal.
+                scores[rows, column] = (feature.float() * fc.weight).sum(1) + fc.bias  # (≤ PAIRS,)
+                bar.update(len(feature))
+    bar.close()
+    return dist_env.all_reduce(scores).cpu()
+
+
+def batches_of(samples: Samples, indices: np.ndarray, dist_env: DistEnv):
+    """The batches of the samples `indices`, PAIRS at a time."""
+    micro_batches = ((masking.VALIDATION, 0, indices[start:start + PAIRS])
+                     for start in range(0, len(indices), PAIRS))
+    for loaded in load(samples, micro_batches, VAL_SEED, dist_env.device):
+        yield loaded.batch
+
+
+def recall(scores: Tensor, right: Tensor, direction: str) -> dict[str, float]:
+    """scores (Q, C) of every candidate for every query, right bool (Q, C) -> {direction_r1, _r5,
+    _r10}
+
+    Recall at k is the share of queries with a right candidate among the first k. Wrong candidates
+    win ties, and scores that are not numbers: a model that scores all alike finds nothing."""
+    best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)  # (Q, 1)
+    before = (~(scores < best) & ~right).sum(1)                       # (Q,)
+    return {f"{direction}_r{k}": (before < k).float().mean().item() for k in (1, 5, 10)}

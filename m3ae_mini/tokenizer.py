@@ -1,0 +1,116 @@
+"""Text to tokens: train a tokenizer on captions or load one, and find where words start."""
+import hashlib
+import os
+from collections.abc import Iterable
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from .config import RunConfig, TrainConfig, reading, require
+
+# Special tokens: start, padding, end, unknown, mask.
+SPECIAL = {"roberta": ("<s>", "<pad>", "</s>", "<unk>", "<mask>"),
+           "bert": ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")}
+PAD_ID = {"roberta": 1, "bert": 0}
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` of RoBERTa's or BERT's kind, told apart by its special tokens.
+
+    cls_id, pad_id, sep_id, mask_id: ids of the special tokens; non_special_ids (n,): all other ids;
+    vocab_size: largest id + 1; json, hash: the tokenizer as text, and what tells it from
+    another."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, source: str = "the tokenizer"):
+        self.backend = backend
+        self.backend.no_padding()           # many files pad and truncate; here the loader does both
+        self.backend.no_truncation()
+        self.backend.encode_special_tokens = True              # "<mask>" in somebody's text is text
+
+        # The kind, and the special tokens that come with it.
+        self.kind = next((kind for kind, names in SPECIAL.items()
+                          if all(backend.token_to_id(name) is not None for name in names)), None)
+        require(self.kind, f"{source} has neither RoBERTa's special tokens "
+                f"{' '.join(SPECIAL['roberta'])} nor BERT's {' '.join(SPECIAL['bert'])}: "
+                "give another with --tokenizer")
+        ids = [backend.token_to_id(name) for name in SPECIAL[self.kind]]
+        self.cls_id, self.pad_id, self.sep_id, _, self.mask_id = ids
+        require(self.pad_id == PAD_ID[self.kind],
+                f"{source} has its padding token at {self.pad_id}, but a {self.kind} model needs "
+                f"it at {PAD_ID[self.kind]}: give another with --tokenizer")
+
+        # The vocabulary.
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values()) + 1
+        require(self.vocab_size <= 2 * len(vocab),
+                f"{source} has large gaps in its ids: give another with --tokenizer")
+        added = backend.get_added_tokens_decoder()
+        special = set(ids) | {i for i, token in added.items() if token.special}
+        self.non_special_ids = np.array(sorted(set(vocab.values()) - special))  # (n,)
+        self.json = backend.to_str()
+        self.hash = hashlib.sha256(self.json.encode()).hexdigest()[:16]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Tokenizer":
+        """path: a tokenizer.json, or a folder that holds one. UserError where there is none."""
+        path = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else str(path)
+        require(os.path.isfile(path),
+                f"no tokenizer at {path}: give a tokenizer.json, or its folder")
+        with reading(path):
+            return cls(tokenizers.Tokenizer.from_file(path), path)
+
+    @classmethod
+    def choose(cls, train_cfg: TrainConfig, run_cfg: RunConfig,
+               texts: Iterable[str]) -> "Tokenizer":
+        """That of --tokenizer, else this run's, else that of the weights, else one trained on
+        `texts`."""
+        init = "" if train_cfg.init == "none" else train_cfg.init
+        init_folder = os.path.dirname(os.path.abspath(init)) if init else ""
+        folders = [run_cfg.out, train_cfg.init_text, init, init_folder]
+        with_tokenizer = [folder for folder in folders
+                          if folder and os.path.isfile(f"{folder}/tokenizer.json")]
+        if run_cfg.tokenizer or with_tokenizer:
+            return cls.load(run_cfg.tokenizer or with_tokenizer[0])
+
+        # Embeddings mean nothing under another tokenizer's ids.
+        require(not (init or train_cfg.init_text),
+                f"{train_cfg.init_text or init} comes without a tokenizer.json: give the one of "
+                "its training by --tokenizer")
+        return cls.train(texts, train_cfg.tokenizer_vocab)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """A byte-level BPE of at most `vocab_size` tokens on `texts`, lower case.
+
+        RoBERTa's special tokens stand where RoBERTa has them: four first, the mask token last."""
+        *first, mask = SPECIAL["roberta"]
+        backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+        backend.normalizer = normalizers.Lowercase()
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, special_tokens=first,
+                                      show_progress=False,
+                                      initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+        backend.train_from_iterator(texts, trainer)
+        backend.add_special_tokens([mask])
+        return cls(backend)
+
+    @reading("the tokenizer")
+    def encode(self, texts: Iterable[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """texts -> for each (ids (n,), starts (n,)), without special tokens
+
+        starts: bool, True where a word begins, as the tokenizer itself splits the text."""
+        encoded = []
+        for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False):
+            words = [-1 if word is None else word for word in encoding.word_ids]
+            starts = np.diff(np.array(words, dtype=np.int64), prepend=-2) != 0  # (n,)
+            encoded.append((np.array(encoding.ids, dtype=np.int64), starts))
+        return encoded
+
+    def words(self, ids: Iterable[int]) -> list[str]:
+        """ids -> the text of each token, for plots; a leading blank where a word begins"""
+        if self.kind == "bert":
+            tokens = [self.backend.id_to_token(int(i)) or "" for i in ids]
+            return [token[2:] if token.startswith("##") else " " + token for token in tokens]
+        return [self.backend.decode([int(i)], skip_special_tokens=False) for i in ids]

@@ -1,0 +1,98 @@
+"""Names of tensors: this model's and the released ones', and how tensors go from one to the
+other."""
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+
+# {name here: released name}. A name that ends in a dot stands for two: its weight and its bias.
+# Several released names, separated by blanks, are stacked: query, key, value are one matrix.
+CLIP_BLOCK = {
+    "norm1.": "ln_1.", "attn.qkv.": "attn.in_proj_", "attn.out.": "attn.out_proj.",
+    "norm2.": "ln_2.", "fc1.": "mlp.c_fc.", "fc2.": "mlp.c_proj."}
+BERT_LAYER = {
+    "attn.qkv.": "attention.self.query. attention.self.key. attention.self.value.",
+    "attn.out.": "attention.output.dense.", "attn_norm.": "attention.output.LayerNorm.",
+    "fc1.": "intermediate.dense.", "fc2.": "output.dense.", "fc2_norm.": "output.LayerNorm."}
+FUSION_LAYER = BERT_LAYER | {
+    "cross.q.": "crossattention.self.query.",
+    "cross.kv.": "crossattention.self.key. crossattention.self.value.",
+    "cross.out.": "crossattention.output.dense.", "cross_norm.": "crossattention.output.LayerNorm."}
+VIT = {
+    "cls_token": "class_embedding", "pos_embed": "positional_embedding",
+    "patch_embed.weight": "conv1.weight", "norm_pre.": "ln_pre.", "norm_post.": "ln_post."}
+TEXT = {
+    "word.weight": "word_embeddings.weight", "position.weight": "position_embeddings.weight",
+    "token_type.weight": "token_type_embeddings.weight", "norm.": "LayerNorm."}
+FUSION = {
+    "modality": "modality_type_embeddings.weight",
+    "text_proj.": "multi_modal_language_proj.",
+    "text_pooler.": "multi_modal_language_pooler.dense.",
+    "image_proj.": "multi_modal_vision_proj.",
+    "image_pooler.": "multi_modal_vision_pooler.dense."}
+HEADS = {
+    "mlm.dense.": "mlm_head.transform.dense.", "mlm.norm.": "mlm_head.transform.LayerNorm.",
+    "mlm.decoder.weight": "mlm_head.decoder.weight", "mlm.decoder.bias": "mlm_head.bias",
+    "mim.mask_token": "mim_head.mask_token", "mim.embed.": "mim_head.decoder_embed.",
+    "mim.norm.": "mim_head.decoder_norm.", "mim.pred.": "mim_head.decoder_pred.",
+    "itm.fc.": "itm_head.fc.", "irtr.fc.": "irtr_head.",
+    "vqa.head.0.": "vqa_head.0.", "vqa.head.1.": "vqa_head.1.", "vqa.head.3.": "vqa_head.3.",
+    "cls.head.0.": "cls_head.0.", "cls.head.1.": "cls_head.1.", "cls.head.3.": "cls_head.3."}
+
+
+def name_table(cfg: ModelConfig) -> Iterator[tuple[str, list[str]]]:
+    """(name here, [released names]) for every tensor that a model of any task may hold."""
+    groups = [
+        ("vit.", "vision_encoder.visual.", 1, VIT),
+        ("text.", "language_encoder.embeddings.", 1, TEXT),
+        ("", "", 1, FUSION),
+        ("objectives.", "", 1, HEADS),
+        ("vit.blocks.{}.", "vision_encoder.visual.transformer.resblocks.{}.", cfg.vit_blocks,
+         CLIP_BLOCK),
+        ("text.layers.{}.", "language_encoder.encoder.layer.{}.", cfg.text_layers, BERT_LAYER),
+        ("fusion.text_layers.{}.", "multi_modal_language_layers.{}.", cfg.fusion_layers,
+         FUSION_LAYER),
+        ("fusion.image_layers.{}.", "multi_modal_vision_layers.{}.", cfg.fusion_layers,
+         FUSION_LAYER),
+        ("objectives.mim.blocks.{}.", "mim_head.decoder.resblocks.{}.", cfg.decoder_layers,
+         CLIP_BLOCK)]
+    for ours, theirs, count, names in groups:
+        for i in range(count):
+            for name, released in names.items():
+                for end in ("weight", "bias") if name.endswith(".") else ("",):
+                    released_names = [theirs.format(i) + part + end for part in released.split()]
+                    yield ours.format(i) + name + end, released_names
+
+
+def from_official(state: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
+    """Tensors (or gradients) under released names -> {name here: tensor}; what no model uses is
+    left out"""
+    ours = {}
+    for name, released in name_table(cfg):
+        if not all(r in state for r in released):
+            continue
+        tensor = torch.cat([state[r] for r in released])
+        if name == "vit.patch_embed.weight":
+            tensor = tensor.permute(0, 2, 3, 1).flatten(1)            # (W, P·P·3)
+        if name == "objectives.mim.mask_token":
+            tensor = tensor.flatten()                                 # (W,)
+        ours[name] = tensor
+    return ours
+
+
+def to_official(state: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
+    """The inverse of from_official, bit for bit."""
+    theirs = {}
+    for name, released in name_table(cfg):
+        if name not in state:
+            continue
+        tensor = state[name]
+        if name == "vit.patch_embed.weight":
+            size = cfg.patch_size
+            tensor = tensor.unflatten(1, (size, size, 3)).permute(0, 3, 1, 2)  # (W, 3, P, P)
+        if name == "objectives.mim.mask_token":
+            tensor = tensor[None, None]                               # (1, 1, W)
+        theirs.update(zip(released, tensor.chunk(len(released))))
+    return theirs
