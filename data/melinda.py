@@ -1,7 +1,7 @@
 """MELINDA (Wu et al., AAAI 2021): figures of biomedical papers and the method of the experiment they show.
 
     {train,dev,test}.csv    figure_file,caption,…,i_meth_label,p_meth_label
-    melindan_images/…        what figure_file names
+    melinda_images/…        what figure_file names
 """
 from pathlib import Path
 from typing import Iterator
@@ -18,5 +18,5 @@ def rows(root: Path, task: str) -> Iterator[Row]:
 
     for split, name in ("train", "train"), ("val", "dev"), ("test", "test"):
         for _, record in csv_records(root / f"{name}.csv", "figure_file", "caption", "p_meth_label"):
-            yield Row(split, root / "melindan_images" / record["figure_file"].strip(), record["caption"],
+            yield Row(split, root / "melinda_images" / record["figure_file"].strip(), record["caption"],
                       label=record["p_meth_label"])

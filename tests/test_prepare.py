@@ -46,10 +46,10 @@ def json_lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def image(folder, number):
-    """Image `number` of the pack in `folder`: (S, S) or (3, S, S), as it lies on the disk."""
+def stored_image(folder, index):
+    """Image `index` of the pack in `folder`: (S, S) or (3, S, S), as it lies on the disk."""
     size, offsets = Pack(folder).size, np.load(folder / "offsets.npy")
-    pixels = np.fromfile(folder / "images.bin", dtype=np.uint8)[offsets[number]:offsets[number + 1]]
+    pixels = np.fromfile(folder / "images.bin", dtype=np.uint8)[offsets[index]:offsets[index + 1]]
     return pixels.reshape(-1, size, size).squeeze()
 
 
@@ -272,7 +272,7 @@ def test_what_a_pack_holds(records, tmp_path):
     for sample in samples:
         image = Image.open(records / sample["source"])
         expected = np.asarray(prepare.square(image, 16))
-        assert np.array_equal(image(out, sample["image"]),
+        assert np.array_equal(stored_image(out, sample["image"]),
                               expected if image.mode == "L" else expected.transpose(2, 0, 1))
 
 
@@ -287,7 +287,7 @@ def test_any_number_of_workers_gives_the_same_pack(tmp_path):
         prepare.pack(rows_of(100), tmp_path / str(workers), "drawn", "pretrain", 24, workers=workers)
     for name in listing(tmp_path / "1"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
-    assert np.array_equal(image(tmp_path / "2", 98), drawn(24, 98))
+    assert np.array_equal(stored_image(tmp_path / "2", 98), drawn(24, 98))
 
 
 def test_five_percent_of_the_images_may_be_missing(records, tmp_path):

@@ -306,16 +306,16 @@ def test_melinda(tmp_path):
               ("1_A.png", "Second caption", "a", "b", "c", "gel"), ("1_B.png", "None", "a", "b", "c", " "))
     write_csv(root / "dev.csv", MELINDA, ("2.png", "Dev", "a", "b", "c", "blot"))
     write_csv(root / "test.csv", MELINDA, ("3.png", "Test", "a", "b", "c", "gel"))
-    draw_images(root / "melindan_images", "1_A.png", "1_B.png", "2.png", "3.png")
+    draw_images(root / "melinda_images", "1_A.png", "1_B.png", "2.png", "3.png")
     rows = list(melinda.rows(root, "cls"))
-    assert rows[0] == Row("train", root / "melindan_images" / "1_A.png", "Western blot,\n\nof \"X\".",
+    assert rows[0] == Row("train", root / "melinda_images" / "1_A.png", "Western blot,\n\nof \"X\".",
                           label="blot")
     assert [row.split for row in rows] == ["train"] * 3 + ["val", "test"]
     meta, samples, _ = packed(melinda, root, tmp_path / "pack", "cls")
     assert meta["labels"] == ["blot", "gel"] and meta["skipped"] == {"no label": 1}
     assert samples[0]["text"] == 'Western blot, of "X".' and meta["samples"]["train"] == 2
 
-    (root / "melindan_images" / "2.png").unlink()
+    (root / "melinda_images" / "2.png").unlink()
     with pytest.raises(UserError, match=r"1 of 3 images .*2.png \(missing image\)"):
         packed(melinda, root, tmp_path / "gone", "cls")
     with pytest.raises(UserError, match="nothing for the task vqa"):
