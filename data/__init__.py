@@ -117,3 +117,8 @@ def draw(name: str) -> float:
 def too_short(text: str) -> str | None:
     """Captions and references need three words (the rule of the paper): else why the row is skipped."""
     return None if len(text.split()) >= 3 else "under 3 words"
+
+
+def clean_text(text: str | None) -> str:
+    """Each run of white space, line breaks included, becomes one blank; the ends are stripped."""
+    return " ".join((text or "").split())
