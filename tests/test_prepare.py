@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from data import Row, draw, medicat, medpix, phantoms, prepare, roco, table
+from data import Row, hash_to_unit, medicat, medpix, phantoms, prepare, roco, table
 from data.images import open_image, square, store_image
 from data.pack import PACK_VERSION, SAMPLE_DTYPE, SPLITS, Pack
 from data.prepare import contact_sheet, mark_excluded, open_packs
@@ -530,7 +530,7 @@ def test_a_table_without_splits_is_split_by_image(tmp_path):
     (tmp_path / "t.csv").write_text("\n".join(["file,text"] + [f"./{line}" for line in lines]))
     again = list(table.rows(tmp_path, "pretrain"))             # the same images, spelled otherwise
     assert [row.split for row in again] == [row.split for row in rows]
-    assert [round(draw(f"{i}.png"), 6) for i in range(3)] == [0.059171, 0.579619, 0.201021]   # for ever
+    assert [round(hash_to_unit(f"{i}.png"), 6) for i in range(3)] == [0.059171, 0.579619, 0.201021]   # for ever
 
 
 def test_all_images_of_a_patient_are_in_one_split_and_answers_in_one_spelling(tmp_path):
@@ -545,17 +545,17 @@ def test_all_images_of_a_patient_are_in_one_split_and_answers_in_one_spelling(tm
 @pytest.mark.parametrize("name, lines, sentence", [
     ("t.jsonl", ['{"image": "a", "text": "b"}', '{"image": "a", '], "t.jsonl, line 2: not valid JSON"),
     ("t.jsonl", ['["a"]'], "line 1: not a JSON object"),
-    ("t.jsonl", ['{"text": "b"}'], "line 1: no image .* among text"),
+    ("t.jsonl", ['{"text": "b"}'], "line 1: no column image .* among text"),
     ("t.jsonl", ['{"image": "a", "text": ["b"]}'], "line 1: text is not plain text"),
     ("t.jsonl", ['{"image": "a", "text": "b", "split": "tain"}'], "line 1: the split is 'tain'"),
     ("t.jsonl", ['{"image": "a", "text": "b", "closed": 3}'], "line 1: closed is '3'"),
     ("t.csv", ["image,text", "a,b", "a,b,c"], "t.csv, line 3: 3 fields, not 2"),
     ("t.csv", ["image,text", 'a,"b'], "line 2: not valid CSV"),
     ("t.csv", ["image,text", ",b"], "line 2: the image's name is empty"),
-    ("t.csv", ["image,words", "a,b"], "line 2: no text .* among image, words"),
+    ("t.csv", ["image,words", "a,b"], "line 2: no column text .* among image, words"),
     ("t.csv", ["image,caption,question", "a,b,c"], "line 2: which is meant, caption or question"),
-    ("t.csv", ["image,text,text", "a,b,c"], "line 1: the column 'text' stands there twice"),
-    ("t.csv", ["image,Text,text", "a,b,c"], "line 2: text stands there twice"),
+    ("t.csv", ["image,text,text", "a,b,c"], "line 1: there are two columns 'text'"),
+    ("t.csv", ["image,Text,text", "a,b,c"], "line 2: there are two columns 'text'"),
     ("t.csv", ["image,text,split", "a,b,train", "c,d,"], "line 3: some rows have a split and some none"),
     ("t.txt", ["image,text"], "holds no table"),
 ])
@@ -660,7 +660,7 @@ def test_roco_retrieval_takes_pairs_that_are_there(tmp_path, monkeypatch):
     monkeypatch.setattr(roco, "RETRIEVAL_PAIRS", 8)
     roco_miniature(tmp_path)
     first = [row.image for row in roco.rows(tmp_path, "irtr") if row.split == "val"]
-    assert len(first) == 8 and first == sorted(first, key=lambda image: draw(image.stem))
+    assert len(first) == 8 and first == sorted(first, key=lambda image: hash_to_unit(image.stem))
     first[0].unlink()
     rows = list(roco.rows(tmp_path, "irtr"))
     second = [row.image for row in rows if row.split == "val"]
