@@ -1,119 +1,140 @@
-"""Data sets in their layouts on disk: one small file reads each, prepare.py packs what it yields.
+"""Data sets as they lie on disk. One small file reads each; prepare.py packs what it yields.
 
-A reader is a module with one function, `rows(root, task)`, that yields a Row for every (image, text) pair.
-`root` is what the user gave as --root; `task` is "pretrain", "vqa", "cls" or "irtr".
-What the readers share stands here."""
+A reader is a module with one function, `rows(root, task)`, that yields a Row for every (image,
+text) pair. `root` is what the user gave as --root; `task` is "pretrain", "vqa", "cls" or "irtr".
+This file holds what the readers share. `location` is always a file and a line in it, for errors.
+"""
 import csv
 import hashlib
 import json
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple
 
-from m3ae_mini.config import UserError
+from m3ae_mini.config import UserError, require
 
 
 class Row(NamedTuple):
     """One (image, text) pair as a reader finds it."""
-    split: str                     # "train", "val" or "test"
-    image: Any                   # a Path, or a hashable, picklable callable: image(size) -> PIL.Image
-    text: str                      # caption, or question
-    answer: str | None = None      # visual question answering
-    closed: bool | None = None     # is the question a closed one (yes/no or a choice)?
-    label: str | None = None       # classification
-    group: str | None = None       # images of one kind (modality and body part): the harder wrong images
-    skip: str | None = None        # why this row must not be packed; it is counted and listed instead
+    split: str                   # "train", "val" or "test"
+    image: Any                   # a Path, or a hashable, picklable callable: size -> PIL.Image
+    text: str                    # caption, or question
+    answer: str | None = None    # visual question answering; "#" stands between alternatives
+    closed: bool | None = None   # is it a closed question (yes/no or a choice)?
+    label: str | None = None     # classification
+    group: str | None = None     # kind of image (modality, body part): for hard negatives
+    skip: str | None = None      # why this row is not packed; it is counted and listed instead
 
 
-def lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, their ends included. UserError where it is missing or not UTF-8."""
+# -------------------------------------------------------------------------------- reading files
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file with their ends. UserError where it is missing or not UTF-8."""
     try:
-        # A mark of byte order, which spreadsheets like to write, is no part of the first line.
+        # utf-8-sig: spreadsheets like to write a byte order mark, which is no part of the text.
         with open(path, encoding="utf-8-sig", newline="") as file:
             yield from file
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): is --root the right folder?") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}): "
+                        "is --root the right folder?") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from None
 
 
-def records(path: Path, *keys: str) -> Iterator[tuple[int, dict]]:
-    """(line number, object) for every line of a JSON lines file; each object must have `keys`, and under them
-    plain text, numbers, true, false or null."""
-    for number, line in enumerate(lines(path), start=1):
+def read_jsonl(path: Path, *keys: str) -> Iterator[tuple[int, dict]]:
+    """(line number, object) for every line of a JSON lines file.
+
+    Each object must have `keys`; their values must be text, numbers, true, false or null.
+    """
+    for number, line in enumerate(read_lines(path), start=1):
         if line.strip():
-            record = _json(line, path, number)
+            record = _parse_json(line, path, number)
             yield number, _with_keys(record, keys, f"{path}, line {number}")
 
 
-def elements(path: Path, *keys: str) -> Iterator[tuple[int, dict]]:
-    """(number, counted from 1, and object) for every element of a JSON file that is one list; each object
-    must have `keys`, as in `records`."""
-    entries = _json("".join(lines(path)), path, 1)
-    if not isinstance(entries, list):
-        raise UserError(f"{path}: not a JSON list")
-    for number, record in enumerate(entries, start=1):
+def read_json_list(path: Path, *keys: str) -> Iterator[tuple[int, dict]]:
+    """(number from 1, object) for every element of a JSON file that is one list.
+
+    Each object must have `keys`, as in read_jsonl.
+    """
+    records = _parse_json("".join(read_lines(path)), path, 1)
+    require(isinstance(records, list), f"{path}: not a JSON list: is it the right file?")
+    for number, record in enumerate(records, start=1):
         yield number, _with_keys(record, keys, f"{path}, element {number}")
 
 
-def csv_records(path: Path, *columns: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """(number of its last line, {column: field}) for every row of a CSV file whose header has `columns`."""
-    table = csv.reader(lines(path), strict=True)
+def read_csv(path: Path, *columns: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """(number of its last line, {column: field}) for every row of a CSV file with a header.
+
+    The header must have `columns`.
+    """
+    table = csv.reader(read_lines(path), strict=True)
     try:
         names = next(table, [])
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise UserError(f"{path}, line 1: the column '{twice[0]}' stands there twice: rename or remove "
-                            "one")
+        twice = next((name for name in names if names.count(name) > 1), None)
+        require(twice is None, f"{path}, line 1: there are two columns '{twice}': rename or "
+                               "remove one")
         header = _with_keys(dict.fromkeys(names), columns, f"{path}, line 1")
-        for values in filter(any, table):   # empty lines are left out, and those of separators alone
-            if len(values) != len(header):
-                raise UserError(f"{path}, line {table.line_num}: {len(values)} fields, not {len(header)}")
+        for values in filter(any, table):   # skips empty lines, and those of separators alone
+            require(len(values) == len(header),
+                    f"{path}, line {table.line_num}: {len(values)} fields, not {len(header)} as in "
+                    "the header: put quotes around a field with a comma in it")
             yield table.line_num, dict(zip(header, values))
     except csv.Error as error:
-        raise UserError(f"{path}, line {table.line_num}: not valid CSV ({error})") from None
+        raise UserError(f"{path}, line {table.line_num}: not valid CSV ({error}): "
+                        "correct the file") from None
 
 
-def _json(text: str, path: Path, line: int) -> Any:
-    """What the text, which begins at a line of the file, says in JSON."""
+def _parse_json(text: str, path: Path, line: int) -> Any:
+    """The value of a JSON text that begins at a line of a file. NaN becomes None."""
     try:
-        return json.loads(text, parse_constant=lambda name: None)      # NaN, as some write an empty cell
-    except json.JSONDecodeError as error:
-        line, why = line + error.lineno - 1, error.msg
-    except RecursionError:
-        why = "too deep"
-    except ValueError:
-        why = "a number of thousands of digits"
-    raise UserError(f"{path}, line {line}: not valid JSON ({why})")
+        return json.loads(text, parse_constant=lambda name: None)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError):
+            line += error.lineno - 1
+            why = error.msg
+        else:
+            deep = isinstance(error, RecursionError)
+            why = "too deep" if deep else "a number of thousands of digits"
+        raise UserError(f"{path}, line {line}: not valid JSON ({why}): correct the file") from None
 
 
-def _with_keys(record: Any, keys: tuple[str, ...], where: str) -> dict:
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: not a JSON object")
-    if missing := [key for key in keys if key not in record]:
-        raise UserError(f"{where}: has no {' and no '.join(missing)}")
-    return record | {key: plain(record[key], key, where) for key in keys}
+# ------------------------------------------------------------------------------- checking values
+
+def _with_keys(record: Any, keys: tuple[str, ...], location: str) -> dict:
+    """The record, with the values under `keys` checked by plain_value."""
+    require(isinstance(record, dict), f"{location}: not a JSON object: is it the right file?")
+    missing = [key for key in keys if key not in record]
+    require(not missing, f"{location}: has no {' and no '.join(missing)}: is it the right file?")
+    return record | {key: plain_value(record[key], key, location) for key in keys}
 
 
-def plain(value: Any, key: str, where: str) -> str | bool | None:
-    """The value of a key: text, true, false or null as they are, numbers as text. UserError on lists and
-    objects."""
-    if isinstance(value, (list, dict)):
-        raise UserError(f"{where}: the {key} is not plain text")
+def plain_value(value: Any, key: str, location: str) -> str | bool | None:
+    """Text, true, false and null as they are, numbers as text. UserError on lists and objects."""
+    require(not isinstance(value, (list, dict)),
+            f"{location}: the {key} is not plain text, but a list or an object")
     return value if value is None or isinstance(value, bool) else str(value)
 
 
-def texts(record: dict, key: str, where: str) -> list[str]:
-    """The list of texts under a key; nothing where it is null."""
-    found = record.get(key) or []
-    if not isinstance(found, list):
-        raise UserError(f"{where}: the {key} are not a list")
-    return [str(plain(text, key, where) or "") for text in found]
+def text_list(record: dict, key: str, location: str) -> list[str]:
+    """The list of texts under a key; empty where it is null or missing."""
+    values = record.get(key) or []
+    require(isinstance(values, list), f"{location}: the {key} are not a list of texts")
+    return [str(plain_value(value, key, location) or "") for value in values]
 
 
-def draw(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone: splits made by it never change."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "replace")).digest()[:6], "big") / 2 ** 48
+# ----------------------------------------------------------------------------------------- texts
+
+def clean_text(text: str | None) -> str:
+    """Each run of white space, line breaks included, becomes one blank; the ends are stripped."""
+    return " ".join((text or "").split())
 
 
 def too_short(text: str) -> str | None:
-    """Captions and references need three words (the rule of the paper): else why the row is skipped."""
+    """Why a caption is skipped: under three words, the paper's rule. None if it is not."""
     return None if len(text.split()) >= 3 else "under 3 words"
+
+
+def hash_to_unit(name: str) -> float:
+    """A number in [0, 1) that depends only on the name: splits made with it never change."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "replace")).digest()[:6],
+                          "big") / 2 ** 48

@@ -1,32 +1,36 @@
-"""MedPix 2.0 (github.com/CHILab1/MedPix-2.0): 2,050 CT and MR images of teaching cases, split by case.
+"""MedPix 2.0 (github.com/CHILab1/MedPix-2.0): 2,050 CT and MR images of teaching cases.
 
     MedPix-2-0/images/MPX1024_synpic40275.png
-    MedPix-2-0/splitted_dataset/descriptions_{train,dev,test}.jsonl
+    MedPix-2-0/splitted_dataset/descriptions_{train,dev,test}.jsonl      split by case
 """
 from pathlib import Path
 from typing import Iterator
 
-from data import Row, plain, records
-from m3ae_mini.config import UserError
+from data import Row, plain_value, read_jsonl
+from m3ae_mini.config import require
 
-PLACEHOLDER = "Replace this - DESCRIPTION OF THE IMAGE"   # left as it was by whoever entered the case
+PLACEHOLDER = "Replace this - DESCRIPTION OF THE IMAGE"   # left by whoever entered the case
 
 
 def rows(root: Path, task: str) -> Iterator[Row]:
-    """`root` is the folder MedPix-2-0 or the clone that holds it. For "cls" the class is the part of the body
-    (Location Category, five of them); for "irtr" the pairs are all those of its own splits."""
-    if task == "vqa":
-        raise UserError("medpix has nothing for the task vqa: choose --task pretrain, cls or irtr")
+    """`root` is the folder MedPix-2-0 or the clone that holds it.
+
+    For "cls" the class is the part of the body (Location Category, five of them). For "irtr"
+    the pairs are all those of its own splits.
+    """
+    require(task != "vqa",
+            "medpix has nothing for the task vqa: choose --task pretrain, cls or irtr")
     if not (root / "splitted_dataset").is_dir():
         root = root / "MedPix-2-0"
 
     for split, name in ("train", "train"), ("val", "dev"), ("test", "test"):
         path = root / "splitted_dataset" / f"descriptions_{name}.jsonl"
-        for number, record in records(path, "Type", "image", "Location Category"):
+        for number, record in read_jsonl(path, "Type", "image", "Location Category"):
+            location = f"{path}, line {number}"
             description = record.get("Description")
-            if not isinstance(description, dict) or "Caption" not in description:
-                raise UserError(f"{path}, line {number}: its Description has no Caption")
-            caption = str(plain(description["Caption"], "Caption", f"{path}, line {number}") or "")
+            require(isinstance(description, dict) and "Caption" in description,
+                    f"{location}: its Description has no Caption: is it the right file?")
+            caption = str(plain_value(description["Caption"], "Caption", location) or "")
             part = record["Location Category"]
             yield Row(split, root / "images" / f"{record['image']}.png", caption, label=part,
                       group=f"{record['Type']} {part}",

@@ -1,22 +1,22 @@
-"""MELINDA (Wu et al., AAAI 2021): figures of biomedical papers and the method of the experiment they show.
+"""MELINDA (Wu et al., AAAI 2021): figures of biomedical papers, each with its experiment's method.
 
     {train,dev,test}.csv    figure_file,caption,…,i_meth_label,p_meth_label
-    melindan_images/…        what figure_file names
+    melinda_images/…        what figure_file names
 """
 from pathlib import Path
 from typing import Iterator
 
-from data import Row, csv_records
-from m3ae_mini.config import UserError
+from data import Row, read_csv
+from m3ae_mini.config import require
 
 
 def rows(root: Path, task: str) -> Iterator[Row]:
-    """The class is `p_meth_label`, the coarse kind of the method by which participants were detected: seven
-    classes."""
-    if task != "cls":
-        raise UserError(f"melinda has nothing for the task {task}: choose --task cls")
+    """The class is `p_meth_label`, the coarse kind of the method by which participants were
+    detected: seven classes."""
+    require(task == "cls", f"melinda has nothing for the task {task}: choose --task cls")
 
     for split, name in ("train", "train"), ("val", "dev"), ("test", "test"):
-        for _, record in csv_records(root / f"{name}.csv", "figure_file", "caption", "p_meth_label"):
-            yield Row(split, root / "melindan_images" / record["figure_file"].strip(), record["caption"],
-                      label=record["p_meth_label"])
+        columns = ("figure_file", "caption", "p_meth_label")
+        for _, record in read_csv(root / f"{name}.csv", *columns):
+            image = root / "melinda_images" / record["figure_file"].strip()
+            yield Row(split, image, record["caption"], label=record["p_meth_label"])

@@ -1,4 +1,12 @@
-"""The pack on disk, as prepare.py writes it: images, texts and what is known of them, ready to be read."""
+"""Reads a pack: a folder of images and texts, ready for training. write_pack.py makes it.
+
+    meta.json       version, counts, names of labels and groups, rows skipped by reason, check sums
+    images.bin      uint8: an image is one plane of size × size if it is grey, else three (R, G, B)
+    offsets.npy     where each image begins in images.bin, and where the last one ends
+    samples.jsonl   one line per (image, text) pair: train, then val, then test
+    samples.npy     the same as numbers (SAMPLE_DTYPE)
+    skipped.jsonl   every row that was left out, and why
+"""
 import contextlib
 import hashlib
 import json
@@ -9,194 +17,248 @@ import threading
 import zlib
 from itertools import islice
 from pathlib import Path
+from typing import Iterator
 
 import numpy as np
 
-from m3ae_mini.config import UserError
+from m3ae_mini.config import UserError, require
 
-PACK_VERSION = 1
+PACK_VERSION = 2
+SPLITS = ("train", "val", "test")
+REQUIRED_FILES = {"images.bin", "offsets.npy", "samples.jsonl", "samples.npy"}
+
+# A row of samples.npy. image, text: equal numbers for equal ones; label, group: index into the
+# names of meta.json, or -1; closed: 1, 0, or -1 if unknown; line: its start in samples.jsonl.
 SAMPLE_DTYPE = np.dtype([("image", "<i4"), ("text", "<i4"), ("label", "<i4"), ("group", "<i4"),
                          ("closed", "<i1"), ("line", "<i8")])
-SPLITS = ("train", "val", "test")
-FILES = {"images.bin", "offsets.npy", "samples.jsonl", "samples.npy"}
-LINE = {"image": int, "closed": bool} | dict.fromkeys(     # what a line of samples.jsonl may hold
-    ("text", "split", "answer", "label", "group", "source"), str)
-PHANTOM = re.compile(r"Phantom\(seed=\d{1,9}, number=\d{1,9}\)")
+
+# What a line of samples.jsonl may hold.
+KEY_TYPES = {"image": int, "text": str, "split": str, "answer": str, "closed": bool,
+             "label": str, "group": str, "source": str}
+PHANTOM_SOURCE = re.compile(r"Phantom\(seed=\d{1,9}, number=\d{1,9}\)")
 
 
 class Pack:
-    """A folder made by data/prepare.py, opened by its version, its files' sizes and whether they fit each
-    other. A pack may be damaged or come from a stranger: what can be known without reading images and texts
-    is known when it is opened, the rest when it is read. UserError names the file.
+    """A pack, open for reading. It may be damaged or come from a stranger.
 
-    meta: the dict of meta.json; samples: SAMPLE_DTYPE (N,), mapped from disk: train, then val, then test."""
+    Opening it checks all that can be known without reading images and texts: version, file
+    sizes, and that every index and offset lies within its file. The rest is checked as it is
+    read. UserError names the damaged file.
 
-    def __init__(self, folder):
+    folder: Path; meta: the dict of meta.json; size: side of an image in pixels;
+    samples: SAMPLE_DTYPE (N,), mapped from disk; split: {"train": range of its samples, …}.
+    """
+
+    def __init__(self, folder: Path | str):
         self.folder = Path(folder)
-        if not (self.folder / "meta.json").is_file():
-            raise UserError(f"there is no pack at {folder}: make one with python -m data.prepare NAME --root "
-                            f"DIR --out {folder}")
+        sample_count = self._read_meta()
+        self._check_file_sizes()
+
+        # Map the two tables from disk.
+        self.samples = self._map_array("samples.npy", SAMPLE_DTYPE, sample_count)
+        self.offsets = self._map_array("offsets.npy", np.int64)
+        self._check_tables()
+
+        # Training and validation read from two threads, but a file has one position.
+        self._lock = threading.Lock()
+        self._image_file = open(self.folder / "images.bin", "rb", buffering=0)
+        self._text_file = open(self.folder / "samples.jsonl", "rb")
+
+    def _damaged(self, name: str, what: str) -> str:
+        """The sentence that says what is wrong with a file of the pack."""
+        return f"{self.folder}/{name} {what}: the pack is damaged, prepare it again"
+
+    # ---------------------------------------------------------------------------- checks
+
+    def _read_meta(self) -> int:
+        """Reads meta.json -> number of samples."""
+        path = self.folder / "meta.json"
+        require(path.is_file(), f"there is no pack at {self.folder}: make one with "
+                                f"python -m data.prepare NAME --root DIR --out {self.folder}")
         try:
-            self.meta = json.loads((self.folder / "meta.json").read_text())
-            version, self.size = self.meta["version"], self.meta["size"]
-            counts, groups = [self.meta["samples"][split] for split in SPLITS], self.meta["groups"]
+            self.meta = json.loads(path.read_text())
+            version = self.meta["version"]
+            require(version == PACK_VERSION,
+                    f"{self.folder} is a pack of version {version}, this code reads version "
+                    f"{PACK_VERSION}: prepare it again with --overwrite")
+
+            self.size = self.meta["size"]
             self.files = {name: (entry["bytes"], entry["sha256"])
                           for name, entry in self.meta["files"].items()}
-            names = {*map(type, (self.meta["name"], *groups))} == {str} and FILES <= self.files.keys()
-            numbers = {*map(type, (self.size, *counts))} == {int} and min(counts) >= 0
-            if not (names and numbers and 0 < self.size < 2 ** 15):
-                raise ValueError("a number or a name is not what it must be")
+            counts = [self.meta["samples"][split] for split in SPLITS]
+            names = [self.meta["name"], *self.meta["groups"]]
+            sound = (all(type(value) is str for value in names)
+                     and all(type(value) is int for value in (self.size, *counts))
+                     and min(counts) >= 0 and 0 < self.size < 2 ** 15
+                     and REQUIRED_FILES <= self.files.keys())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            self.damaged("meta.json", f"is not what was written ({repr(error)[:200]})")
-        if version != PACK_VERSION:
-            raise UserError(f"{folder} is a pack of version {version}, this code reads {PACK_VERSION}: "
-                            "prepare it again")
-        for name, (size, _) in self.files.items():
-            path = self.folder / name
-            there = path.stat().st_size if "/" not in name and path.is_file() else 0
-            if there != size:
-                self.damaged(name, f"has {there} bytes instead of {size}")
+            what = f"is not what was written ({repr(error)[:200]})"
+            raise UserError(self._damaged("meta.json", what)) from None
+        require(sound, self._damaged("meta.json", "holds a number or a name that cannot be right"))
 
-        self.samples = self.array("samples.npy", SAMPLE_DTYPE, sum(counts))
-        self.offsets = self.array("offsets.npy", np.int64)
-        self.text_bytes, self.area = self.files["samples.jsonl"][0], self.size ** 2
+        # Samples lie in the order of SPLITS.
         ends = np.cumsum([0, *counts])
         self.split = {split: range(ends[i], ends[i + 1]) for i, split in enumerate(SPLITS)}
-        self.check(len(groups))
-        self.images = open(self.folder / "images.bin", "rb", buffering=0)
-        self.texts = open(self.folder / "samples.jsonl", "rb")
-        self.lock = threading.Lock()               # one file position, several readers (training, validation)
+        return sum(counts)
 
-    def damaged(self, name, what):
-        raise UserError(f"{self.folder / name} {what}: the pack is damaged, prepare it again") from None
+    def _check_file_sizes(self) -> None:
+        for name, (size, _) in self.files.items():
+            path = self.folder / name
+            inside = "/" not in name   # a stranger's pack may name files elsewhere
+            found = path.stat().st_size if inside and path.is_file() else 0
+            require(found == size, self._damaged(name, f"has {found} bytes instead of {size}"))
 
-    def array(self, name, dtype, length=None):
-        """A file of numpy's, one-dimensional, mapped from disk. One that holds a pickle is refused."""
+    def _map_array(self, name: str, dtype, length: int | None = None) -> np.ndarray:
+        """A .npy file of one dimension, mapped from disk. One that holds a pickle is refused."""
         try:
-            table = np.lib.format.open_memmap(self.folder / name, mode="r")
-            if table.dtype == dtype and table.ndim == 1 and length in (None, len(table)):
-                return table
-        except Exception:                          # numpy's reader of headers raises all kinds
-            pass
-        self.damaged(name, "does not hold the numbers that belong there")
+            array = np.lib.format.open_memmap(self.folder / name, mode="r")
+            sound = array.dtype == dtype and array.ndim == 1 and length in (None, len(array))
+        except Exception:   # numpy raises many types on a damaged header
+            sound = False
+        require(sound, self._damaged(name, "does not hold the numbers that belong there"))
+        return array
 
-    def check(self, groups):
-        """What samples.npy and offsets.npy point at must be there."""
-        lengths, starts = np.diff(self.offsets), self.samples["line"]
-        count, end = len(lengths), self.files["images.bin"][0]
-        sound = np.isin(lengths, (self.area, 3 * self.area)).all()     # one channel, or three
-        if count < 1 or not sound or (self.offsets[0], self.offsets[-1]) != (0, end):
-            self.damaged("offsets.npy", "does not fit images.bin")
-        for name, most in ("image", count), ("group", groups):
-            least = -1 if name == "group" else 0
-            if not ((least <= self.samples[name]) & (self.samples[name] < most)).all():
-                self.damaged("samples.npy", f"names a {name} that is not there")
-        if not (np.diff(starts, prepend=0, append=self.text_bytes)[1:] > 0).all() or starts[:1].any():
-            self.damaged("samples.npy", "does not fit samples.jsonl")
+    def _check_tables(self) -> None:
+        """Checks that samples.npy and offsets.npy point only at what is there."""
+        # An image has one plane or three, and together they fill images.bin.
+        lengths = np.diff(self.offsets)
+        right_lengths = np.isin(lengths, (self.size ** 2, 3 * self.size ** 2)).all()
+        require(len(lengths) > 0 and right_lengths and self.offsets[0] == 0
+                and self.offsets[-1] == self.files["images.bin"][0],
+                self._damaged("offsets.npy", "does not fit images.bin"))
 
-    def read_image(self, number, out):
-        """Read image `number` into out, uint8 (3, S, S); a grey one is broadcast to three channels."""
-        start, end = int(self.offsets[number]), int(self.offsets[number + 1])
-        grey = end - start == self.area
-        flat = out.reshape(-1)[:self.area] if grey else out.reshape(-1)
-        with self.lock:
-            self.images.seek(start)
-            got = self.images.readinto(memoryview(flat))
-        if got != flat.nbytes:
-            self.damaged("images.bin", f"ends within image {number}")
-        if grey:
+        # Group -1 stands for none.
+        bounds = {"image": (0, len(lengths)), "group": (-1, len(self.meta["groups"]))}
+        for name, (least, end) in bounds.items():
+            inside = (least <= self.samples[name]) & (self.samples[name] < end)
+            require(inside.all(), self._damaged("samples.npy", f"names a {name} that is not there"))
+
+        # Lines follow one another from the start of samples.jsonl to its end.
+        starts = self.samples["line"]
+        lengths = np.diff(starts, append=self.files["samples.jsonl"][0])
+        require((lengths > 0).all() and not starts[:1].any(),
+                self._damaged("samples.npy", "does not fit samples.jsonl"))
+
+    def verify(self) -> None:
+        """Reads every byte and compares check sums. UserError names the first damaged file."""
+        for name, (_, sha256) in self.files.items():
+            with open(self.folder / name, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            what = "does not have the check sum it was written with"
+            require(found == sha256, self._damaged(name, what))
+
+    def fingerprint(self) -> str:
+        """A short text that tells this pack from any other, made from its check sums."""
+        sums = json.dumps({name: sha256 for name, (_, sha256) in sorted(self.files.items())})
+        return hashlib.sha256(sums.encode()).hexdigest()[:16]
+
+    # ---------------------------------------------------------------------------- images
+
+    def read_image(self, index: int, out: np.ndarray) -> None:
+        """Reads an image into out, uint8 (3, S, S). A grey one is copied to all channels."""
+        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        flat = out.reshape(-1)[:end - start]
+        with self._lock:
+            self._image_file.seek(start)
+            count = self._image_file.readinto(memoryview(flat))
+        require(count == flat.nbytes, self._damaged("images.bin", f"ends within image {index}"))
+        if flat.nbytes < out.nbytes:
             out[1:] = out[0]
 
-    def line(self, row):
-        """Everything that samples.jsonl says of sample `row`: a dict with "text" and more."""
-        return next(self.lines(rows=range(row, row + 1)))
+    # ---------------------------------------------------------------------------- texts
 
-    def lines(self, split=None, rows=None):
-        """The dicts of one split's samples (default: of all), in order."""
-        rows = rows or (range(len(self.samples)) if split is None else self.split[split])
-        starts = [*self.samples["line"][rows.start:rows.stop + 1].tolist(), self.text_bytes]
+    def line(self, row: int) -> dict:
+        """All that samples.jsonl says of sample `row`: a dict with "text" and more."""
+        return next(self._read_lines(range(row, row + 1)))
+
+    def lines(self, split: str | None = None) -> Iterator[dict]:
+        """The dicts of one split's samples, or of all, in order."""
+        return self._read_lines(range(len(self.samples)) if split is None else self.split[split])
+
+    def _read_lines(self, rows: range) -> Iterator[dict]:
+        text_end = self.files["samples.jsonl"][0]
+        starts = [*self.samples["line"][rows.start:rows.stop + 1].tolist(), text_end]
         for row, start, end in zip(rows, starts, starts[1:]):
-            with self.lock:
-                self.texts.seek(start)
-                raw = self.texts.read(end - start)
-            try:
-                line = json.loads(raw)
-                known = {key: type(value) for key, value in line.items()}
-                if b"\\u" in raw:                  # half a surrogate pair is no text
-                    json.dumps(line, ensure_ascii=False).encode()
-            except (ValueError, AttributeError, RecursionError):
-                known = {}
-            right = known.get("text") is str and all(LINE.get(key) is kind for key, kind in known.items())
-            if self.meta["name"] == "phantoms":    # which are drawn anew, without noise, for a comparison
-                right = right and PHANTOM.fullmatch(line.get("source", ""))
-            if not right:
-                self.damaged("samples.jsonl", f"is not what was written, in line {row + 1}")
+            with self._lock:
+                self._text_file.seek(start)
+                raw = self._text_file.read(end - start)
+            line = self._parse_line(raw)
+            what = f"is not what was written, in line {row + 1}"
+            require(line is not None, self._damaged("samples.jsonl", what))
             yield line
 
-    def tokens(self, tokenizer):
-        """-> (offsets (N+1,), tokens (n,)), uint32, mapped from disk: sample r has
-        tokens[offsets[r]:offsets[r+1]], each 2·id + 1 where a word starts, else 2·id. Made on first use and
-        kept in the pack, under a name that tells tokenizer and texts."""
-        path, count = self.token_file(tokenizer), len(self.samples)
-        if path.is_file():
-            with contextlib.suppress(UserError):
-                table = self.array(path.name, np.uint32)
-                fits = len(table) > count + 2 and table[count] == len(table) - count - 2
-                if fits and zlib.crc32(table[:-1]) == table[-1]:
-                    return table[:count + 1], table[count + 1:-1]
-            print(f"warning: {path} is damaged or of an older form: made again", file=sys.stderr)
+    def _parse_line(self, raw: bytes) -> dict | None:
+        """The dict of a line, or None where it is not one that write_pack writes."""
+        try:
+            line = json.loads(raw)
+            types = {key: type(value) for key, value in line.items()}
+            if b"\\u" in raw:   # half a surrogate pair is legal in JSON, but not in a text
+                json.dumps(line, ensure_ascii=False).encode()
+        except (ValueError, AttributeError, RecursionError):
+            return None
+        known = all(KEY_TYPES.get(key) is kind for key, kind in types.items())
+        if not known or "text" not in line:
+            return None
 
-        lengths, parts, lines = [0], [], self.lines()
+        # train.py draws phantoms again from their source, to show them without noise.
+        drawn = self.meta["name"] == "phantoms"
+        if drawn and not PHANTOM_SOURCE.fullmatch(line.get("source", "")):
+            return None
+        return line
+
+    # ---------------------------------------------------------------------------- tokens
+
+    def tokens(self, tokenizer) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of all texts by an m3ae_mini Tokenizer: offsets (N+1,), tokens (n,), uint32.
+
+        Sample r has tokens[offsets[r]:offsets[r+1]], each 2·id + 1 where a word starts, else
+        2·id. They are computed on first use and kept in the pack, mapped from disk.
+        """
+        path = self.token_file(tokenizer)
+        table = self._cached_tokens(path) if path.is_file() else None
+        if table is None:
+            table = self._encode_texts(tokenizer)
+            _save_unless_read_only(path, table)
+        offset_count = len(self.samples) + 1
+        return table[:offset_count], table[offset_count:-1]
+
+    def token_file(self, tokenizer) -> Path:
+        """Where `tokens` are kept. The name depends on tokenizer and texts, so that a file of
+        another pack, left or copied here, is not taken."""
+        key = f"{tokenizer.hash} {self.files['samples.jsonl'][1]}".encode("utf-8", "replace")
+        return self.folder / f"tokens.{hashlib.sha256(key).hexdigest()[:16]}.npy"
+
+    def _cached_tokens(self, path: Path) -> np.ndarray | None:
+        """The table that _encode_texts made, or None with a warning where it is damaged."""
+        count = len(self.samples)
+        with contextlib.suppress(UserError):
+            table = self._map_array(path.name, np.uint32)
+            fits = len(table) > count + 2 and table[count] == len(table) - count - 2
+            if fits and zlib.crc32(table[:-1]) == table[-1]:
+                return table
+        print(f"warning: {path} is damaged or of an older version: it is made again",
+              file=sys.stderr)
+        return None
+
+    def _encode_texts(self, tokenizer) -> np.ndarray:
+        """Offsets (N+1,), tokens (n,) and their check sum in one table, uint32 (N + n + 2,)."""
+        lengths, parts = [0], []
+        lines = self.lines()
         while texts := [line["text"] for line in islice(lines, 4096)]:
             for ids, starts in tokenizer.encode(texts):
                 lengths.append(len(ids))
                 parts.append((2 * ids + starts).astype(np.uint32))
         table = np.concatenate([np.cumsum(lengths).astype(np.uint32), *parts])
-        table = np.append(table, np.uint32(zlib.crc32(table)))
-        beside = path.with_suffix(f".{os.getpid()}.tmp")
-        with contextlib.suppress(OSError):         # a pack on a read-only disk: the tokens stay in memory
-            try:
-                with open(beside, "wb") as file:
-                    np.save(file, table)
-                os.replace(beside, path)
-            finally:
-                beside.unlink(missing_ok=True)     # a disk that is full needs the room
-        return table[:count + 1], table[count + 1:-1]
-
-    def token_file(self, tokenizer):
-        """Where `tokens` keeps what it made. Another pack's file, left or copied here, has another name."""
-        told = f"{tokenizer.hash} {self.files['samples.jsonl'][1]}"
-        return self.folder / f"tokens.{hashlib.sha256(told.encode('utf-8', 'replace')).hexdigest()[:16]}.npy"
-
-    def verify(self):
-        """Read every byte and compare the check sums of meta.json; UserError names the first damaged file."""
-        for name, (_, sha256) in self.files.items():
-            with open(self.folder / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    self.damaged(name, "does not have the check sum it was written with")
-
-    def fingerprint(self):
-        """What tells this pack from another: the check sums of its files, as one short text."""
-        sums = json.dumps({name: sha256 for name, (_, sha256) in sorted(self.files.items())})
-        return hashlib.sha256(sums.encode()).hexdigest()[:16]
+        return np.append(table, np.uint32(zlib.crc32(table)))
 
 
-def open_packs(names, size, crop, task="pretrain"):
-    """--data -> the packs, of images of `size` pixels, or larger ones where crops are taken (crop < 1). The
-    name `phantoms` stands for the embedded data set, drawn on first use."""
-    packs = []
-    for name in names.split(","):
-        if name == "phantoms":
-            name = f"packs/phantoms-{task}-{size}"
-            if not Path(name).exists():
-                from data import phantoms, prepare         # they read packs, too: imported when needed
-                try:
-                    prepare.pack(phantoms.rows(None, task), out=name, name="phantoms", task=task, size=size)
-                except UserError:
-                    if not Path(name).exists():            # else another process has drawn the same ones
-                        raise
-        packs.append(Pack(name))
-        if packs[-1].size != size and not (packs[-1].size > size and crop < 1):
-            raise UserError(f"{name} holds images of {packs[-1].size} pixels, not {size}: prepare it with "
-                            f"--size {size}, or use --image_size {packs[-1].size}")
-    return packs
+def _save_unless_read_only(path: Path, table: np.ndarray) -> None:
+    """Writes a .npy file atomically. Where the disk is full or read-only, nothing is left."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
+        try:
+            with open(temporary, "wb") as file:
+                np.save(file, table)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)

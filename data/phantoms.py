@@ -418,7 +418,7 @@ def questions(scene: Scene) -> Iterator[tuple[str, str, bool]]:
     present = bool(there) and rng.random() < 0.5 / (1 - NORMAL)
     name = pick(rng, there if present else [name for name in FINDINGS[kind] if name not in there])
     a_name = f"an {name}" if name[0] in "aeiou" else f"a {name}"
-    yield pick(rng, ("Is there {}?", "Does the image show {}?")).format(a_name), yes_no[present], True
+    yield pick(rng, ("Is there {}?", "Does the picture show {}?")).format(a_name), yes_no[present], True
 
     # Count: 0, 1 and 2 come equally often, since the commoner are asked about less.
     if rng.random() < NORMAL / (NORMAL, SINGLE, 1 - NORMAL - SINGLE)[len(findings)]:

@@ -1,8 +1,8 @@
-"""VQA-Med-2019 (Ben Abacha et al., ImageCLEF 2019): questions on modality, plane and organ of an image.
+"""VQA-Med-2019 (Ben Abacha et al., ImageCLEF 2019): questions on modality, plane and organ.
 
-The official archives, unpacked side by side in one folder:
+The official archives, unpacked side by side in one folder (C2_Plane_… and C3_Organ_… too):
 
-    …Training/QAPairsByCategory/C1_Modality_train.txt    image|question|answer (C2_Plane_…, C3_Organ_… too)
+    …Training/QAPairsByCategory/C1_Modality_train.txt    image|question|answer
     …Training/Train_images/synpic41148.jpg
     …Validation/…                                        the same, with _val and Val_images
     VQAMed2019_Test_Questions_w_Ref_Answers.txt          image|category|question|answer
@@ -16,19 +16,19 @@ or the layout of M³AE's release:
 from pathlib import Path
 from typing import Iterator
 
-from data import Row, lines
+from data import Row, read_lines
 from data.answers import normalise_answer
-from m3ae_mini.config import UserError
+from m3ae_mini.config import require
 
-CATEGORIES = "Modality", "Plane", "Organ"   # the questions on abnormalities are left out, as in the paper
+CATEGORIES = "Modality", "Plane", "Organ"   # as in the paper, which leaves abnormalities out
 
 
 def rows(root: Path, task: str) -> Iterator[Row]:
-    """Answers are normalised (data.answers). Some list alternatives, any of which is right: they stay in one
-    answer, each normalised, joined by "#". Nothing says which questions are closed: `closed` is None."""
-    if task != "vqa":
-        raise UserError(f"vqa_med_2019 has nothing for the task {task}: choose --task vqa")
+    """Answers are normalised (data.answers). Where several are right, they stay one answer,
+    each normalised, joined by "#". No file says which questions are closed: `closed` is None."""
+    require(task == "vqa", f"vqa_med_2019 has nothing for the task {task}: choose --task vqa")
 
+    # The release's layout.
     if (root / "train" / "QA").is_dir():
         for split in "train", "val", "test":
             for category in CATEGORIES:
@@ -36,33 +36,37 @@ def rows(root: Path, task: str) -> Iterator[Row]:
                 yield from _questions(split, path, root / split / "images")
         return
 
+    # The official archives.
     for split, folder in ("train", "Train_images"), ("val", "Val_images"):
         for i, category in enumerate(CATEGORIES, start=1):
-            yield from _questions(split, _find(root, f"C{i}_{category}_{split}.txt"), _find(root, folder))
+            path = _find(root, f"C{i}_{category}_{split}.txt")
+            yield from _questions(split, path, _find(root, folder))
     yield from _questions("test", _find(root, "VQAMed2019_Test_Questions_w_Ref_Answers.txt"),
                           _find(root, "VQAMed2019_Test_Images"), parts=4)
 
 
 def _find(root: Path, name: str) -> Path:
-    """The file or folder `name` in root or up to three folders below: archives unpack in different ways."""
-    for depth in range(4):
-        if found := sorted(root.glob("*/" * depth + name)):
-            return found[0]
-    raise UserError(f"{root} has no {name}, neither itself nor in its folders: --root is the folder that "
-                    f"holds the unpacked archives of training, validation and test")
+    """The file or folder `name` in root or up to three folders below, as archives unpack."""
+    paths = (path for depth in range(4) for path in sorted(root.glob("*/" * depth + name)))
+    found = next(paths, None)
+    require(found, f"{root} has no {name}, neither itself nor in its folders: --root is the "
+                   "folder that holds the unpacked archives of training, validation and test")
+    return found
 
 
 def _questions(split: str, path: Path, folder: Path, parts: int = 3) -> Iterator[Row]:
-    """The rows of a file whose lines have 3 parts, image|question|answer, or 4, the second the category."""
-    for number, line in enumerate(lines(path), start=1):
+    """The rows of a file whose lines are image|question|answer, or, with 4 parts,
+    image|category|question|answer."""
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         values = [value.strip() for value in line.split("|")]
-        if len(values) != parts:
-            raise UserError(f"{path}, line {number}: {len(values)} parts between |, not {parts}")
+        require(len(values) == parts,
+                f"{path}, line {number}: {len(values)} parts between |, not {parts}")
 
         image, *category, question, answer = values
         known = not category or category[0].capitalize() in CATEGORIES
+        answers = map(normalise_answer, answer.split("#"))
         yield Row(split, folder / (image if "." in image else f"{image}.jpg"), question,
-                  "#".join(filter(None, map(normalise_answer, answer.split("#")))),
+                  "#".join(filter(None, answers)),
                   skip=None if known else f"question on {category[0]}")

@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from data import Row, draw, medicat, medpix, phantoms, prepare, roco, table
+from data import Row, hash_to_unit, medicat, medpix, phantoms, prepare, roco, table
+from data.images import open_image, square, store_image
+from data.pack import PACK_VERSION, SAMPLE_DTYPE, SPLITS, Pack
+from data.prepare import contact_sheet, mark_excluded, open_packs
+from data.write_pack import filter_rows, write_pack
 from m3ae_mini.config import UserError
-from data.pack import SAMPLE_DTYPE, SPLITS, Pack, open_packs
 
 REPO = Path(__file__).parent.parent
 REAL = REPO.parent / "shared" / "data"
@@ -46,10 +49,10 @@ def json_lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def image(folder, number):
-    """Image `number` of the pack in `folder`: (S, S) or (3, S, S), as it lies on the disk."""
+def stored_image(folder, index):
+    """Image `index` of the pack in `folder`: (S, S) or (3, S, S), as it lies on the disk."""
     size, offsets = Pack(folder).size, np.load(folder / "offsets.npy")
-    pixels = np.fromfile(folder / "images.bin", dtype=np.uint8)[offsets[number]:offsets[number + 1]]
+    pixels = np.fromfile(folder / "images.bin", dtype=np.uint8)[offsets[index]:offsets[index + 1]]
     return pixels.reshape(-1, size, size).squeeze()
 
 
@@ -58,7 +61,7 @@ def image(folder, number):
 def opened(tmp_path, image, kind="png", **options):
     path = tmp_path / f"image.{kind}"
     image.save(path, **options)
-    return prepare.open_image(path)
+    return open_image(path)
 
 
 def test_grey_and_colour_stay_as_they_are(tmp_path):
@@ -84,7 +87,7 @@ def test_deep_grey_whose_zero_is_white(tmp_path):
         file, entry = tmp_path / "image.tiff", struct.pack("<HHI", 262, 3, 1)    # PhotometricInterpretation
         assert entry + b"\1" in file.read_bytes()
         file.write_bytes(file.read_bytes().replace(entry + b"\1", entry + b"\0"))     # white is zero
-        seen = np.asarray(prepare.open_image(file))
+        seen = np.asarray(open_image(file))
         assert (seen[0, 0], seen[-1, -1]) == (255, 0)
 
 
@@ -101,7 +104,7 @@ def test_what_pillow_would_cut_is_refused(tmp_path):
     (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
                                         + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b""))
     with pytest.raises(ValueError, match="16 bits with transparency"):
-        prepare.open_image(tmp_path / "deep.png")
+        open_image(tmp_path / "deep.png")
 
 
 def test_float_pixels_that_are_no_numbers_turn_black(tmp_path):
@@ -168,36 +171,36 @@ def test_square_is_pils_resize_and_crop(width, height, size):
     whole = np.asarray(image.resize((wide, high), Image.Resampling.BICUBIC))
     left, top = int(round((wide - size) / 2)), int(round((high - size) / 2))
     assert min(wide, high) == size
-    assert np.array_equal(prepare.square(image, size), whole[top:top + size, left:left + size])
+    assert np.array_equal(square(image, size), whole[top:top + size, left:left + size])
 
 
 def test_grey_takes_one_plane(tmp_path):
     grey = noise(20, 20)
     grey.convert("RGB").save(tmp_path / "grey.png")
-    assert prepare.stored(tmp_path / "grey.png", 20) == grey.tobytes()
+    assert store_image(tmp_path / "grey.png", 20) == grey.tobytes()
 
     pixels = np.stack([np.asarray(grey)] * 3, axis=2)
     pixels[3, 4, 2] ^= 1   # one pixel is not grey
     Image.fromarray(pixels).save(tmp_path / "colour.png")
-    assert prepare.stored(tmp_path / "colour.png", 20) == pixels.transpose(2, 0, 1).tobytes()
+    assert store_image(tmp_path / "colour.png", 20) == pixels.transpose(2, 0, 1).tobytes()
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "bmp", "tiff", "gif", "webp", "ppm"])
 def test_a_truncated_image_is_refused(tmp_path, kind):
     path = tmp_path / f"image.{kind}"
     noise(60, 60, 3).save(path)
-    prepare.open_image(path)
+    open_image(path)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(OSError):
-        prepare.open_image(path)
+        open_image(path)
 
 
 def test_an_image_bomb_is_refused_before_it_is_decoded(tmp_path):
     Image.new("1", (10_000, 9_000)).save(tmp_path / "bomb.png")
     with pytest.raises(Image.DecompressionBombWarning):
-        prepare.open_image(tmp_path / "bomb.png")
+        open_image(tmp_path / "bomb.png")
     with pytest.raises(ValueError, match="elongated"):   # it would be one only after resizing
-        prepare.square(Image.new("L", (40_000, 1)), 288)
+        square(Image.new("L", (40_000, 1)), 288)
 
 
 def test_an_image_that_would_start_a_program_is_refused(tmp_path):
@@ -207,7 +210,7 @@ def test_an_image_that_would_start_a_program_is_refused(tmp_path):
     with Image.open(tmp_path / "0.png") as image:          # Pillow would
         assert image.format == "EPS"
     with pytest.raises(UnidentifiedImageError):
-        prepare.open_image(tmp_path / "0.png")
+        open_image(tmp_path / "0.png")
 
 
 # ------------------------------------------------------------------------------------------------- the pack
@@ -234,7 +237,7 @@ def records(tmp_path):
 
 
 def packed(root, out, size=16, task="pretrain", reader=table, **options):
-    return prepare.pack(reader.rows(root, task), out, reader.__name__.split(".")[-1], task, size, root=root,
+    return write_pack(reader.rows(root, task), out, reader.__name__.split(".")[-1], task, size, root=root,
                         **options)
 
 
@@ -271,8 +274,8 @@ def test_what_a_pack_holds(records, tmp_path):
 
     for sample in samples:
         image = Image.open(records / sample["source"])
-        expected = np.asarray(prepare.square(image, 16))
-        assert np.array_equal(image(out, sample["image"]),
+        expected = np.asarray(square(image, 16))
+        assert np.array_equal(stored_image(out, sample["image"]),
                               expected if image.mode == "L" else expected.transpose(2, 0, 1))
 
 
@@ -284,10 +287,10 @@ def test_questions_may_repeat(records, tmp_path):
 
 def test_any_number_of_workers_gives_the_same_pack(tmp_path):
     for workers in 1, 2:
-        prepare.pack(rows_of(100), tmp_path / str(workers), "drawn", "pretrain", 24, workers=workers)
+        write_pack(rows_of(100), tmp_path / str(workers), "drawn", "pretrain", 24, workers=workers)
     for name in listing(tmp_path / "1"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
-    assert np.array_equal(image(tmp_path / "2", 98), drawn(24, 98))
+    assert np.array_equal(stored_image(tmp_path / "2", 98), drawn(24, 98))
 
 
 def test_five_percent_of_the_images_may_be_missing(records, tmp_path):
@@ -348,7 +351,7 @@ def test_a_pack_that_appears_meanwhile_stays(records, tmp_path):
         yield from table.rows(records, "pretrain")
         packed(records, out)                                   # somebody else is faster
     with pytest.raises(UserError, match="has appeared"):
-        prepare.pack(rows(), out, "table", "pretrain", 8, root=records)
+        write_pack(rows(), out, "table", "pretrain", 8, root=records)
     assert Pack(out).size == 16 and listing(tmp_path) == ["pack", "records"]
 
 
@@ -371,8 +374,8 @@ def test_what_a_killed_preparation_left_is_named(records, tmp_path, capsys):
     (tmp_path / "pack.old-1").mkdir()
     packed(records, tmp_path / "pack")
     told = capsys.readouterr().err
-    assert "pack.old-1 is of another preparation" in told and "rename it back" in told
-    assert "pack.tmp-1 is of another preparation: if that one was killed, remove it" in told
+    assert "pack.old-1 belongs to another preparation" in told and "rename it back" in told
+    assert "pack.tmp-1 belongs to another preparation: if that one was killed, remove it" in told
 
 
 def test_phantoms_drawn_twice_at_once_are_one_pack(tmp_path, monkeypatch):
@@ -391,7 +394,7 @@ def test_phantoms_drawn_twice_at_once_are_one_pack(tmp_path, monkeypatch):
 def test_nothing_to_train_on(tmp_path):
     for rows in [], rows_of(3, "val"), [row._replace(skip="excluded") for row in rows_of(3)]:
         with pytest.raises(UserError, match="no training rows"):
-            prepare.pack(rows, tmp_path / "pack", "drawn", "pretrain", 8)
+            write_pack(rows, tmp_path / "pack", "drawn", "pretrain", 8)
     assert listing(tmp_path) == []
 
 
@@ -400,7 +403,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
-        prepare.pack(rows_of(40), tmp_path / "pack", "drawn", "pretrain", 8, workers=2)
+        write_pack(rows_of(40), tmp_path / "pack", "drawn", "pretrain", 8, workers=2)
     assert listing(tmp_path) == []
 
 
@@ -432,10 +435,10 @@ def test_a_sheet_of_a_damaged_pack(records, tmp_path):
     """A line that names another image: its length is right, so the pack opens."""
     out = tmp_path / "pack"
     packed(records, out)
-    sheet = prepare.contact_sheet(Pack(out))
+    sheet = contact_sheet(Pack(out))
     lines = (out / "samples.jsonl").read_bytes()
     (out / "samples.jsonl").write_bytes(lines.replace(b'"image": 12,', b'"image": 92,'))
-    assert prepare.contact_sheet(Pack(out)) == sheet           # what samples.npy says counts
+    assert contact_sheet(Pack(out)) == sheet           # what samples.npy says counts
     with pytest.raises(UserError, match="samples.jsonl does not have the check sum"):
         Pack(out).verify()
 
@@ -491,16 +494,16 @@ def test_exclude_knows_images_by_their_names(tmp_path):
     for name in "synpic1.jpg", "synpic22.png":
         (tmp_path / name).touch()
     names = ["MPX7_synpic1.png", "MPX7_synpic2.png", "synpic22.jpg", "a_synpic222.png"]
-    rows = prepare.excluding([Row("train", Path(name), "text") for name in names], tmp_path)
+    rows = mark_excluded([Row("train", Path(name), "text") for name in names], tmp_path)
     assert [row.skip for row in rows] == ["excluded", None, "excluded", None]
     (tmp_path / "below").mkdir()
     (tmp_path / "synpic22.png").rename(tmp_path / "below" / "synpic22.png")
-    rows = prepare.excluding([Row("train", Path(name), "text") for name in names], tmp_path)
+    rows = mark_excluded([Row("train", Path(name), "text") for name in names], tmp_path)
     assert [row.skip for row in rows] == ["excluded", None, "excluded", None]
     with pytest.raises(UserError, match="no folder"):
-        list(prepare.excluding([], tmp_path / "nowhere"))
+        list(mark_excluded([], tmp_path / "nowhere"))
     with pytest.raises(UserError, match="none of the images is in"):       # that of the data set, say
-        list(prepare.excluding([Row("train", Path("synpic3.jpg"), "text")], tmp_path))
+        list(mark_excluded([Row("train", Path("synpic3.jpg"), "text")], tmp_path))
 
 
 # --------------------------------------------------------------------------------------------- the readers
@@ -527,7 +530,7 @@ def test_a_table_without_splits_is_split_by_image(tmp_path):
     (tmp_path / "t.csv").write_text("\n".join(["file,text"] + [f"./{line}" for line in lines]))
     again = list(table.rows(tmp_path, "pretrain"))             # the same images, spelled otherwise
     assert [row.split for row in again] == [row.split for row in rows]
-    assert [round(draw(f"{i}.png"), 6) for i in range(3)] == [0.059171, 0.579619, 0.201021]   # for ever
+    assert [round(hash_to_unit(f"{i}.png"), 6) for i in range(3)] == [0.059171, 0.579619, 0.201021]   # for ever
 
 
 def test_all_images_of_a_patient_are_in_one_split_and_answers_in_one_spelling(tmp_path):
@@ -542,17 +545,17 @@ def test_all_images_of_a_patient_are_in_one_split_and_answers_in_one_spelling(tm
 @pytest.mark.parametrize("name, lines, sentence", [
     ("t.jsonl", ['{"image": "a", "text": "b"}', '{"image": "a", '], "t.jsonl, line 2: not valid JSON"),
     ("t.jsonl", ['["a"]'], "line 1: not a JSON object"),
-    ("t.jsonl", ['{"text": "b"}'], "line 1: no image .* among text"),
+    ("t.jsonl", ['{"text": "b"}'], "line 1: no column image .* among text"),
     ("t.jsonl", ['{"image": "a", "text": ["b"]}'], "line 1: text is not plain text"),
     ("t.jsonl", ['{"image": "a", "text": "b", "split": "tain"}'], "line 1: the split is 'tain'"),
     ("t.jsonl", ['{"image": "a", "text": "b", "closed": 3}'], "line 1: closed is '3'"),
     ("t.csv", ["image,text", "a,b", "a,b,c"], "t.csv, line 3: 3 fields, not 2"),
     ("t.csv", ["image,text", 'a,"b'], "line 2: not valid CSV"),
     ("t.csv", ["image,text", ",b"], "line 2: the image's name is empty"),
-    ("t.csv", ["image,words", "a,b"], "line 2: no text .* among image, words"),
+    ("t.csv", ["image,words", "a,b"], "line 2: no column text .* among image, words"),
     ("t.csv", ["image,caption,question", "a,b,c"], "line 2: which is meant, caption or question"),
-    ("t.csv", ["image,text,text", "a,b,c"], "line 1: the column 'text' stands there twice"),
-    ("t.csv", ["image,Text,text", "a,b,c"], "line 2: text stands there twice"),
+    ("t.csv", ["image,text,text", "a,b,c"], "line 1: there are two columns 'text'"),
+    ("t.csv", ["image,Text,text", "a,b,c"], "line 2: there are two columns 'text'"),
     ("t.csv", ["image,text,split", "a,b,train", "c,d,"], "line 3: some rows have a split and some none"),
     ("t.txt", ["image,text"], "holds no table"),
 ])
@@ -657,7 +660,7 @@ def test_roco_retrieval_takes_pairs_that_are_there(tmp_path, monkeypatch):
     monkeypatch.setattr(roco, "RETRIEVAL_PAIRS", 8)
     roco_miniature(tmp_path)
     first = [row.image for row in roco.rows(tmp_path, "irtr") if row.split == "val"]
-    assert len(first) == 8 and first == sorted(first, key=lambda image: draw(image.stem))
+    assert len(first) == 8 and first == sorted(first, key=lambda image: hash_to_unit(image.stem))
     first[0].unlink()
     rows = list(roco.rows(tmp_path, "irtr"))
     second = [row.image for row in rows if row.split == "val"]
@@ -717,13 +720,13 @@ def test_real_medpix():
     assert placeholders == {"train": 15, "val": 6, "test": 0}
     assert len({row.label for row in rows}) == 5 and len({row.group for row in rows}) == 10
     assert all(row.image.is_file() for row in rows)
-    kept, skipped = prepare.sift(rows, "pretrain")
+    kept, skipped = filter_rows(rows, "pretrain")
     assert len(kept) == 2029 and len(skipped) == 21 and not any("\n" in row.text for row in kept)
 
 
 @needs(not (REAL / "vqa_rad").is_dir() or not (REAL / "MedPix-2-0").is_dir())
 def test_real_medpix_without_vqa_rad():
-    rows = prepare.excluding(medpix.rows(REAL / "MedPix-2-0", "pretrain"), REAL / "vqa_rad" / "images")
+    rows = mark_excluded(medpix.rows(REAL / "MedPix-2-0", "pretrain"), REAL / "vqa_rad" / "images")
     assert sum(row.skip == "excluded" for row in rows) == 19
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import Row, medpix, melinda, prepare, roco, slake, vqa_med_2019, vqa_rad
+from data import Row, clean_text, medpix, melinda, prepare, roco, slake, vqa_med_2019, vqa_rad
 from data.answers import normalise_answer, question_row
-from m3ae_mini.config import UserError
 from data.pack import SPLITS
+from data.write_pack import filter_rows, unusable, write_pack
+from m3ae_mini.config import UserError
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data"
 needs = partial(pytest.mark.skipif, reason="the real data set is not here")
@@ -32,7 +33,7 @@ def write(path, content):
 
 def packed(reader, root, out, task="vqa"):
     """(meta.json, samples, skipped rows) of the pack"""
-    meta = prepare.pack(reader.rows(root, task), out, "miniature", task, 8, root=root)
+    meta = write_pack(reader.rows(root, task), out, "miniature", task, 8, root=root)
     table, skipped = ([json.loads(line) for line in (out / name).read_text(encoding="utf-8").splitlines()]
                       for name in ("samples.jsonl", "skipped.jsonl"))
     return meta, table, skipped
@@ -89,8 +90,8 @@ def test_vqa_rad(tmp_path):
     assert (rows[1].answer, rows[1].closed) == ("x ray", True)
     assert {(row.answer, row.closed) for row in rows if row.split == "test"} == {("2.5", False)}
 
-    held = {(row.image, prepare.clean(row.text).lower()) for row in rows if row.split == "val"}
-    learned = {(row.image, prepare.clean(row.text).lower()) for row in rows if row.split == "train"}
+    held = {(row.image, clean_text(row.text).lower()) for row in rows if row.split == "val"}
+    learned = {(row.image, clean_text(row.text).lower()) for row in rows if row.split == "train"}
     assert not held & learned and 10 <= len(held) <= 30
     write(root / "trainset.json", json.loads((root / "trainset.json").read_text())[::-1])
     again = list(vqa_rad.rows(root, "vqa"))   # nothing but the question itself decides
@@ -224,7 +225,7 @@ def test_lists_that_are_hostile(tmp_path):
             list(vqa_rad.rows(tmp_path, "vqa"))
         assert str(error.value).isprintable()
     for name in "\ud800.jpg", "a\0b.jpg", "x" * 5000:
-        assert prepare.unusable(tmp_path / name, tmp_path) == "missing image"
+        assert unusable(tmp_path / name, tmp_path) == "missing image"
 
 
 # ---------------------------------------------------------------------------------------------- VQA-Med-2019
@@ -306,16 +307,16 @@ def test_melinda(tmp_path):
               ("1_A.png", "Second caption", "a", "b", "c", "gel"), ("1_B.png", "None", "a", "b", "c", " "))
     write_csv(root / "dev.csv", MELINDA, ("2.png", "Dev", "a", "b", "c", "blot"))
     write_csv(root / "test.csv", MELINDA, ("3.png", "Test", "a", "b", "c", "gel"))
-    draw_images(root / "melindan_images", "1_A.png", "1_B.png", "2.png", "3.png")
+    draw_images(root / "melinda_images", "1_A.png", "1_B.png", "2.png", "3.png")
     rows = list(melinda.rows(root, "cls"))
-    assert rows[0] == Row("train", root / "melindan_images" / "1_A.png", "Western blot,\n\nof \"X\".",
+    assert rows[0] == Row("train", root / "melinda_images" / "1_A.png", "Western blot,\n\nof \"X\".",
                           label="blot")
     assert [row.split for row in rows] == ["train"] * 3 + ["val", "test"]
     meta, samples, _ = packed(melinda, root, tmp_path / "pack", "cls")
     assert meta["labels"] == ["blot", "gel"] and meta["skipped"] == {"no label": 1}
     assert samples[0]["text"] == 'Western blot, of "X".' and meta["samples"]["train"] == 2
 
-    (root / "melindan_images" / "2.png").unlink()
+    (root / "melinda_images" / "2.png").unlink()
     with pytest.raises(UserError, match=r"1 of 3 images .*2.png \(missing image\)"):
         packed(melinda, root, tmp_path / "gone", "cls")
     with pytest.raises(UserError, match="nothing for the task vqa"):
@@ -380,6 +381,6 @@ def test_real_vqa_med_2019(tmp_path, capsys):
 @needs(not (REAL / "MedPix-2-0").is_dir())
 def test_real_medpix_for_classes_and_retrieval():
     for task in "cls", "irtr":
-        kept, _ = prepare.sift(medpix.rows(REAL / "MedPix-2-0", task), task)
+        kept, _ = filter_rows(medpix.rows(REAL / "MedPix-2-0", task), task)
         assert [sum(row.split == split for row in kept) for split in SPLITS] == [1638, 191, 200]
         assert len({row.label for row in kept}) == 5

@@ -1,0 +1,288 @@
+"""Writes a pack: filters the rows of a reader, decodes every image once, writes the files.
+
+write_pack does it all; the other functions are its stages. pack.py describes the files.
+"""
+import glob
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Iterable, Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from data import Row, clean_text
+from data.images import Source, store_images
+from data.pack import PACK_VERSION, SAMPLE_DTYPE, SPLITS
+from m3ae_mini.config import UserError, require
+
+MAX_BAD_SHARE = 0.05   # of the images: if more are missing or unreadable, no pack is written
+
+
+def write_pack(rows: Iterable[Row], out: Path | str, name: str, task: str, size: int, *,
+               root: Path | None = None, workers: int | None = None,
+               allow_missing: bool = False, overwrite: bool = False) -> dict:
+    """Writes the pack `out`, its images of `size` × `size` pixels, and returns its meta.json.
+
+    With `root`, images outside that folder are refused. UserError where `out` exists (unless
+    it is a pack and `overwrite` is set) or cannot be written, where more than 5 % of the images
+    are missing or unreadable (unless `allow_missing`), and where no training row is left.
+    Whatever goes wrong, nothing half-written stays. Only a SIGKILL leaves a folder OUT.tmp-….
+    """
+    out = Path(out)
+    require(overwrite or not out.exists(),
+            f"{out} exists already: choose another --out, or replace it with --overwrite")
+    require(not out.exists() or (out / "meta.json").is_file(),
+            f"{out} is no pack, so --overwrite does not touch it: choose another --out")
+
+    # Missing images are found now: decoding may take hours.
+    kept, skipped = filter_rows(rows, task)
+    sources = list(dict.fromkeys(row.image for row in kept))
+    bad = BadImages(len(sources), allow_missing)
+    real_root = root and Path(os.path.realpath(root))
+    for source in sources:
+        if reason := unusable(source, real_root):
+            bad[source] = (reason, None)
+    bad.check()
+
+    with atomic_dir(out, overwrite) as folder:
+        # Decode and write the images. Those that cannot be read join the bad ones.
+        files: dict[str, dict] = {}   # name: {"bytes": …, "sha256": …}
+        good = [source for source in sources if source not in bad]
+        with (closing(store_images(good, size, workers)) as results,
+              tqdm(results, total=len(good), desc=name, unit="image") as progress):
+            image_index = write_images(folder, files, zip(good, progress, strict=True), bad)
+
+        # Rows without an image are skipped, too. What is left must be enough to train on.
+        skipped += [skip_entry(row, *bad[row.image]) for row in kept if row.image in bad]
+        kept = [row for row in kept if row.image not in bad]
+        reasons = dict(sorted(Counter(entry["reason"] for entry in skipped).items()))
+        samples = {split: sum(row.split == split for row in kept) for split in SPLITS}
+        why = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items()) or "no rows"
+        require(samples["train"], f"{name} has no training rows to pack ({why}): "
+                                  "correct --root or --task")
+
+        # Write the texts and what is known of them, then the rows that were skipped.
+        labels = sorted({row.label for row in kept if row.label})
+        groups = sorted({row.group for row in kept if row.group})
+        write_samples(folder, files, kept, image_index, labels, groups, root)
+        with HashedFile(folder / "skipped.jsonl", files) as file:
+            file.write(b"".join(map(json_line, skipped)))
+
+        # meta.json comes last: it holds the check sums of all other files.
+        meta = {"version": PACK_VERSION, "name": name, "task": task, "size": size,
+                "images": len(image_index), "samples": samples, "labels": labels,
+                "groups": groups, "skipped": reasons, "files": files}
+        with HashedFile(folder / "meta.json", {}) as file:
+            file.write(json.dumps(meta, indent=1).encode())
+    return meta
+
+
+# ------------------------------------------------------------------------------ which rows, images
+
+def filter_rows(rows: Iterable[Row], task: str) -> tuple[list[Row], list[dict]]:
+    """Rows worth packing (train, val, test; texts cleaned), and an entry of skipped.jsonl for
+    each of the others.
+
+    For "pretrain" and "irtr" a pair that occurs twice within a split counts once. Questions and
+    classes stay as published: the training split of VQA-RAD repeats 465 questions.
+    """
+    kept: list[Row] = []
+    skipped: list[dict] = []
+    seen: set[tuple] = set()   # (split, image, text) of every row kept
+    for row in rows:
+        row = row._replace(text=clean_text(row.text), answer=clean_text(row.answer) or None,
+                           label=clean_text(row.label) or None,
+                           group=clean_text(row.group) or None)
+        pair = (row.split, row.image, row.text)
+        reason = row.skip
+        if not reason and not row.text:
+            reason = "no text"
+        elif not reason and task == "vqa" and row.answer is None:
+            reason = "no answer"
+        elif not reason and task == "cls" and row.label is None:
+            reason = "no label"
+        elif not reason and task in ("pretrain", "irtr") and pair in seen:
+            reason = "duplicate"
+
+        if reason:
+            skipped.append(skip_entry(row, reason))
+        else:
+            seen.add(pair)
+            kept.append(row)
+    return sorted(kept, key=lambda row: SPLITS.index(row.split)), skipped
+
+
+def skip_entry(row: Row, reason: str, detail: str | None = None) -> dict:
+    """An entry of skipped.jsonl."""
+    entry = {"split": row.split, "image": str(row.image), "text": row.text, "reason": reason}
+    return entry | ({"detail": detail} if detail else {})
+
+
+def unusable(source: Source, root: Path | None) -> str | None:
+    """Why an image cannot be used, as far as is known without opening it; None if it can.
+
+    Its file may be missing. Or its name in the annotations (an absolute path, "..", a link)
+    leads out of the data set's folder `root`, a real path.
+    """
+    if callable(source):
+        return None
+    try:
+        if root is not None and not Path(os.path.realpath(source)).is_relative_to(root):
+            return "outside the data set's folder"
+    except ValueError:   # no system call takes a NUL, or half a surrogate pair
+        return "missing image"
+    return None if os.path.isfile(source) else "missing image"
+
+
+class BadImages(dict):
+    """The images that cannot be packed: {source: (reason, detail or None)}."""
+
+    def __init__(self, total: int, allow_missing: bool):
+        super().__init__()
+        self.total = total
+        self.limit = total if allow_missing else MAX_BAD_SHARE * total
+
+    def check(self) -> None:
+        """UserError where more images are bad than is allowed."""
+        source, (reason, detail) = next(iter(self.items()), (None, (None, None)))
+        require(len(self) <= self.limit,
+                f"{len(self):,} of {self.total:,} images cannot be packed, the first is {source} "
+                f"({detail or reason}): put them into the data set's folder, or go on without "
+                "them by --allow_missing")
+
+
+# ---------------------------------------------------------------------------------- the files
+
+def write_images(folder: Path, files: dict[str, dict],
+                 results: Iterable[tuple[Source, bytes | str]],
+                 bad: BadImages) -> dict[Source, int]:
+    """Writes images.bin and offsets.npy -> the index of each image that could be read.
+
+    results: pairs of a source and what store_images yields for it.
+    """
+    image_index: dict[Source, int] = {}
+    offsets = [0]
+    with HashedFile(folder / "images.bin", files) as file:
+        for source, result in results:
+            if isinstance(result, str):
+                bad[source] = ("unreadable image", result)
+                bad.check()
+            else:
+                file.write(result)
+                offsets.append(offsets[-1] + len(result))
+                image_index[source] = len(image_index)
+    with HashedFile(folder / "offsets.npy", files) as file:
+        np.save(file, np.array(offsets, dtype=np.int64))
+    return image_index
+
+
+def write_samples(folder: Path, files: dict[str, dict], rows: list[Row],
+                  image_index: dict[Source, int], labels: list[str], groups: list[str],
+                  root: Path | None) -> None:
+    """Writes the rows twice: as numbers to samples.npy, and as lines to samples.jsonl."""
+    table = np.zeros(len(rows), dtype=SAMPLE_DTYPE)   # (N,)
+    label_index = {label: i for i, label in enumerate(labels)}
+    group_index = {group: i for i, group in enumerate(groups)}
+    text_index: dict[str, int] = {}
+
+    lines: list[bytes] = []
+    start = 0   # of a line in samples.jsonl
+    for i, row in enumerate(rows):
+        # The line, with the keys that are known.
+        line = {"image": image_index[row.image], "text": row.text, "split": row.split}
+        optional = {"answer": row.answer, "closed": row.closed, "label": row.label,
+                    "group": row.group}
+        line |= {key: value for key, value in optional.items() if value is not None}
+        is_file = root is not None and isinstance(row.image, Path)
+        line["source"] = os.path.relpath(row.image, root) if is_file else str(row.image)
+        lines.append(json_line(line))
+
+        # The same as numbers; -1 stands for unknown.
+        table["image"][i] = image_index[row.image]
+        table["text"][i] = text_index.setdefault(row.text, len(text_index))
+        table["label"][i] = label_index.get(row.label, -1)
+        table["group"][i] = group_index.get(row.group, -1)
+        table["closed"][i] = -1 if row.closed is None else row.closed
+        table["line"][i] = start
+        start += len(lines[-1])
+
+    with HashedFile(folder / "samples.npy", files) as file:
+        np.save(file, table)
+    with HashedFile(folder / "samples.jsonl", files) as file:
+        file.write(b"".join(lines))
+
+
+def json_line(entry: dict) -> bytes:
+    """A line of a JSON lines file, in UTF-8."""
+    # Half a surrogate pair is legal in JSON but not in UTF-8: it turns into a question mark.
+    return (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+
+
+class HashedFile:
+    """A file to write to, hashed as it is written. On success it is flushed to the disk, and
+    files[name] gets its size and check sum."""
+
+    def __init__(self, path: Path, files: dict[str, dict]):
+        self.name = path.name
+        self.files = files
+        self.file = open(path, "wb")
+        self.digest = hashlib.sha256()
+
+    def __enter__(self) -> "HashedFile":
+        return self
+
+    def write(self, part: bytes) -> None:
+        self.file.write(part)
+        self.digest.update(part)
+
+    def __exit__(self, error_type, *_) -> None:
+        with self.file:
+            if error_type is None:
+                self.file.flush()
+                os.fsync(self.file.fileno())
+                self.files[self.name] = {"bytes": self.file.tell(),
+                                         "sha256": self.digest.hexdigest()}
+
+
+@contextmanager
+def atomic_dir(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside `out`, renamed to `out` when the block succeeds, else removed.
+
+    UserError where it cannot be written, and where another pack has appeared at `out` in the
+    meantime (unless `overwrite`).
+    """
+    target = out.resolve()   # follows a link, and gives "." a name
+    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    replaced = target.with_name(f"{target.name}.old-{os.getpid()}")
+    _warn_of_leftovers(out, target)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if target.exists():
+            require(overwrite, f"{out} has appeared while this pack was prepared, and is left as "
+                               "it is: choose another --out, or replace it with --overwrite")
+            target.rename(replaced)
+        temporary.rename(target)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror or error}): "
+                        "make room or choose another --out") from None
+    finally:
+        if replaced.exists() and not target.exists():   # interrupted between the two renames
+            replaced.rename(target)
+        for leftover in temporary, replaced:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _warn_of_leftovers(out: Path, target: Path) -> None:
+    """Names the folders that a killed preparation of the same pack has left."""
+    advice = {"tmp": "remove it", "old": f"remove it, or, where {out} is gone, rename it back"}
+    for kind, mend in advice.items():
+        for folder in target.parent.glob(f"{glob.escape(target.name)}.{kind}-*"):
+            print(f"prepare: {folder} belongs to another preparation: if that one was killed, "
+                  f"{mend}", file=sys.stderr)
