@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from data import clean_text
 from data.images import open_image, square
 from data.pack import Pack
-from data.prepare import clean, open_packs
+from data.prepare import open_packs
 from m3ae_mini import M3AE, checkpoint, config, evaluate, optim, plots, weights
 from m3ae_mini.config import ModelConfig, RunConfig, TrainConfig, UserError, require
 from m3ae_mini.distributed import (
@@ -281,7 +282,7 @@ def predict(task: str, run_dir: Path, image_path: str, text: str) -> None:
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)       # (3, S, S)
 
     # The text.
-    (token_ids, _), = tokenizer.encode([clean(text)])
+    (token_ids, _), = tokenizer.encode([clean_text(text)])
     longest = cfg.max_text_len - 2
     require(0 < len(token_ids) <= longest,
             f"the text has {len(token_ids)} tokens, but 1 to {longest} can be read: write another")

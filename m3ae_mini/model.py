@@ -97,8 +97,9 @@ class BertLayer(nn.Module):
         """x (B, N, W), other (B, M, W) to cross-attend to -> (B, N, W), or (B, num_queries, W)
 
         Masks are bool (B, 1, 1, N | M), False where a token is padding."""
+        residual = x[:, :num_queries]
         update = drop(self.attn(x, mask, num_queries), self.dropout, self.training)
-        x = self.attn_norm(x[:, :num_queries] + update)
+        x = self.attn_norm(residual + update)
         if self.cross is not None:
             update = drop(self.cross(x, other, other_mask), self.dropout, self.training)
             x = self.cross_norm(x + update)

@@ -210,9 +210,10 @@ class Retrieval(nn.Module):
         positive_index = torch.arange(len(false), device=false.device)[:, None]  # (B, 1)
         texts = torch.cat([positive_index, false], dim=1)             # (B, 1+F)
         pairs = texts.flatten()                                       # (B·(1+F),)
-        images = image.repeat_interleave(texts.shape[1], dim=0)       # (B·(1+F), 1+L, D)
-        feature = model.pooled_pair(text.index_select(0, pairs), images,
-                                    batch["text_mask"].index_select(0, pairs))  # (B·(1+F), 2D)
+        feature = model.pooled_pair(
+            text.index_select(0, pairs),                              # (B·(1+F), T, D)
+            image.repeat_interleave(texts.shape[1], dim=0),           # (B·(1+F), 1+L, D)
+            batch["text_mask"].index_select(0, pairs))                # -> (B·(1+F), 2D)
         logits = self.fc(feature).float().view(texts.shape)           # (B, 1+F)
 
         # Rows with too few negatives are padded with their own text; mask the padding out.
@@ -228,19 +229,21 @@ OBJECTIVES = {"pretrain": {"mlm": MLM, "mim": MIM, "itm": ITM},
 
 # ---------------------------------------------------------------------------------------- the model
 
+def loss_weights(cfg: ModelConfig) -> dict[str, float]:
+    """The weight of each objective that is built; a task's one loss is no setting: its weight is
+    1."""
+    weights = {name: getattr(cfg, name, 1.0) for name in OBJECTIVES[cfg.task]}
+    return {name: weight for name, weight in weights.items() if weight}
+
+
 class M3AE(Backbone):
     """The backbone and its objectives. An objective of weight 0 is not built and costs nothing."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__(cfg)
-        self.loss_weights, objectives = {}, {}
-        for name, objective in OBJECTIVES[cfg.task].items():
-            weight = getattr(cfg, name, 1.0)             # a task's one loss is no setting: weight 1
-            if weight:
-                self.loss_weights[name] = weight
-                objectives[name] = objective(cfg)
-        self.objectives = nn.ModuleDict(objectives)
-
+        self.loss_weights = loss_weights(cfg)  # `fit` may change them during training
+        self.objectives = nn.ModuleDict({name: OBJECTIVES[cfg.task][name](cfg)
+                                         for name in self.loss_weights})
         initialise(self)
         if "mim" in self.objectives:
             nn.init.normal_(self.objectives["mim"].mask_token, std=0.02)
