@@ -12,7 +12,7 @@ from PIL import Image
 import ablate
 import tables
 from m3ae_mini.config import UserError
-from test_data import CAPTIONS, write_pack
+from test_loader import CAPTIONS, write_pack
 from test_readme import parsed
 from test_train import SMALL
 import train

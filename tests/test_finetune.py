@@ -15,7 +15,7 @@ from data import Row, prepare
 from data.pack import Pack
 from m3ae_mini import M3AE, loop, metrics
 from m3ae_mini.config import UserError
-from test_data import FINDINGS, SIDES, SIZES
+from test_loader import FINDINGS, SIDES, SIZES
 from test_train import SMALL, logged
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,7 +107,7 @@ def test_resume_equals_a_run_that_never_stopped(packs, pretrained, tmp_path, mon
     flags = ["--data", packs[task], "--init", pretrained, "--save_every", 2, "--min_crop_area", 0.9]
     started(monkeypatch, task, *flags, "--out", tmp_path / "whole", "--steps", 4)
     with monkeypatch.context() as patch:                     # the second checkpoint is never written
-        save = loop.save_checkpoint
+        save = checkpoint.save_checkpoint
         patch.setattr(loop, "save_checkpoint", lambda out, model, optimizer, scaler, step, best: save(
             out, model, optimizer, scaler, step, best) if step < 4 else exec("raise KeyboardInterrupt"))
         with pytest.raises(KeyboardInterrupt):
@@ -163,7 +163,7 @@ def test_each_task_learns_what_is_its_own(pretrained, tmp_path, monkeypatch):
 
 def test_retrieval_scores_are_not_rounded_to_ties(packs, pretrained, tmp_path, monkeypatch):
     """In bf16 too: of 8 bits many scores would be equal, and a tie with a wrong candidate is no hit."""
-    caught, recall = [], metrics.recall
+    caught, recall = [], evaluate.recall
     monkeypatch.setattr(metrics, "recall", lambda *args: caught.append(args[0]) or recall(*args))
     started(monkeypatch, "irtr", "--data", packs["irtr"], "--init", pretrained, "--out", tmp_path / "zero",
             "--zero_shot", "--dtype", "bfloat16")
@@ -188,7 +188,7 @@ def test_zero_shot_ranks_by_the_matching_head(packs, pretrained, tmp_path, monke
 def test_retrieval_scores_every_pair_as_one_by_one(packs, pretrained, tmp_path, monkeypatch):
     """Encoding each once gives the scores that each pair gets by itself; shared captions are all right."""
     caught = []
-    recall = metrics.recall
+    recall = evaluate.recall
     monkeypatch.setattr(metrics, "recall", lambda *args: caught.append(args) or recall(*args))
     models = []
     learner = loop.learner
@@ -207,8 +207,8 @@ def test_retrieval_scores_every_pair_as_one_by_one(packs, pretrained, tmp_path, 
     assert right.sum() == len(pairs)
     assert all(right[texts.index(text), shown.index(image)] for text, image in pairs)
 
-    from m3ae_mini.data import normalise
-    from m3ae_mini.text import Tokenizer
+    from m3ae_mini.loader import normalise
+    from m3ae_mini.tokenizer import Tokenizer
     tokenizer, pack, model = Tokenizer.load(tmp_path / "zero"), Pack(packs["irtr"]), models[0].eval()
     for t, p in (0, 0), (3, 4), (len(texts) - 1, 1):
         pixels = np.empty((1, 3, 16, 16), dtype=np.uint8)
@@ -317,11 +317,11 @@ def test_prediction(packs, pretrained, tmp_path, monkeypatch, capsys):
 # -------------------------------------------------------------------------------- metrics by hand
 
 def test_choice_by_hand():
-    found = metrics.answer_metrics(["yes", "no", "left", "3"], [["yes"], ["yes"], ["left", "right"], ["4"]],
+    found = evaluate.answer_metrics(["yes", "no", "left", "3"], [["yes"], ["yes"], ["left", "right"], ["4"]],
                            ["yes", "no", "left", "3"], "vqa", [True, True, False, None])
     assert {name: pair.tolist() for name, pair in found.items()} == {
         "acc": [2, 4], "acc_open": [1, 1], "acc_closed": [1, 2], "answer_not_in_list": [1, 4]}
-    found = metrics.answer_metrics(["a", "b", "b"], [["a"], ["a"], ["b"]], ["a", "b", "c"], "cls", [None] * 3)
+    found = evaluate.answer_metrics(["a", "b", "b"], [["a"], ["a"], ["b"]], ["a", "b", "c"], "cls", [None] * 3)
     assert {name: pair.tolist() for name, pair in found.items()} == {
         "acc": [2, 3], "recall of a": [1, 2], "recall of b": [1, 1], "recall of c": [0, 0]}
 
@@ -329,12 +329,12 @@ def test_choice_by_hand():
 def test_recall_by_hand():
     scores = torch.tensor([[3.0, 1, 2, 0], [0, 1, 2, 3], [1, 1, 1, 1]])
     right = torch.tensor([[0, 0, 1, 0], [1, 0, 0, 1], [1, 0, 0, 0]]).bool()
-    found = metrics.recall(scores, right, "x")
+    found = evaluate.recall(scores, right, "x")
     assert found["x_r1"] == pytest.approx(1 / 3)      # the second alone; a tie is no hit
     assert found["x_r5"] == found["x_r10"] == 1
     for bad in scores.masked_fill(right, torch.nan), torch.full((3, 12), torch.nan):
         wide = torch.nn.functional.pad(right, (0, bad.shape[1] - right.shape[1]))
-        assert metrics.recall(bad, wide, "x")["x_r1"] == 0
+        assert evaluate.recall(bad, wide, "x")["x_r1"] == 0
 
 
 # -------------------------------------------------------------------------------- bad input
@@ -378,7 +378,7 @@ def test_a_checkpoint_without_its_tokenizer(packs, pretrained, tmp_path, monkeyp
 
 
 def test_another_tokenizer_than_the_checkpoints(packs, pretrained, tmp_path, monkeypatch):
-    from m3ae_mini.text import Tokenizer
+    from m3ae_mini.tokenizer import Tokenizer
     other = Tokenizer.train(["other words entirely"], 270)
     (tmp_path / "tokenizer.json").write_text(other.json)
     with pytest.raises(UserError, match="--tokenizer"):

@@ -31,9 +31,9 @@ from data import Row, medicat, prepare
 from data.pack import Pack
 from m3ae_mini import M3AE, loop, weights
 from m3ae_mini.config import ModelConfig, RunConfig, TrainConfig, UserError, parse
-from m3ae_mini.data import Samples, load, validation_micro_batches
-from m3ae_mini.text import Tokenizer
-from test_data import CAPTIONS, bert_tokenizer
+from m3ae_mini.loader import Samples, load, validation_micro_batches
+from m3ae_mini.tokenizer import Tokenizer
+from test_loader import CAPTIONS, bert_tokenizer
 from test_prepare import medpix_entry, roco_miniature, write_lines
 from test_readers import MELINDA, med_miniature, rad_miniature, slake_entry, write_csv
 from test_train import SMALL
@@ -292,21 +292,21 @@ class Resumed(Target):
                       "--decoder_width", "8", "--out", str(tmp / "run"), "--steps", "9", "--resume"]
         *self.configs, _ = parse("", argv=self.flags)
         self.configs[0].vocab_size = 50
-        self.place = loop.DistEnv(self.configs[2])
+        self.place = distributed.DistEnv(self.configs[2])
         pack = [Row("train", Grey(n), f"{caption}") for n, caption in enumerate(CAPTIONS[:4])]
         prepare.pack(pack, tmp / "pack", "test", "pretrain", 16, workers=1)
         self.settings = {"model": vars(self.configs[0]), "train": vars(self.configs[1]), "data": {}}
-        loop.open_run(self.configs[2], self.settings, self.place)
+        checkpoint.open_run_dir(self.configs[2], self.settings, self.place)
         model = M3AE(self.configs[0])
-        optimizer = torch.optim.AdamW(loop.parameter_groups(model, self.configs[1]), lr=1.0, foreach=False)
+        optimizer = torch.optim.AdamW(optim.param_groups(model, self.configs[1]), lr=1.0, foreach=False)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         for step in 1, 2:
             for parameter in model.parameters():
                 parameter.grad = torch.randn_like(parameter)
             optimizer.step()
-            loop.save_checkpoint(tmp / "run", model, optimizer, scaler, step, 0.5)
-            loop.Log(tmp / "run", step).write(step, "train", loss=1.0)
-        self.known = [loop.load_checkpoint(tmp / "run" / name) for name in ("prev.pt", "last.pt")]
+            checkpoint.save_checkpoint(tmp / "run", model, optimizer, scaler, step, 0.5)
+            checkpoint.Log(tmp / "run", step).write(step, "train", loss=1.0)
+        self.known = [checkpoint.load_checkpoint(tmp / "run" / name) for name in ("prev.pt", "last.pt")]
         (tmp / "run" / "lock").unlink()
         super().__init__(tmp / "run")
 
@@ -319,13 +319,13 @@ class Resumed(Target):
         return {name: bytes_mutated(data, draw) if self.archive_only else signed(data, draw)}
 
     def read(self, name, changed):
-        checkpoint = loop.open_run(self.configs[2], self.settings, self.place)
-        loop.LOCKS.pop().close()
-        loop.Log(self.folder, 1).lines()
+        checkpoint = checkpoint.open_run_dir(self.configs[2], self.settings, self.place)
+        checkpoint.LOCKS.pop().close()
+        checkpoint.Log(self.folder, 1).lines()
         model = M3AE(self.configs[0])
-        optimizer = torch.optim.AdamW(loop.parameter_groups(model, self.configs[1]), lr=1.0)
+        optimizer = torch.optim.AdamW(optim.param_groups(model, self.configs[1]), lr=1.0)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        step, best = loop.restore(checkpoint, model, optimizer, scaler)
+        step, best = checkpoint.load_training_state(checkpoint, model, optimizer, scaler)
         assert 0 <= step
         if self.archive_only:
             state, (known,) = model.state_dict(), [known for known in self.known if known["step"] == step]

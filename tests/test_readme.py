@@ -82,7 +82,7 @@ def test_flags(command, monkeypatch):
         cfg.check()
         many = re.search(r"--nnodes (\d+) --nproc-per-node (\d+)", command)
         world = int(many[1]) * int(many[2]) if many else flags["gpus"] or 1
-        loop.check_batches(train_cfg, cfg, world)
+        config.check_batch_size(train_cfg, cfg, world)
     elif name == "data.prepare":
         args = prepare.command_line().parse_args(arguments)
         assert args.show or args.verify or (args.name and args.root and args.out)

@@ -24,8 +24,8 @@ from data import Row, prepare
 from data.pack import Pack
 from m3ae_mini import loop
 from m3ae_mini.config import UserError
-from m3ae_mini.text import Tokenizer
-from test_data import CAPTIONS, write_pack
+from m3ae_mini.tokenizer import Tokenizer
+from test_loader import CAPTIONS, write_pack
 from test_finetune import labelled_rows, packed
 from test_train import SMALL, logged, losses, started
 
@@ -54,7 +54,7 @@ def forked(*flags, script=train, task=(), prepare=lambda: None, said=os.devnull,
         sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
         os.environ |= env
         prepare()
-        loop.run(script.main)
+        distributed.run(script.main)
         status = 0
     except SystemExit as end:
         status = end.code
@@ -75,14 +75,14 @@ def together(folder, *flags, prepare=lambda rank: None):
 
 def at_step(number, act):
     """Make this process act() before it agrees with the others on the end of step `number`."""
-    agree, calls = loop.StopSignal.agree, []
+    agree, calls = distributed.StopSignal.agree, []
 
     def counted(self, norm, place):
         calls.append(1)
         if len(calls) == number:
             act()
         return agree(self, norm, place)
-    loop.StopSignal.agree = counted
+    distributed.StopSignal.agree = counted
 
 
 def die():
@@ -154,7 +154,7 @@ def test_a_checkpoint_that_can_not_be_written(pack, tmp_path, monkeypatch, where
     def fail(*_):
         raise OSError(28, "No space left on device", "new.pt.tmp")
 
-    save = loop.save_checkpoint
+    save = checkpoint.save_checkpoint
     with monkeypatch.context() as patch:
         def third_fails(folder, model, optimizer, scaler, step, best):
             if step == 3:
@@ -164,7 +164,7 @@ def test_a_checkpoint_that_can_not_be_written(pack, tmp_path, monkeypatch, where
         patch.setattr(loop, "save_checkpoint", third_fails)
         patch.setattr(sys, "argv", ["train.py", *SMALL, *map(str, flags), "--out", str(out)])
         with pytest.raises(SystemExit, match="2"):
-            loop.run(train.main)
+            distributed.run(train.main)
     assert weights(out)["step"] == 2 and not list(out.glob("*.tmp"))
     started(monkeypatch, *SMALL, *flags, "--out", out, "--resume")
     assert equal(weights(out), weights(tmp_path / "whole"))
@@ -205,7 +205,7 @@ def test_a_signal_ends_the_step_and_saves(pack, tmp_path, number):
 def test_a_second_signal_stops_at_once(pack, tmp_path, first):
     """While the step goes on (it sleeps here for a minute), the second signal ends the process."""
     def slow():
-        loop.StopSignal.agree = lambda *_: (tmp_path / "in the step").touch() or time.sleep(60)
+        distributed.StopSignal.agree = lambda *_: (tmp_path / "in the step").touch() or time.sleep(60)
 
     pid = forked("--data", pack, "--out", tmp_path / "run", "--steps", 9, prepare=slow)
     while not (tmp_path / "in the step").exists():
@@ -250,7 +250,7 @@ def test_a_kill_between_the_renames(pack, tmp_path, renames, name):
     """Step 3's checkpoint is whole when the process dies after its first, second or third rename: it is not
     lost."""
     def killed_there():
-        replace, save, seen = os.replace, loop.save_checkpoint, []
+        replace, save, seen = os.replace, checkpoint.save_checkpoint, []
 
         def counted(old, new):
             replace(old, new)
@@ -261,7 +261,7 @@ def test_a_kill_between_the_renames(pack, tmp_path, renames, name):
             if args[4] == 3:
                 os.replace = counted
             save(*args)
-        loop.save_checkpoint = third
+        checkpoint.save_checkpoint = third
 
     flags = ["--data", pack, "--steps", 4, "--save_every", 1, "--test_samples", 0]
     assert ended(forked(*flags, "--out", tmp_path / "whole")) == 0
@@ -338,7 +338,7 @@ def test_one_process_is_asked_to_stop_and_all_do(pack, tmp_path):
 
 def test_a_bad_gradient_of_one_process_skips_the_step_on_all(pack, tmp_path):
     def spoiled(rank):
-        learner, run, models, calls = loop.learner, loop.run, [], []
+        learner, run, models, calls = loop.learner, distributed.run, [], []
 
         def spoil(gradient):                                 # of the second process, in the second step
             calls.append(1)
@@ -352,7 +352,7 @@ def test_a_bad_gradient_of_one_process_skips_the_step_on_all(pack, tmp_path):
             return made
 
         loop.learner = make
-        loop.run = lambda main: (run(main), torch.save(models[0].state_dict(), tmp_path / f"model{rank}"))
+        distributed.run = lambda main: (run(main), torch.save(models[0].state_dict(), tmp_path / f"model{rank}"))
 
     pids = together(tmp_path, "--data", pack, "--steps", 4, "--out", tmp_path / "run", "--test_samples", 0,
                     prepare=spoiled)
@@ -401,7 +401,7 @@ def test_torchrun_starts_the_group_anew(pack, tmp_path):
                       "life = int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
                       "if os.environ['RANK'] == '1' and life < 2:\n"
                       "    t.at_step(3, t.die)\n"
-                      "t.loop.run(t.train.main)\n")
+                      "t.distributed.run(t.train.main)\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
                "--max-restarts", 2, script, *SMALL, *flags, "--out", tmp_path / "run"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True,

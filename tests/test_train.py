@@ -14,8 +14,8 @@ import train
 from m3ae_mini import M3AE, loop
 from m3ae_mini.config import RunConfig, TrainConfig, UserError
 from m3ae_mini.objectives import OBJECTIVES
-from m3ae_mini.text import Tokenizer
-from test_data import CAPTIONS, write_pack
+from m3ae_mini.tokenizer import Tokenizer
+from test_loader import CAPTIONS, write_pack
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("--image_size 16 --patch_size 4 --vit_width 32 --vit_heads 2 --text_width 32 --text_heads 2 "
@@ -54,7 +54,7 @@ def test_what_the_user_froze_stays_frozen(small_config, random_batch):
     cfg = small_config(itm=0.0)
     model = M3AE(cfg)
     model.vit.requires_grad_(False)
-    loop.freeze_unused(model, random_batch(cfg) | {"mlm_positions": torch.arange(4)})
+    optim.freeze_unused(model, random_batch(cfg) | {"mlm_positions": torch.arange(4)})
     assert not any(parameter.requires_grad for parameter in model.vit.parameters())
     assert not any(parameter.requires_grad for parameter in model.image_pooler.parameters())    # unread
     assert all(parameter.requires_grad for parameter in model.text.parameters())
@@ -122,7 +122,7 @@ def test_a_report_on_one_sample_has_nobody_to_compare_it_with(pack, tmp_path, mo
 
 
 def test_a_small_rate_is_logged_as_it_is(tmp_path):
-    log = loop.Log(tmp_path, 0)
+    log = checkpoint.Log(tmp_path, 0)
     log.write(1, "train", lr=1e-9, skipped=0)              # base's first step
     assert log.lines() == [{"step": 1, "split": "train", "lr": 1e-9, "skipped": 0}]
 
@@ -131,7 +131,7 @@ def test_a_length_in_epochs_is_a_step_at_least():
     run_cfg = loop.replace(RunConfig(), eval_every=0)
     for epochs, samples, steps in ((1.0, 20, 1), (2.0, 640, 20), (0.0, 20, 900)):
         settings = TrainConfig(steps=900, epochs=epochs, batch_size=64)
-        found, run = loop.epochs_to_steps(settings, run_cfg, samples)
+        found, run = optim.epochs_to_steps(settings, run_cfg, samples)
         assert found.steps == steps and run.eval_every == max(1, samples // 64)
 
 
@@ -144,7 +144,7 @@ def test_resume_equals_a_run_that_never_stopped(pack, tmp_path, monkeypatch):
 
     def kill(*args):
         raise Killed
-    save, saved = loop.save_checkpoint, []
+    save, saved = checkpoint.save_checkpoint, []
     monkeypatch.setattr(loop, "save_checkpoint", lambda *args: saved.append(save(*args)) or kill())
     with pytest.raises(Killed):
         started(monkeypatch, *flags, "--out", tmp_path / "parts")
@@ -210,7 +210,7 @@ def test_two_processes_equal_one(pack, tmp_path, monkeypatch):
                       "    for line in open(sys.argv[1]).read().splitlines():\n"
                       "        sys.argv = ['train.py', *line.split()]\n"
                       "        train.main()\n"
-                      "loop.run(main)\n")
+                      "distributed.run(main)\n")
     base = [*SMALL, "--data", pack]
     runs = [[*base, "--out", tmp_path / f"ddp{i}", "--steps", 2 if i else 10, *flags.split()]
             for i, flags in enumerate(combinations)]
@@ -305,7 +305,7 @@ def test_a_folder_that_holds_something_else(pack, tmp_path, monkeypatch):
 
 
 def test_another_tokenizer_than_the_runs(pack, tmp_path, monkeypatch):
-    from m3ae_mini.text import Tokenizer
+    from m3ae_mini.tokenizer import Tokenizer
     flags = [*SMALL, "--data", pack, "--steps", 2, "--out", tmp_path / "run"]
     started(monkeypatch, *flags)
     (tmp_path / "tokenizer.json").write_text(Tokenizer.train(CAPTIONS, 280).json)
@@ -325,7 +325,7 @@ def test_out_of_memory_names_the_flag(monkeypatch, capsys):
     def exhausted():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
     with pytest.raises(SystemExit) as status:
-        loop.run(exhausted)
+        distributed.run(exhausted)
     assert status.value.code == 2 and "--grad_checkpointing --resume" in capsys.readouterr().err
 
 
@@ -344,7 +344,7 @@ def test_the_scale_falls_after_a_bad_gradient(pack, tmp_path, monkeypatch):
     flags = [*SMALL, "--data", pack, "--out", tmp_path / "run", "--steps", 4, "--save_every", 2]
     started(monkeypatch, *flags)
     (tmp_path / "run" / "last.pt").unlink()                # as if it had been stopped at step 2
-    assert not loop.load_checkpoint(tmp_path / "run" / "prev.pt")["scaler"]
+    assert not checkpoint.load_checkpoint(tmp_path / "run" / "prev.pt")["scaler"]
 
     class Spoiler(SCALER):
         def unscale_(self, optimizer):
@@ -354,7 +354,7 @@ def test_the_scale_falls_after_a_bad_gradient(pack, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: Spoiler(device))
     started(monkeypatch, *flags, "--resume")
-    state = loop.load_checkpoint(tmp_path / "run" / "last.pt")
+    state = checkpoint.load_checkpoint(tmp_path / "run" / "last.pt")
     assert [line["skipped"] for line in logged(tmp_path / "run")] == [0, 0, 1, 0]
     assert state["scaler"]["scale"] == 2.0 ** 15
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
@@ -366,7 +366,7 @@ def test_a_run_starts_from_clip_and_bert(pack, tmp_path, monkeypatch, capsys):
     """The flags bring the files' weights, their architecture and their tokenizer; the table says so."""
     from m3ae_mini import M3AE, ModelConfig
     from m3ae_mini.weights import to_official
-    from test_data import bert_tokenizer
+    from test_loader import bert_tokenizer
 
     vocabulary = bert_tokenizer(CAPTIONS, tmp_path / "tokenizer.json").get_vocab_size()
     cfg = ModelConfig(text_kind="bert", vocab_size=vocabulary, text_width=64, text_layers=3, text_heads=4,

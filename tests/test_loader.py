@@ -12,11 +12,11 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from data import Row, prepare
 from m3ae_mini import ModelConfig, masking
-from m3ae_mini.config import TrainConfig, UserError, of_preset
+from m3ae_mini.config import TrainConfig, UserError, preset_values
 from data.pack import Pack
 from data.prepare import open_packs
-from m3ae_mini.data import VAL_MICRO_BATCH, Samples, load, normalise, training_micro_batches, validation_micro_batches
-from m3ae_mini.text import Tokenizer
+from m3ae_mini.loader import VAL_MICRO_BATCH, Samples, load, normalise, training_micro_batches, validation_micro_batches
+from m3ae_mini.tokenizer import Tokenizer
 
 SIDES, SIZES = ("left", "right"), ("small", "large")
 FINDINGS = ("pneumothorax", "nodule", "effusion", "cardiomegaly")
@@ -46,7 +46,7 @@ def settings(tokenizer, **changes):
     cfg = ModelConfig.preset("tiny", image_size=16, patch_size=4, vocab_size=tokenizer.vocab_size,
                              text_kind=tokenizer.kind, max_text_len=20, **changes)
     train = {"batch_size": 8, "micro_batch": 8, "steps": 6, **train}
-    return cfg, TrainConfig(**of_preset(TrainConfig, "tiny") | train)
+    return cfg, TrainConfig(**preset_values(TrainConfig, "tiny") | train)
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +298,7 @@ def test_crops_equal_pillows(made, tmp_path):
     out = np.empty((12, 3, 16, 16), np.uint8)
     samples.batch(np.arange(12), 0, 0, 0, out, crop=True)
     numbers = masking.uniform(0, masking.CROP, 0, 0, (12, 8, 4))
-    from m3ae_mini.data import crop_box
+    from m3ae_mini.loader import crop_box
     boxes = [crop_box(24, 0.9, n) for n in numbers]
     assert len(set(boxes)) > 1
     for row, box in enumerate(boxes):

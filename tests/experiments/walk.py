@@ -23,8 +23,8 @@ from data import phantoms, prepare
 from data.pack import Pack
 from m3ae_mini import M3AE, ModelConfig
 from m3ae_mini.config import PRESETS, TrainConfig
-from m3ae_mini.data import Samples, load
-from m3ae_mini.text import Tokenizer
+from m3ae_mini.loader import Samples, load
+from m3ae_mini.tokenizer import Tokenizer
 
 ROWS = 32                              # of the batch: one chunk, as train.py makes it
 MEANING = {

@@ -198,4 +198,4 @@ def main():
 
 
 if __name__ == "__main__":
-    loop.run(main)
+    distributed.run(main)

@@ -67,7 +67,7 @@ def begin(name):
         shutil.copy(ROOT / script, code)
     if patch:
         apply(path, code)
-    loop.write_atomic(kept, lambda file: file.write(patch))
+    checkpoint.write_atomic(kept, lambda file: file.write(patch))
     return path.stem
 
 
@@ -184,4 +184,4 @@ def main():
 
 
 if __name__ == "__main__":
-    loop.run(main)
+    distributed.run(main)

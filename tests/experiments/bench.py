@@ -41,7 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data import pack, phantoms, prepare
 from m3ae_mini import M3AE, ModelConfig, loop, model as trunk
 from m3ae_mini.config import TrainConfig, UserError
-from m3ae_mini.data import Samples, load, normalise, training_micro_batches
+from m3ae_mini.loader import Samples, load, normalise, training_micro_batches
 
 VOCAB = {"base": 50265, "small": 8192, "tiny": 1024}   # RoBERTa's; of tokenizers trained on the data
 AGREE = 1e-4                           # losses and scores of both ways may differ by so much in float32
@@ -168,7 +168,7 @@ def times(name, cfg, args):
     """For a fresh process -> [{part: seconds}, one for each timed step], and bytes at their height: on a CPU
     that is the peak of the process's life. All but "plain" keep freed memory, as train.py does."""
     if name != "plain":
-        loop.keep_freed_memory()
+        distributed.keep_freed_memory()
     way = name.split("-")[0]
     learner = Learner(cfg, args, way)
     if name.endswith("-recompute"):
@@ -297,7 +297,7 @@ def loader(args):
     """Images of 288 pixels from a pack, beside a DataLoader (0 workers) that decodes JPEGs of 824 x 829,
     one a sample: that the release opens two is not counted."""
     torch.set_num_threads(1)                           # normalising is all that torch does here
-    loop.keep_freed_memory()                                 # for both ways
+    distributed.keep_freed_memory()                                 # for both ways
     cfg, rows, draw, table = ModelConfig(image_size=288), args.batch_size, np.random.default_rng(0), []
     train_cfg = TrainConfig(steps=args.images // rows, batch_size=rows, micro_batch=rows)
     if not train_cfg.steps:
@@ -510,4 +510,4 @@ def main():
 
 
 if __name__ == "__main__":
-    loop.run(main)
+    distributed.run(main)

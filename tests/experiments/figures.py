@@ -23,11 +23,11 @@ from data import phantoms
 from data.pack import open_packs
 from m3ae_mini import M3AE, loop, weights
 from m3ae_mini.config import TrainConfig, require
-from m3ae_mini.data import VAL_SEED, Samples, load, validation_micro_batches
+from m3ae_mini.loader import VAL_SEED, Samples, load, validation_micro_batches
 from m3ae_mini.model import patchify
 from m3ae_mini.plots import (BACK, FONT, GREY, INK, caption, curves, rebuild, to_pil, unpatchify,
                                 word_to_patch)
-from m3ae_mini.text import Tokenizer
+from m3ae_mini.tokenizer import Tokenizer
 
 CELL, GAP, LINE = 144, 10, 18          # pixels: side of a panel, between panels, a line of text
 RATIOS = 0.25, 0.5, 0.75, 0.9
@@ -196,4 +196,4 @@ def main():
 
 
 if __name__ == "__main__":
-    loop.run(main)
+    distributed.run(main)
