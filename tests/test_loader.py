@@ -15,7 +15,9 @@ from m3ae_mini import ModelConfig, masking
 from m3ae_mini.config import TrainConfig, UserError, preset_values
 from data.pack import Pack
 from data.prepare import open_packs
-from m3ae_mini.loader import VAL_MICRO_BATCH, Samples, load, normalise, training_micro_batches, validation_micro_batches
+from m3ae_mini.loader import (
+    VAL_MICRO_BATCH, Samples, Settings, load, normalise, training_micro_batches,
+    validation_micro_batches)
 from m3ae_mini.tokenizer import Tokenizer
 
 SIDES, SIZES = ("left", "right"), ("small", "large")
@@ -151,7 +153,7 @@ def test_long_captions_are_counted_and_cut(made):
     cfg.max_text_len = 8
     samples = Samples([pack], "train", tokenizer, cfg, train_cfg)
     lengths = [len(tokenizer.encode([line["text"]])[0][0]) for line in pack.lines("train")]
-    assert samples.cut == sum(length > 6 for length in lengths) > 0
+    assert samples.num_truncated == sum(length > 6 for length in lengths) > 0
     ids = samples.batch(np.arange(8), 0, 0, 0, np.empty((8, 3, 16, 16), np.uint8))["text_ids"]
     assert ids.shape[1] == 8 and (ids[:, 0] == tokenizer.cls_id).all()
     assert all((row == tokenizer.sep_id).sum() == 1 for row in ids)
@@ -296,7 +298,7 @@ def test_crops_equal_pillows(made, tmp_path):
     cfg, train_cfg = settings(tokenizer, min_crop_area=0.9, steps=40)
     samples = Samples([pack], "train", tokenizer, cfg, train_cfg)
     out = np.empty((12, 3, 16, 16), np.uint8)
-    samples.batch(np.arange(12), 0, 0, 0, out, crop=True)
+    samples.batch(np.arange(12), 0, 0, 0, out, Settings(0.75, 0.15, 0.0, {}))
     numbers = masking.uniform(0, masking.CROP, 0, 0, (12, 8, 4))
     from m3ae_mini.loader import crop_box
     boxes = [crop_box(24, 0.9, n) for n in numbers]

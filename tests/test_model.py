@@ -1,4 +1,4 @@
-"""The trunk, the objectives and the configuration: shapes, what each part may see, what it may leave out."""
+"""The backbone, the objectives and the configuration: shapes, what each part may see, what it may leave out."""
 import itertools
 import math
 
@@ -9,8 +9,10 @@ from torch import nn
 
 from m3ae_mini import M3AE, ModelConfig
 from m3ae_mini import model as model_module
+from m3ae_mini import ops
 from m3ae_mini.config import UserError
-from m3ae_mini.model import CrossAttention, SelfAttention, attend, attention_weights
+from m3ae_mini.model import CrossAttention, SelfAttention
+from m3ae_mini.ops import attention, attention_weights
 
 PATCHES, KEPT = 16, 4                       # of the small model's 32 × 32 images
 
@@ -39,12 +41,12 @@ def test_shapes_of_pretraining(small_config, random_batch):
     assert torch.equal(out["mim_hidden"].sum(1), torch.full((4,), float(PATCHES - KEPT)))
 
 
-def test_shapes_of_the_trunk(small_config, random_batch):
+def test_shapes_of_the_backbone(small_config, random_batch):
     cfg = small_config()
     model, batch = seeded(cfg), random_batch(cfg)
     mask = batch["text_mask"]
     text, image = model.encode_text(batch["text_ids"], mask), model.encode_image(batch["image"])
-    kept, ids_restore = model.encode_image(batch["image"], batch["mim_noise"])
+    kept, ids_restore = model.encode_visible(batch["image"], batch["mim_noise"])
     assert text.shape == (4, 12, 64) and image.shape == (4, 1 + PATCHES, 64)
     assert kept.shape == (4, 1 + KEPT, 64) and ids_restore.shape == (4, PATCHES)
     assert [x.shape for x in model.fuse(text, image, mask)] == [text.shape, image.shape]
@@ -71,8 +73,8 @@ def test_fused_attention_is_plain_attention(width, heads, masked, monkeypatch):
     mask = mask if masked else None
     results = []
     for fused in (True, False):
-        monkeypatch.setattr(model_module, "fused_is_faster", lambda *_: fused)
-        out = attend(q, k, v, heads, mask)
+        monkeypatch.setattr(ops, "fused_is_faster", lambda *_: fused)
+        out = attention(q, k, v, heads, mask)
         results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
     for fused, plain in zip(*results):
         close(fused, plain, 1e-12)
@@ -81,7 +83,7 @@ def test_fused_attention_is_plain_attention(width, heads, masked, monkeypatch):
 @pytest.mark.parametrize("fused", [True, False])
 def test_one_row_stands_beside_many(fused, monkeypatch, small_config, random_batch):
     """Retrieval shows one image to a block of texts without copies of it."""
-    monkeypatch.setattr(model_module, "fused_is_faster", lambda *_: fused)
+    monkeypatch.setattr(ops, "fused_is_faster", lambda *_: fused)
     cfg = small_config(task="irtr")
     model, batch = M3AE(cfg).double().eval(), random_batch(cfg)
     text, mask = model.encode_text(batch["text_ids"], batch["text_mask"]), batch["text_mask"]
@@ -96,8 +98,8 @@ def test_dropout_of_attention_has_the_right_share(monkeypatch):
     torch.manual_seed(0)
     q, v = torch.zeros(1, 4, 8), torch.ones(1, 2000, 8)                        # equal weights on 2000 keys
     for fused in (True, False):
-        monkeypatch.setattr(model_module, "fused_is_faster", lambda *_: fused)
-        out = attend(q, torch.zeros_like(v), v, 2, dropout=0.3)
+        monkeypatch.setattr(ops, "fused_is_faster", lambda *_: fused)
+        out = attention(q, torch.zeros_like(v), v, 2, dropout=0.3)
         assert 0.001 < out.std() and (out - 1).abs().max() < 0.1
 
 
@@ -211,13 +213,13 @@ def test_encoder_never_sees_hidden_patches(small_config, random_batch):
     cfg = small_config()
     model, batch = seeded(cfg), random_batch(cfg)
     hidden, image = hidden_pixels(batch), batch["image"]
-    one, _ = model.encode_image(image, batch["mim_noise"])
+    one, _ = model.encode_visible(image, batch["mim_noise"])
     junk = torch.where(hidden, torch.randn_like(image) * 100, image)
-    other, _ = model.encode_image(junk, batch["mim_noise"])
+    other, _ = model.encode_visible(junk, batch["mim_noise"])
     assert torch.equal(one, other)
 
     leaf = image.clone().requires_grad_()
-    model.encode_image(leaf, batch["mim_noise"])[0].square().sum().backward()
+    model.encode_visible(leaf, batch["mim_noise"])[0].square().sum().backward()
     seen = leaf.grad.abs().sum(1, keepdim=True) > 0
     assert torch.equal(seen, ~hidden)
 
@@ -507,7 +509,7 @@ def test_same_seed_same_bits(small_config, random_batch):
     assert all(torch.equal(one, other) for one, other in zip(*results))
 
 
-def test_recomputed_layers_keep_less_and_give_the_same_bits(small_config, random_batch):
+def test_grad_checkpointing_keeps_less_and_give_the_same_bits(small_config, random_batch):
     """Dropout on: the backward pass must draw again what the forward pass drew, and leave the generator as it
     was: the next draw is the same, too."""
     cfg, found = small_config(dropout=0.3, attn_dropout=0.3), []
@@ -515,7 +517,7 @@ def test_recomputed_layers_keep_less_and_give_the_same_bits(small_config, random
     for again in False, True:
         model, kept = seeded(cfg), {}
         if again:
-            model_module.recompute(model)
+            model_module.use_grad_checkpointing(model)
         with torch.autograd.graph.saved_tensors_hooks(
                 lambda x: kept.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x,
                 lambda x: x):
@@ -541,15 +543,15 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean():
     torch.manual_seed(0)
     x = torch.rand(999, 101, requires_grad=True)
     for share in (0.1, 0.5):
-        y = model_module.drop(x, share)
+        y = ops.drop(x, share)
         kept = y != 0
         assert abs((~kept).float().mean() - share) < 5e-3
         close(y[kept], (x / (1 - share))[kept])
         close(torch.autograd.grad(y.sum(), x)[0], kept / (1 - share))      # the same backwards
-    assert model_module.drop(x, 0.0) is x and model_module.drop(x, 0.1, training=False) is x
+    assert ops.drop(x, 0.0) is x and ops.drop(x, 0.1, training=False) is x
 
 
-def test_places_of_dropout(small_config, random_batch, monkeypatch):
+def test_where_dropout_acts(small_config, random_batch, monkeypatch):
     """Text: on the embeddings and after both sub-layers of a layer. Fusion: after all three."""
     cfg = small_config(dropout=0.1)
     model, batch, calls = seeded(cfg), random_batch(cfg), []
@@ -566,7 +568,7 @@ def test_dropout_spares_image_encoder_and_decoder(small_config, random_batch):
     model, batch = seeded(cfg), random_batch(cfg)
     assert torch.equal(model.encode_image(batch["image"]), model.encode_image(batch["image"]))
     decode = model.objectives["mim"].decode
-    kept, ids_restore = model.encode_image(batch["image"], batch["mim_noise"])
+    kept, ids_restore = model.encode_visible(batch["image"], batch["mim_noise"])
     assert torch.equal(decode(kept, ids_restore), decode(kept, ids_restore))
     encode = model.encode_text
     assert not torch.equal(*(encode(batch["text_ids"], batch["text_mask"]) for _ in range(2)))

@@ -19,7 +19,7 @@ from m3ae_mini import M3AE, ModelConfig
 from m3ae_mini.config import UserError
 from m3ae_mini.weights import (
     State, export, from_official, load_clip, load_m3ae, load_text, read_safetensors,
-    resize_positions, load_pretrained, to_official)
+    load_pretrained, origin_table, resize_positions, to_official)
 
 # Unequal widths, heads of width 64 where a file has to tell them by its shapes.
 CFG = ModelConfig(
@@ -40,6 +40,11 @@ BESIDE = {
     "vision_encoder.positional_embedding": (9, 16), "vision_encoder.token_embedding.weight": (16, 16),
     "vision_encoder.ln_final.weight": (16,), "vision_encoder.ln_final.bias": (16,),
     "language_encoder.pooler.dense.weight": (192, 192), "language_encoder.pooler.dense.bias": (192,)}
+
+
+def loaded_table(net, init_weights):
+    """Load the weights; the table that the scripts print of it."""
+    return origin_table(net, *load_pretrained(net, init_weights))
 
 
 def other_model(cfg=CFG):
@@ -129,9 +134,9 @@ def test_released_checkpoint(tmp_path, lightning, cfg):
     assert all(getattr(found, field) == value for field, value in asdict(cfg).items()
                if not field.startswith("decoder_") or "objectives.mim.mask_token" in state)
     assert same(state, own(cfg))
-    assert sorted(state.rest) == sorted(BESIDE)
+    assert sorted(state.unused) == sorted(BESIDE)
 
-    table = load_pretrained(other_model(found), {"--init m3ae.ckpt": state})
+    table = loaded_table(other_model(found), {"--init m3ae.ckpt": state})
     assert "random" not in table
     assert "language_encoder.pooler.dense (2)" in table and "vision_encoder.ln_final (2)" in table
 
@@ -159,7 +164,7 @@ def test_own_checkpoint_and_export(tmp_path, monkeypatch, cfg):
 
     for path in tmp_path, tmp_path / "out.ckpt":
         found, state = load_m3ae(path)
-        assert found == cfg and same(state, own(cfg)) and not state.rest
+        assert found == cfg and same(state, own(cfg)) and not state.unused
     assert sorted(os.listdir(tmp_path)) == ["last.pt", "out.ckpt"]
     assert same(torch.load(tmp_path / "out.ckpt")["state_dict"], to_official(own(cfg), cfg))
 
@@ -167,7 +172,7 @@ def test_own_checkpoint_and_export(tmp_path, monkeypatch, cfg):
 def test_retrieval_starts_from_the_itm_head():
     """Paper: a score from one linear unit that starts as the ITM head's row and bias 1."""
     net = other_model(VARIANTS["irtr"])
-    table = load_pretrained(net, {"--init run": State(own())})
+    table = loaded_table(net, {"--init run": State(own())})
     head = net.objectives["irtr"].fc
     assert torch.equal(head.weight, own()["objectives.itm.fc.weight"][1:])
     assert torch.equal(head.bias, own()["objectives.itm.fc.bias"][1:])
@@ -241,7 +246,7 @@ def test_clip(tmp_path, kind):
 
     net = other_model(replace(CFG, **fields, image_size=48))
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    table = load_pretrained(net, {"--init_image ViT.pt": state})
+    table = loaded_table(net, {"--init_image ViT.pt": state})
     for name, tensor in net.state_dict().items():
         wanted = before[name] if not name.startswith("vit.") else expected[name]
         assert torch.equal(tensor, resize_positions(wanted, 36) if name == "vit.pos_embed" else wanted)
@@ -325,7 +330,7 @@ def test_text(tmp_path, kind, prefix, form):
     assert fields == dict(text_kind=kind, vocab_size=50, text_max_positions=20, text_width=192, text_layers=2,
                           text_heads=2)
     net = other_model(replace(cfg, **fields))
-    table = load_pretrained(net, {"--init_text folder": state})
+    table = loaded_table(net, {"--init_text folder": state})
     loaded = {name: tensor for name, tensor in net.state_dict().items() if name.startswith("text.")}
     assert same(loaded, own_part("text", cfg))
     assert f"{prefix}pooler.dense (1)" in table and ("lm_head" in table or "cls.predictions" in table)
