@@ -113,7 +113,8 @@ def main():
     if init_weights and not resume_from:
         origin, notes = weights.load_pretrained(model, init_weights)
         dist_env.print(weights.origin_table(model, origin, notes))
-    optim.freeze_unused(model, data.train.example())
+    optim.freeze(model, train_cfg)
+    optim.dry_run(model, data.train.example())
     model.to(dist_env.device)
     keep_freed_memory()
     if task_cfg.zero_shot:
@@ -300,6 +301,9 @@ def predict(task: str, run_dir: Path, image_path: str, text: str) -> None:
     for probability, i in zip(top.values.tolist(), top.indices.tolist()):
         print(f"{probability:7.1%}  {labels[i]}")
 
+    if not hasattr(model.fusion, "attention_map"):
+        print("no attention is drawn: this fusion has no attention_map")
+        return
     out = run_dir / "plots" / f"{Path(image_path).stem[:60]}-attention.png"
     out.parent.mkdir(exist_ok=True)
     plots.attention_map(model, batch, tokenizer.words(ids[0]), out)

@@ -27,7 +27,7 @@ from m3ae_mini.distributed import (
     DistEnv, StopSignal, keep_freed_memory, launch_torchrun, pick_device, run, started_by_torchrun)
 from m3ae_mini.loader import Samples, Settings, load, training_micro_batches
 from m3ae_mini.model import use_grad_checkpointing
-from m3ae_mini.objectives import loss_weights
+from m3ae_mini.objectives import OBJECTIVES, loss_weights
 from m3ae_mini.tokenizer import Tokenizer
 
 MAX_NONFINITE = 20                  # steps in a row without a finite gradient before a run gives up
@@ -45,7 +45,7 @@ class Data(NamedTuple):
 def main():
     # Settings: a preset's, and those given as flags.
     configs = ModelConfig, TrainConfig, RunConfig
-    parser = config.make_parser(__doc__, configs)
+    parser = config.make_parser(__doc__, configs, OBJECTIVES["pretrain"])
     cfg, train_cfg, run_cfg, args = config.parse(parser, configs)
     train_cfg.check()
     run_cfg.check()
@@ -87,7 +87,8 @@ def main():
     if init_weights and not resume_from:
         origin, notes = weights.load_pretrained(model, init_weights)
         dist_env.print(weights.origin_table(model, origin, notes))
-    optim.freeze_unused(model, data.train.example())
+    optim.freeze(model, train_cfg)
+    optim.dry_run(model, data.train.example())
     model.to(dist_env.device)
     keep_freed_memory()
 

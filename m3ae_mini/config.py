@@ -6,7 +6,7 @@ import math
 import sys
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -46,6 +46,8 @@ def reading(path: str | Path) -> Iterator[None]:
 
 def setting(default: Any, help: str) -> Any:
     """A field of a configuration, with the help text of its flag."""
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -84,6 +86,8 @@ class ModelConfig:
     mlm: float = setting(1.0, "weight of masked language modelling; 0 leaves it out")
     mim: float = setting(1.0, "weight of masked image modelling; 0 leaves it out")
     itm: float = setting(1.0, "weight of image-text matching; 0 leaves it out")
+    itc: float = setting(0.0, "weight of image-text contrast; 0, as in the paper, leaves it out")
+    loss_weights: dict = setting({}, "weights of losses that have no setting of their own")
 
     @classmethod
     def preset(cls, name: str, **changes) -> "ModelConfig":
@@ -126,11 +130,9 @@ class ModelConfig:
         # Dropout, losses, heads.
         require(0 <= self.dropout < 1 and 0 <= self.attn_dropout < 1,
                 "--dropout and --attn_dropout must be at least 0 and below 1")
-        weights = (self.mlm, self.mim, self.itm)
-        require(all(0 <= weight < math.inf for weight in weights),
-                "--mlm, --mim and --itm are weights: use 0 or more")
-        require(self.task != "pretrain" or any(weights),
-                "--mlm, --mim and --itm are all 0: nothing is learned; set one above 0")
+        losses = {name: getattr(self, name) for name in ("mlm", "mim", "itm", "itc")}
+        for name, weight in {**losses, **self.loss_weights}.items():
+            require(0 <= weight < math.inf, f"--{name} {weight} is a weight: use 0 or more")
         labels = {"vqa": self.num_answers, "cls": self.num_classes}.get(self.task, 1)
         require(labels >= 1, f"a {self.task} model needs at least one answer or class")
 
@@ -144,7 +146,8 @@ class TrainConfig:
     train_samples: int = setting(0, "use only so many of the training samples; 0: all")
     batch_size: int = setting(256, "samples a step, over all processes")
     micro_batch: int = setting(32, "samples of one forward pass; the unit of all randomness")
-    lr: float = setting(1e-5, "peak learning rate of the text encoder")
+    lr: float = setting(1e-5, "peak learning rate; a part's multiple of 0 freezes it")
+    text_lr_mult: float = setting(1.0, "rate of the text encoder, as a multiple of --lr")
     vit_lr_mult: float = setting(
         1.0, "rate of the image encoder, as a multiple of --lr; the paper: 1")
     head_lr_mult: float = setting(5.0, "rate of the heads, as a multiple of --lr")
@@ -176,6 +179,8 @@ class TrainConfig:
                 continue
             least, most = int(name in at_least_one), limits.get(name, 10 ** 9)
             require(least <= value <= most, f"--{name} {value}: use {least} to {most:,}")
+        require(self.lr > 0, "--lr 0 trains nothing: to freeze a part use --vit_lr_mult 0, "
+                "--text_lr_mult 0, --fusion_lr_mult 0 or --head_lr_mult 0")
 
 
 @dataclass
@@ -219,10 +224,10 @@ def check_batch_size(model_cfg: ModelConfig, train_cfg: TrainConfig, world_size:
             f"--batch_size {batch_size} can't be divided among {world_size} processes with "
             f"--micro_batch {micro_batch}: use a multiple of {micro_batch * world_size}, or "
             "another --micro_batch")
-    needs_negatives = model_cfg.task == "irtr" or model_cfg.task == "pretrain" and model_cfg.itm
-    require(micro_batch > 1 or not needs_negatives,
+    with_negatives = model_cfg.task == "pretrain" and (model_cfg.itm or model_cfg.itc)
+    require(micro_batch > 1 or not (model_cfg.task == "irtr" or with_negatives),
             "--micro_batch 1 leaves no other row for a wrong image or text: use 2, or pre-train "
-            "with --itm 0")
+            "with --itm 0 --itc 0")
 
 
 # ------------------------------------------------------------------------------------------ presets
@@ -284,15 +289,18 @@ def preset_values(cls: type, preset: str, task: str = "pretrain",
 # ------------------------------------------------------------------------------------- command line
 
 # No flags: the scripts take these from the data.
-DERIVED = ("task", "vocab_size", "text_kind", "num_answers", "num_classes")
+DERIVED = ("task", "vocab_size", "text_kind", "num_answers", "num_classes", "loss_weights")
 # What --help shows; --help_all shows every flag.
 COMMON = ("data", "out", "resume", "gpus", "device", "dtype", "steps", "epochs", "batch_size",
           "micro_batch", "lr", "init", "init_image", "init_text", "seed", "mask_ratio", "mlm_ratio",
           "eval_every")
 
 
-def make_parser(description: str, configs: tuple[type, ...]) -> ArgumentParser:
-    """A parser with one flag for every field of `configs`; --help shows the common ones."""
+def make_parser(description: str, configs: tuple[type, ...],
+                losses: Iterable[str] = ()) -> ArgumentParser:
+    """A parser with one flag for every field of `configs`; --help shows the common ones.
+
+    losses: names of objectives; those that are no field get a flag for their weight, too."""
     show_all = "--help_all" in sys.argv
     parser = ArgumentParser(description=description, allow_abbrev=False, usage="%(prog)s [flags]",
                             formatter_class=RawDescriptionHelpFormatter)
@@ -301,6 +309,9 @@ def make_parser(description: str, configs: tuple[type, ...]) -> ArgumentParser:
                         help="tiny: minutes on a laptop; small: thousands of pairs; base: paper")
     for cls in configs:
         add_flags(parser, cls, show_all)
+    for name in sorted(set(losses) - {f.name for cls in configs for f in fields(cls)}):
+        parser.add_argument(f"--{name}", dest=f"loss_weights.{name}", type=float, metavar="X",
+                            help=f"weight of the loss {name}; 0 leaves it out [1.0]")
     return parser
 
 
@@ -332,6 +343,8 @@ def parse(parser: ArgumentParser, configs: tuple[type, ...],
             "--steps and --epochs both set the length: give one")
     if "steps" in given:
         given["epochs"] = 0.0                                  # --steps wins over a preset's epochs
+    given["loss_weights"] = {name.removeprefix("loss_weights."): value
+                             for name, value in given.items() if name.startswith("loss_weights.")}
     task = given.get("task", "pretrain")
     settings = [cls(**preset_values(cls, args.preset, task, given)) for cls in configs]
     return *settings, args

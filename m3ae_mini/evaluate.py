@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from . import masking
 from .distributed import DistEnv
-from .loader import VAL_SEED, Samples, factorize, load, normalise, validation_micro_batches
+from .loader import (
+    VAL_MICRO_BATCH, VAL_SEED, Samples, factorize, load, normalise, validation_micro_batches)
 from .model import patchify
-from .objectives import M3AE, MIM
+from .objectives import M3AE, MIM, loss_weights
 
 PAIRS = 128                        # (image, text) pairs of one pass through the fusion in retrieval
 BASELINE_SAMPLES = 8192                # training images that the mean patch is taken from
@@ -54,14 +55,18 @@ def pretraining(model: M3AE, samples: Samples, dist_env: DistEnv, limit: int) ->
             add(sums, validation_metrics(model, loaded.batch))
     model.train()
     metrics = means(sums, dist_env)
-    metrics["score"] = score(metrics)
+    metrics["score"] = score(metrics, loss_weights(model.cfg))
     return metrics
 
 
-def score(metrics: dict[str, float]) -> float:
-    """What best.pt has the most of: matching and word accuracy less the pixel loss, as in the
-    release."""
-    return metrics.get("itm_acc", 0) + metrics.get("mlm_acc", 0) - metrics.get("mim_loss", 0)
+def score(metrics: dict[str, float], weights: dict[str, float]) -> float:
+    """What chooses best.pt, the higher the better.
+
+    MLM, MIM, ITM, or any of them: the accuracies of matching and words less the pixel loss, as in
+    the release. With any other loss: minus the weighted sum of the validation losses."""
+    if weights.keys() <= {"mlm", "mim", "itm"}:
+        return metrics.get("itm_acc", 0) + metrics.get("mlm_acc", 0) - metrics.get("mim_loss", 0)
+    return -sum(weight * metrics[f"{name}_loss"] for name, weight in weights.items())
 
 
 def validation_metrics(model: M3AE, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -75,12 +80,8 @@ def validation_metrics(model: M3AE, batch: dict[str, Tensor]) -> dict[str, Tenso
     image = model.encode_image(batch["image"])                        # (B, 1+L, D)
     metrics: dict[str, Tensor] = {}
     for name, objective in model.objectives.items():
-        if name == "mlm":
-            metrics |= mlm_metrics(model, batch, text, image)
-        elif name == "mim":
-            metrics |= mim_metrics(model, batch, text, image)
-        elif name == "itm":
-            metrics |= itm_metrics(model, batch, text, image)
+        if name in METRICS:
+            metrics |= METRICS[name](model, batch, text, image)
         else:                          # an objective of your own: its loss
             loss = objective(model, batch, text, image)[f"{name}_loss"]
             metrics[f"{name}_loss"] = torch.stack([loss * len(image), loss.new_tensor(len(image))])
@@ -153,6 +154,19 @@ def itm_metrics(model: M3AE, batch: dict, text: Tensor, image: Tensor) -> dict[s
     return metrics
 
 
+def itc_metrics(model: M3AE, batch: dict, text: Tensor, image: Tensor) -> dict[str, Tensor]:
+    """Loss of the contrast, and how often the text's own image has the highest score of the
+    rows."""
+    out = model.objectives["itc"](model, batch, text, image)
+    logits, loss = out["itc_logits"], out["itc_loss"]                 # (B, B), ()
+    right = logits.argmax(1) == torch.arange(len(logits), device=logits.device)  # (B,)
+    return {"itc_loss": torch.stack([loss * len(logits), loss.new_tensor(len(logits))]),
+            "itc_acc": sum_and_count(right)}
+
+
+METRICS = {"mlm": mlm_metrics, "mim": mim_metrics, "itm": itm_metrics, "itc": itc_metrics}
+
+
 @torch.no_grad()
 def baselines(train: Samples, test: Samples, limit: int, device: torch.device,
               draw_clean: Callable[[list[dict], int], np.ndarray] | None = None
@@ -219,7 +233,9 @@ TABLE = {
                 "mean patch: {mean_patch:.3f} ({error_below:+.0%})",
     "mim_gain_random": "    gain over a random text   {mim_gain_random:+6.3f}",
     "noise_floor": "    noise floor               {noise_floor:6.3f}   "
-                   "the same image without noise"}
+                   "the same image without noise",
+    "itc_acc": "  contrast, image of a text   {itc_acc:6.1%}   chance: "
+               f"{1 / VAL_MICRO_BATCH:.1%}, of {VAL_MICRO_BATCH} images"}
 
 
 def pretraining_table(metrics: dict[str, float]) -> str:
@@ -231,8 +247,11 @@ def pretraining_table(metrics: dict[str, float]) -> str:
     if "mim_loss" in shown:
         shown["error_below"] = shown["mim_loss"] / shown["mean_patch"] - 1
     lines = [line.format(**shown) for name, line in TABLE.items() if name in shown]
-    if "mlm_gain_hard" not in shown and "itm_acc_hard" not in shown:
+    if shown.keys() & {"mlm_acc", "itm_acc"} and not shown.keys() & {"mlm_gain_hard", "itm_acc_hard"}:
         lines.append("  no hard negatives: the data name no groups, or no group has two pairs")
+    for name in shown:                                                        # a loss of your own
+        if name.endswith("_loss") and name.removesuffix("_loss") not in METRICS:
+            lines.append(f"  {name:27} {shown[name]:6.3f}")
     return "\n".join(lines)
 
 

@@ -92,7 +92,8 @@ class Samples:
               images: np.ndarray, settings: Settings | None = None) -> dict[str, np.ndarray]:
         """The micro-batch of samples `indices` (B,): a dict of arrays.
 
-        Every task: text_ids, text_mask (B, T); a task's labels (B,) or false_text_index (B, F).
+        Every task: text_ids, text_mask (B, T); a task's labels (B,) or false_text_index (B, F);
+        with --itc image_id, text_id (B,), equal where two rows share an image or a text.
         Pre-training: mlm_ids, mlm_labels (B, T), mlm_positions (M,), mim_noise (B, L), itm_index,
         random_negative_index, hard_negative_index (B,). Fills images, uint8 (B, 3, S, S). Random
         numbers follow from seed, step, micro_batch_index and row. settings: those of the training
@@ -121,6 +122,8 @@ class Samples:
             batch["false_text_index"] = masking.sample_negatives(image, text, noise, amount)
         if self.label_ids is not None:
             batch[f"{cfg.task}_labels"] = self.label_ids[indices]
+        if cfg.itc and cfg.task in ("pretrain", "irtr"):
+            batch |= {"image_id": image, "text_id": text}
         if cfg.task != "pretrain":
             return batch
 

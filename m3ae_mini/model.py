@@ -193,7 +193,16 @@ class TextEncoder(nn.Module):
 
 class Fusion(nn.Module):
     """The paper's fusion: in each layer text and image attend to the other stream's previous
-    outputs."""
+    outputs.
+
+    To try another fusion, write another class of this name. The rest of the code asks this of it:
+    - forward takes text (B, T, D), image (B, N, D), text_mask (B, T) and returns both streams in
+      the same shapes. Padding, where text_mask is 0, must not change any other output, and no row
+      of the batch may change another.
+    - Either side may have a batch of 1 beside many: retrieval scores one image with many texts.
+    - depth, streams and num_queries only save work, so it may ignore them and return both streams
+      whole. (Without depth, pixels are decoded after the last layer.)
+    - attention_map may be left out: then `finetune.py --predict` draws none."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -225,6 +234,16 @@ class Fusion(nn.Module):
                 new_image = self.image_layers[i](image, None, text, mask, queries)  # (B, N | Q, D)
             text, image = new_text, new_image
         return text, image
+
+    def attention_map(self, text: Tensor, image: Tensor, text_mask: Tensor) -> Tensor:
+        """text (B, T, D), image (B, N, D) -> attention of each text token to each image token (B,
+        T, N)
+
+        Of the last layer, the mean of its heads. For plots."""
+        text, image = self(text, image, text_mask, depth=len(self.text_layers) - 1)
+        layer, mask = self.text_layers[-1], text_mask.bool()[:, None, None]
+        text = layer.attn_norm(text + layer.attn(text, mask))         # (B, T, D)
+        return layer.cross.weights(text, image).mean(1)               # (B, T, N)
 
 
 # ----------------------------------------------------------------------------------------- backbone

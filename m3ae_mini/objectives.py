@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import ModelConfig
+from .config import ModelConfig, require
 from .model import Backbone, ViTBlock, initialise, patchify
 
 
@@ -157,6 +157,50 @@ class ITM(nn.Module):
         return {"itm_loss": F.cross_entropy(logits, match), "itm_logits": logits}
 
 
+class ITC(nn.Module):
+    """Image-text contrast: which image of the micro-batch belongs to the text, and which text to
+    it?
+
+    Not in the paper; ALBEF and CLIP train it. It compares the class tokens of the two encoders,
+    before the fusion, so that a million pairs are one matrix product."""
+    inputs = ("text", "image")
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.text_proj = nn.Linear(cfg.fusion_width, cfg.fusion_width, bias=False)
+        self.image_proj = nn.Linear(cfg.fusion_width, cfg.fusion_width, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())            # CLIP's first value
+
+    def forward(self, model: Backbone, batch: dict, text: Tensor, image: Tensor) -> dict:
+        """text (B, T, D), image (B, 1+L, D) -> itc_loss (), itc_logits (B, B): text i with image j
+
+        The loss is the mean of both directions. Rows that share an image or a text are no negatives
+        of each other: batch["image_id"], batch["text_id"] (B,) tell, where they are given."""
+        logits = self.scores(self.text_features(text), self.image_features(image))  # (B, B)
+        targets = torch.arange(len(logits), device=logits.device)     # (B,)
+        same = torch.zeros_like(logits, dtype=torch.bool)             # (B, B)
+        for name in ("image_id", "text_id"):
+            if name in batch:
+                same = same | (batch[name][:, None] == batch[name])
+        same = same & (targets[:, None] != targets)
+        logits = logits.masked_fill(same, -torch.inf)
+        loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+        return {"itc_loss": loss, "itc_logits": logits}
+
+    def text_features(self, text: Tensor) -> Tensor:
+        """text (B, T, D) -> (B, D) of length 1"""
+        return F.normalize(self.text_proj(text[:, 0]).float(), dim=-1)
+
+    def image_features(self, image: Tensor) -> Tensor:
+        """image (B, 1+L, D) -> (B, D) of length 1"""
+        return F.normalize(self.image_proj(image[:, 0]).float(), dim=-1)
+
+    def scores(self, text: Tensor, image: Tensor) -> Tensor:
+        """Features (Q, D), (P, D) -> the score of every pair (Q, P). The scale is at most 100, as
+        in CLIP"""
+        return self.log_scale.exp().clamp(max=100) * (text.float() @ image.float().T)
+
+
 # --------------------------------------------------------------------------------- downstream tasks
 
 class ClassifierHead(nn.Module):
@@ -223,16 +267,21 @@ class Retrieval(nn.Module):
         return {"irtr_loss": loss, "irtr_logits": logits}
 
 
-OBJECTIVES = {"pretrain": {"mlm": MLM, "mim": MIM, "itm": ITM},
-              "vqa": {"vqa": VQA}, "cls": {"cls": Classification}, "irtr": {"irtr": Retrieval}}
+OBJECTIVES = {"pretrain": {"mlm": MLM, "mim": MIM, "itm": ITM, "itc": ITC},
+              "vqa": {"vqa": VQA},
+              "cls": {"cls": Classification},
+              "irtr": {"irtr": Retrieval, "itc": ITC}}
 
 
 # ---------------------------------------------------------------------------------------- the model
 
 def loss_weights(cfg: ModelConfig) -> dict[str, float]:
-    """The weight of each objective that is built; a task's one loss is no setting: its weight is
-    1."""
-    weights = {name: getattr(cfg, name, 1.0) for name in OBJECTIVES[cfg.task]}
+    """The weight of each objective that is built: its setting, else 1. UserError where all are
+    0."""
+    weights = {name: getattr(cfg, name, cfg.loss_weights.get(name, 1.0))
+               for name in OBJECTIVES[cfg.task]}
+    require(any(weights.values()), f"the weights --{', --'.join(weights)} are all 0, so nothing is "
+            "learned: set one above 0")
     return {name: weight for name, weight in weights.items() if weight}
 
 

@@ -124,12 +124,9 @@ def caption(tokenizer, batch: dict, row: int, guesses: dict[int, int] | None,
 def word_to_patch(model: M3AE, ids: Tensor, mask: Tensor, image: Tensor) -> Tensor:
     """ids, mask (B, T), image (B, 3, S, S) -> attention of each token to each patch (B, T, L)
 
-    Of the last fusion layer, the mean of its heads; the class token is left out."""
-    caught, cross = [], model.fusion.text_layers[-1].cross
-    hook = cross.register_forward_pre_hook(lambda cross, args: caught.append(cross.weights(*args)))
-    model.fuse(model.encode_text(ids, mask), model.encode_image(image), mask)
-    hook.remove()
-    return caught[0].mean(1)[:, :, 1:]                                # (B, T, L)
+    As the fusion's attention_map has it; the class token is left out."""
+    text, image = model.encode_text(ids, mask), model.encode_image(image)
+    return model.fusion.attention_map(text, image, mask)[:, :, 1:]    # (B, T, L)
 
 
 @torch.no_grad()
@@ -163,8 +160,8 @@ def attention_map(model: M3AE, batch: dict, words: list[str], path: Path) -> Non
 def curves(lines: list[dict], path: Path) -> None:
     """The lines of metrics.jsonl -> a panel for each metric: training grey, validation green"""
     lines = [line for line in lines if line["split"] in ("train", "val")]
-    wanted = ("mlm_loss", "mim_loss", "itm_loss", "mlm_acc", "mlm_gain_hard", "itm_acc_hard",
-              "loss", "score")
+    losses = dict.fromkeys(name for line in lines for name in line if name.endswith("_loss"))
+    wanted = [*losses, "mlm_acc", "mlm_gain_hard", "itm_acc_hard", "itc_acc", "loss", "score"]
     names = [name for name in wanted if any(line.get(name) is not None for line in lines)]
     wide, high, columns = 280, 160, min(4, len(names))
     rows = 1 + (len(names) - 1) // columns

@@ -15,7 +15,7 @@ from .checkpoint import write_atomic
 from .config import ModelConfig, TrainConfig, reading, require
 from .distributed import run
 from .foreign_files import read_safetensors, read_torch
-from .objectives import M3AE
+from .objectives import M3AE, OBJECTIVES
 from .weight_names import from_official, name_table, to_official
 
 
@@ -100,9 +100,9 @@ def infer_config(state: State, path: Path, known: dict) -> dict:
     for task in ("vqa", "cls", "irtr"):
         if task in modules:
             found["task"] = task
-    if modules & {"mlm", "mim", "itm"}:
-        for name in ("mlm", "mim", "itm"):
-            found[name] = known.get(name, 1.0) if name in modules else 0.0
+    if modules & OBJECTIVES["pretrain"].keys():
+        for name in [f.name for f in fields(ModelConfig) if f.name in OBJECTIVES["pretrain"]]:
+            found[name] = (known.get(name) or 1.0) if name in modules else 0.0
     return found
 
 
@@ -197,7 +197,8 @@ def read_init_files(cfg: ModelConfig, train_cfg: TrainConfig,
             found |= config if isinstance(config, dict) else asdict(config)
 
     # Tensors fix the architecture. Image size, lengths, dropout and losses are the user's.
-    fixed = re.compile("patch_size|text_max_positions|mim_layer|.*_(width|heads|layers|blocks)")
+    fixed = re.compile("patch_size|text_max_positions|mim_layer|.*_(width|heads|layers|blocks)"
+                       + "|itc" * (cfg.task == "irtr"))        # retrieval keeps the contrast's head
     arch_fields = {name: value for name, value in found.items()
                    if fixed.fullmatch(name) and flags.get(name) is None}
     return replace(cfg, **arch_fields), init_weights
