@@ -87,21 +87,21 @@ def main():
         checkpoint.check_same_settings(out, data.settings)
         launch_torchrun(run_cfg.gpus)
 
-    # This process among the others; the run's folder, opened and locked by rank 0.
+    # This process among the others.
     dist_env = DistEnv(run_cfg)
     config.check_batch_size(cfg, train_cfg, dist_env.world_size)
-    resume_from = None
-    if dist_env.is_main:
-        resume_from = checkpoint.open_run_dir(out, run_cfg.resume)
-    resume_from = dist_env.broadcast(resume_from)
 
-    # Weights to start from, and data. Rank 0 goes first: it writes files of first use.
+    # Weights to start from, and data. Rank 0 goes first: it writes files of first use. Then it
+    # opens and locks the run's folder: a mistake found before leaves none.
     cfg, init_weights = weights.read_init_files(cfg, train_cfg, vars(args))
+    resume_from = None
     with dist_env.main_process_first():
         data = load_data(cfg, train_cfg, run_cfg, task_cfg, init_weights)
-        checkpoint.check_same_settings(out, data.settings)
-    if dist_env.is_main:
-        checkpoint.save_settings(out, data.settings, data.tokenizer)
+        if dist_env.is_main:
+            resume_from = checkpoint.open_run_dir(out, run_cfg.resume)
+            checkpoint.check_same_settings(out, data.settings)
+            checkpoint.save_settings(out, data.settings, data.tokenizer)
+    resume_from = dist_env.broadcast(resume_from)
     dist_env.print(f"{data.train.n:,} training and {data.val.n:,} validation samples; "
                    f"labels: {len(data.labels):,}")
     num_truncated = sum(samples.num_truncated for samples in (data.train, data.val, data.test))

@@ -42,7 +42,7 @@ def open_run_dir(out: Path, resume: bool) -> Path | None:
     None."""
     check_run_dir(out, resume)
     try:
-        (out / "plots").mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         if sys.platform != "win32":
             import fcntl                                   # Windows has none
             LOCKS.append(open(out / "lock", "w"))
@@ -85,10 +85,11 @@ def check_same_settings(out: Path, settings: dict[str, dict]) -> None:
 
 
 def save_settings(out: Path, settings: dict[str, dict], tokenizer) -> None:
-    """Write config.json and tokenizer.json."""
+    """Write config.json and tokenizer.json, and make the folder of the plots."""
     text = json.dumps(settings, indent=1)
     write_atomic(out / "config.json", lambda file: file.write(text.encode()))
     write_atomic(out / "tokenizer.json", lambda file: file.write(tokenizer.json.encode()))
+    (out / "plots").mkdir(exist_ok=True)                   # last: config.json makes it a run
 
 
 def write_atomic(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
