@@ -230,8 +230,11 @@ def pretraining_table(metrics: dict[str, float]) -> str:
             shown[name] *= 100                                                # in points
     if "mim_loss" in shown:
         shown["error_below"] = shown["mim_loss"] / shown["mean_patch"] - 1
+    else:
+        shown.pop("noise_floor", None)                            # nothing to compare it with
     lines = [line.format(**shown) for name, line in TABLE.items() if name in shown]
-    if "mlm_gain_hard" not in shown and "itm_acc_hard" not in shown:
+    has_random = shown.keys() & {"mlm_gain_random", "itm_acc_random"}
+    if has_random and not shown.keys() & {"mlm_gain_hard", "itm_acc_hard"}:
         lines.append("  no hard negatives: the data name no groups, or no group has two pairs")
     return "\n".join(lines)
 
