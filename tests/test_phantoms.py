@@ -44,7 +44,7 @@ def test_the_background_is_black_and_the_noise_is_small():
     for scene in SCENES[:80]:
         noisy, clear = render(scene, SIZE) / 255, clean(scene)
         rng = phantoms.generator(scene.seed, scene.number, phantoms.ANATOMY)
-        _, body, _ = phantoms.DRAW[scene.kind](SIZE, rng, scene.findings)
+        _, body, _ = phantoms.DRAWINGS[scene.group](SIZE, rng, scene.findings)
         assert (body == 0).mean() > 0.04
         assert not noisy[body == 0].any() and not clear[body == 0].any()
 
@@ -60,8 +60,8 @@ def test_scenes_have_the_stated_shares():
     normal, single = phantoms.NORMAL, phantoms.SINGLE
     assert np.allclose(shares, [normal, single, 1 - normal - single], atol=0.03)
 
-    for kind, names in FINDINGS.items():
-        findings = [f for scene in scenes if scene.kind == kind for f in scene.findings]
+    for group, names in FINDINGS.items():
+        findings = [f for scene in scenes if scene.group == group for f in scene.findings]
         for value, options in [("name", names), ("size", RADII), ("side", SIDES)]:
             count = Counter(getattr(f, value) for f in findings)
             assert all(abs(count[option] / len(findings) - 1 / len(options)) < 0.05 for option in options)
@@ -81,7 +81,7 @@ def test_a_finding_is_where_it_is_said_to_be():
 
         places = {}
         for side, sign in SIDES.items():
-            for zone, (midline, lateral, height) in ZONES[scene.kind].items():
+            for zone, (midline, lateral, height) in ZONES[scene.group].items():
                 near = (x - midline - sign * lateral) ** 2 + (y - height) ** 2 < 0.1 ** 2
                 places[side, zone] = difference[near].mean()
         there = places.pop((f.side, f.zone))
@@ -92,13 +92,13 @@ def test_a_finding_is_where_it_is_said_to_be():
 def test_large_is_much_larger_than_small():
     areas = {}
     for scene, f in FOUND:
-        areas.setdefault((scene.kind, f.name, f.size), []).append((change(scene, f) > 0.1).sum())
-    for kind, name, _ in areas:
-        small, large = np.mean(areas[kind, name, "small"]), np.mean(areas[kind, name, "large"])
+        areas.setdefault((scene.group, f.name, f.size), []).append((change(scene, f) > 0.1).sum())
+    for group, name, _ in areas:
+        small, large = np.mean(areas[group, name, "small"]), np.mean(areas[group, name, "large"])
         assert small > 30        # pixels of 48 x 48
 
         # These change more than they cover: the rest of the lung, or what lies behind in the beam.
-        indirect = name == "pneumothorax" or kind == "ultrasound"
+        indirect = name == "pneumothorax" or group == "ultrasound"
         assert large > (1.25 if indirect else 2) * small
     assert RADII["large"][0] > 1.7 * RADII["small"][1]
 
@@ -114,14 +114,15 @@ def test_captions_tell_the_scene():
             assert said == Counter(getattr(f, attribute) for f in scene.findings)
         for f in scene.findings:
             place, before = phantoms.PLACES[f.zone]
-            synonym = phantoms.SYNONYMS.get((scene.kind, f.name), f.name)
+            synonym = phantoms.SYNONYMS.get((scene.group, f.name), f.name)
             assert place in caption.lower() or before in caption.lower()
             assert f.name in text or synonym in caption.lower()
         assert ("no focal abnormality" in caption.lower()) == (not scene.findings)
 
         told = sum(4 if f.zone else 3 for f in scene.findings)
         informative, words = informative + told, words + len(text)
-        named += any(view in caption.lower() for view in map(str.lower, phantoms.VIEWS[scene.kind]))
+        views = map(str.lower, phantoms.VIEWS[scene.group])
+        named += any(view in caption.lower() for view in views)
     assert informative > 0.4 * words
     assert 0.4 < named / len(SCENES) < 0.6
 
@@ -137,7 +138,7 @@ def test_rows_of_all_tasks_and_splits():
             assert not any(images & others for others in seen.values())
             seen[task, split] = images
         for row in found:
-            assert row.group == make_scene(*row.image).kind and row.skip is None
+            assert row.group == make_scene(*row.image).group and row.skip is None
     assert len({draw(*image, 16).tobytes() for images in seen.values() for image in images}) == 180
 
     pretrain = list(rows(None, "pretrain", counts))
@@ -161,14 +162,14 @@ def test_answers_agree_with_the_scene():
 
         if row.closed:
             size, side, zone = (next((w for w in options if f" {w} " in question.replace("?", " ")), None)
-                                for options in (RADII, SIDES, ZONES[scene.kind]))
+                                for options in (RADII, SIDES, ZONES[scene.group]))
             f = names.get(asked)
             truth = f is not None and all(said in (None, real) for said, real in
                                           [(size, f.size), (side, f.side), (zone, f.zone)])
             assert row.answer == ("yes" if truth else "no")
             answers.setdefault("presence" if size == side == zone is None else "attribute", []).append(truth)
         elif "modality" in question:
-            assert row.answer in {"x-ray", "ct", "mri", "ultrasound"} & set(scene.kind.split())
+            assert row.answer in {"x-ray", "ct", "mri", "ultrasound"} & set(scene.group.split())
         elif "how many" in question:
             assert row.answer == str(len(scene.findings))
             answers.setdefault("count", []).append(row.answer)
@@ -178,7 +179,7 @@ def test_answers_agree_with_the_scene():
             side = next(side for side in SIDES if side in question)
             assert names[row.answer].side == side and phantoms.PLACES[names[row.answer].zone][0] in question
         else:
-            assert row.answer == phantoms.ABOUT[scene.kind][1]
+            assert row.answer == phantoms.ABOUT[scene.group][1]
 
     assert 0.45 < np.mean(answers["presence"]) < 0.55 and 0.42 < np.mean(answers["attribute"]) < 0.58
     assert max(Counter(answers["count"]).values()) < 0.45 * len(answers["count"])
