@@ -6,6 +6,7 @@ the captions, questions and classes made from them. What a text says of a findin
 large, on which side, in which zone) is random, so only looking at the image tells.
 """
 import math
+import re
 from collections.abc import Collection
 from itertools import count, islice
 from pathlib import Path
@@ -122,6 +123,15 @@ def render(scene: Scene, size: int, noise: bool = True) -> np.ndarray:
 def draw(seed: int, number: int, size: int, noise: bool = True) -> np.ndarray:
     """(size, size) uint8: image `number` of data set `seed`."""
     return render(make_scene(seed, number), size, noise)
+
+
+def draw_clean(lines: list[dict], size: int) -> np.ndarray:
+    """The images of a pack's lines without their noise, uint8 (B, size, size)."""
+    images = []
+    for line in lines:
+        seed, number = map(int, re.findall(r"\d+", line["source"]))
+        images.append(draw(seed, number, size, noise=False))
+    return np.stack(images)
 
 
 class Phantom(NamedTuple):
