@@ -91,17 +91,18 @@ def main():
     dist_env = DistEnv(run_cfg)
     config.check_batch_size(cfg, train_cfg, dist_env.world_size)
     resume_from = None
-    if dist_env.is_main:
-        resume_from = checkpoint.open_run_dir(out, run_cfg.resume)
+    with dist_env.main_process_first():
+        if dist_env.is_main:
+            resume_from = checkpoint.open_run_dir(out, run_cfg.resume)
     resume_from = dist_env.broadcast(resume_from)
 
     # Weights to start from, and data. Rank 0 goes first: it writes files of first use.
     cfg, init_weights = weights.read_init_files(cfg, train_cfg, vars(args))
     with dist_env.main_process_first():
         data = load_data(cfg, train_cfg, run_cfg, task_cfg, init_weights)
-        checkpoint.check_same_settings(out, data.settings)
-    if dist_env.is_main:
-        checkpoint.save_settings(out, data.settings, data.tokenizer)
+        if dist_env.is_main:
+            checkpoint.check_same_settings(out, data.settings)
+            checkpoint.save_settings(out, data.settings, data.tokenizer)
     dist_env.print(f"{data.train.n:,} training and {data.val.n:,} validation samples; "
                    f"labels: {len(data.labels):,}")
     num_truncated = sum(samples.num_truncated for samples in (data.train, data.val, data.test))

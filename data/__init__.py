@@ -8,15 +8,21 @@ import csv
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
+
+from PIL import Image
 
 from m3ae_mini.config import UserError, require
+
+
+# An image file, or a hashable, picklable function that draws an image of a given size in pixels.
+Source = Path | Callable[[int], Image.Image]
 
 
 class Row(NamedTuple):
     """One (image, text) pair as a reader finds it."""
     split: str                   # "train", "val" or "test"
-    image: Any                   # a Path, or a hashable, picklable callable: size -> PIL.Image
+    image: Source                # where its pixels come from
     text: str                    # caption, or question
     answer: str | None = None    # visual question answering; "#" stands between alternatives
     closed: bool | None = None   # is it a closed question (yes/no or a choice)?

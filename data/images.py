@@ -11,18 +11,17 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Iterator
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from data import Source
 from m3ae_mini.config import UserError
 
 # Pillow's other formats are left out. For PostScript it starts a program, and none is medical.
 FORMATS = "BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP".split()
 DECODE_BATCH = 16   # images that a process decodes per task
-
-Source = Path | Callable[[int], Image.Image]   # an image file, or a function: size -> image
 
 
 # ------------------------------------------------------------------------------------ one image
@@ -82,7 +81,7 @@ def square(image: Image.Image, size: int) -> Image.Image:
     shorter = min(image.size)
     width, height = (size * side // shorter for side in image.size)
     if width * height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} is too elongated")
+        raise ValueError(f"it is too elongated ({image.width} x {image.height} pixels)")
     left, top = round((width - size) / 2), round((height - size) / 2)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     return resized.crop((left, top, left + size, top + size))

@@ -80,15 +80,17 @@ class Pack:
             version = self.meta["version"]
             require(version == PACK_VERSION,
                     f"{self.folder} is a pack of version {version}, this code reads version "
-                    f"{PACK_VERSION}: prepare it again with --overwrite")
+                    f"{PACK_VERSION}: delete it, then prepare it again (phantoms are packed "
+                    "on first use)")
 
             self.size = self.meta["size"]
             self.files = {name: (entry["bytes"], entry["sha256"])
                           for name, entry in self.meta["files"].items()}
             counts = [self.meta["samples"][split] for split in SPLITS]
             names = [self.meta["name"], *self.meta["groups"]]
+            numbers = [self.size, *counts, *(size for size, _ in self.files.values())]
             sound = (all(type(value) is str for value in names)
-                     and all(type(value) is int for value in (self.size, *counts))
+                     and all(type(value) is int for value in numbers)
                      and min(counts) >= 0 and 0 < self.size < 2 ** 15
                      and REQUIRED_FILES <= self.files.keys())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -191,12 +193,11 @@ class Pack:
         """The dict of a line, or None where it is not one that write_pack writes."""
         try:
             line = json.loads(raw)
-            types = {key: type(value) for key, value in line.items()}
+            known = all(KEY_TYPES.get(key) is type(value) for key, value in line.items())
             if b"\\u" in raw:   # half a surrogate pair is legal in JSON, but not in a text
                 json.dumps(line, ensure_ascii=False).encode()
         except (ValueError, AttributeError, RecursionError):
             return None
-        known = all(KEY_TYPES.get(key) is kind for key, kind in types.items())
         if not known or "text" not in line:
             return None
 
@@ -218,7 +219,7 @@ class Pack:
         table = self._cached_tokens(path) if path.is_file() else None
         if table is None:
             table = self._encode_texts(tokenizer)
-            _save_unless_read_only(path, table)
+            _save_if_possible(path, table)
         offset_count = len(self.samples) + 1
         return table[:offset_count], table[offset_count:-1]
 
@@ -252,8 +253,8 @@ class Pack:
         return np.append(table, np.uint32(zlib.crc32(table)))
 
 
-def _save_unless_read_only(path: Path, table: np.ndarray) -> None:
-    """Writes a .npy file atomically. Where the disk is full or read-only, nothing is left."""
+def _save_if_possible(path: Path, table: np.ndarray) -> None:
+    """Writes a .npy file atomically. If the disk is full or read-only, nothing is left there."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
         try:

@@ -13,7 +13,7 @@ SIDES = {"right": -1, "left": 1}   # of the patient: the sign of x
 
 
 class Finding(NamedTuple):
-    """One abnormality. The texts tell name, size, side and zone; the rest varies untold."""
+    """One abnormality. The texts tell its name, size, side and zone, and nothing of the rest."""
     name: str
     size: str
     side: str

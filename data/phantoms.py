@@ -7,9 +7,10 @@ large, on which side, in which zone) is random, so only looking at the image tel
 """
 import math
 import re
+from collections.abc import Collection
 from itertools import count, islice
 from pathlib import Path
-from typing import Collection, Iterator, NamedTuple
+from typing import Iterator, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -36,7 +37,7 @@ ZONES = {
     "brain mri": {"frontal": (0.00, 0.30, -0.42), "occipital": (0.00, 0.32, 0.44)},
     "ultrasound": {"anterior": (0.00, 0.33, -0.28), "posterior": (0.00, 0.38, 0.31)},
 }
-# Further zones of its side that a finding hides. In ultrasound a calcification casts a shadow.
+# Zones of its side where a finding hides all else. In ultrasound a calcification casts a shadow.
 HIDES = {"effusion": {"upper", "lower"}, "pneumothorax": {"upper", "lower"},
          "calcification": {"posterior"}}
 RADII = {"small": (0.125, 0.14), "large": (0.245, 0.27)}   # about 3 and 6 pixels of 48 x 48
@@ -203,6 +204,8 @@ ABOUT = {
     "brain mri": ("mri", "brain", "lobe"),
     "ultrasound": ("ultrasound", "liver", "part of the liver"),
 }
+
+# The words below are data: packs, and what was measured on them, depend on each.
 MODALITY = ("What modality is this?", "Which imaging modality was used?")
 REGION = ("What organ or region is shown?", "Which part of the body is this?")
 PRESENCE = ("Is there {}?", "Does the picture show {}?")

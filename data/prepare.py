@@ -153,7 +153,7 @@ def command_line() -> argparse.ArgumentParser:
                                      description="Packs a data set, shows a pack, or checks one.")
     add = parser.add_argument
     add("name", nargs="?", choices=READERS, metavar="NAME", help=", ".join(READERS))
-    add("--root", type=Path, help="the folder in which the data set lies (or the table)")
+    add("--root", type=Path, help="the data set's folder, or the table")
     add("--out", type=Path, help="the pack to write; with --show, the PNG")
     add("--size", type=positive, default=288,
         help="side of the stored squares in pixels; more than training uses leaves room for crops "
@@ -182,7 +182,8 @@ def positive(text: str) -> int:
 def run(args: argparse.Namespace) -> None:
     """Shows, verifies or writes a pack. UserError on flags that cannot be right."""
     if args.show:
-        out = args.out or Path(os.path.relpath(f"{os.path.abspath(args.show)}.png"))
+        folder = os.path.abspath(args.show)   # gives "." a name
+        out = args.out or Path(os.path.relpath(f"{folder}.png"))
         save_sheet(contact_sheet(Pack(args.show)), out)
         return
     if args.verify:
@@ -196,7 +197,7 @@ def run(args: argparse.Namespace) -> None:
     require(args.size ** 2 <= Image.MAX_IMAGE_PIXELS,
             f"--size {args.size} is too large: use at most {int(Image.MAX_IMAGE_PIXELS ** 0.5)}")
     require(args.root is not None or args.name == "phantoms",
-            f"{args.name} needs --root: the folder in which it lies")
+            f"{args.name} needs --root, the folder in which it lies")
     require(args.root is None or args.root.exists(), f"there is no {args.root}: correct --root")
 
     # Read the annotations, then write the pack.

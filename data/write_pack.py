@@ -16,8 +16,8 @@ from typing import Iterable, Iterator
 import numpy as np
 from tqdm import tqdm
 
-from data import Row, clean_text
-from data.images import Source, store_images
+from data import Row, Source, clean_text
+from data.images import store_images
 from data.pack import PACK_VERSION, SAMPLE_DTYPE, SPLITS
 from m3ae_mini.config import UserError, require
 
@@ -153,8 +153,8 @@ class BadImages(dict):
         source, (reason, detail) = next(iter(self.items()), (None, (None, None)))
         require(len(self) <= self.limit,
                 f"{len(self):,} of {self.total:,} images cannot be packed, the first is {source} "
-                f"({detail or reason}): put them into the data set's folder, or go on without "
-                "them by --allow_missing")
+                f"({detail or reason}): put them into the data set's folder, or leave them out "
+                "with --allow_missing")
 
 
 # ---------------------------------------------------------------------------------- the files
@@ -282,7 +282,7 @@ def atomic_dir(out: Path, overwrite: bool) -> Iterator[Path]:
 def _warn_of_leftovers(out: Path, target: Path) -> None:
     """Names the folders that a killed preparation of the same pack has left."""
     advice = {"tmp": "remove it", "old": f"remove it, or, where {out} is gone, rename it back"}
-    for kind, mend in advice.items():
-        for folder in target.parent.glob(f"{glob.escape(target.name)}.{kind}-*"):
+    for suffix, mend in advice.items():
+        for folder in target.parent.glob(f"{glob.escape(target.name)}.{suffix}-*"):
             print(f"prepare: {folder} belongs to another preparation: if that one was killed, "
                   f"{mend}", file=sys.stderr)

@@ -1,4 +1,5 @@
 """The run's folder: opened and locked, atomic writes, checkpoints, resuming, the log."""
+import atexit
 import json
 import math
 import os
@@ -38,11 +39,12 @@ def check_run_dir(out: Path, resume: bool) -> None:
 
 
 def open_run_dir(out: Path, resume: bool) -> Path | None:
-    """Make the run's folder, lock it against other runs -> its newest checkpoint that is whole, or
-    None."""
+    """Make the run's folder and lock it against other runs -> its newest whole checkpoint, or None
+
+    Where no run begins in it, because a mistake is found, the folder is removed again at the end."""
     check_run_dir(out, resume)
     try:
-        (out / "plots").mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         if sys.platform != "win32":
             import fcntl                                   # Windows has none
             LOCKS.append(open(out / "lock", "w"))
@@ -53,8 +55,16 @@ def open_run_dir(out: Path, resume: bool) -> Path | None:
     except OSError as error:
         raise UserError(f"{out} can't be written to ({error.strerror}): choose another "
                         "--out") from None
+    atexit.register(remove_unused_run_dir, out)
     # new.pt is there where a kill came between two renames.
     return latest_valid_checkpoint(out, "new.pt", "last.pt", "prev.pt")
+
+
+def remove_unused_run_dir(out: Path) -> None:
+    """Remove a run's folder that holds nothing but its lock."""
+    if out.is_dir() and [file.name for file in out.iterdir()] == ["lock"]:
+        (out / "lock").unlink()
+        out.rmdir()
 
 
 def saved_settings(out: Path) -> dict | None:
@@ -85,10 +95,11 @@ def check_same_settings(out: Path, settings: dict[str, dict]) -> None:
 
 
 def save_settings(out: Path, settings: dict[str, dict], tokenizer) -> None:
-    """Write config.json and tokenizer.json."""
+    """Write config.json and tokenizer.json, and make the folder of the plots."""
     text = json.dumps(settings, indent=1)
     write_atomic(out / "config.json", lambda file: file.write(text.encode()))
     write_atomic(out / "tokenizer.json", lambda file: file.write(tokenizer.json.encode()))
+    (out / "plots").mkdir(exist_ok=True)                   # last: config.json makes it a run
 
 
 def write_atomic(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:

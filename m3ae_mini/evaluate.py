@@ -246,8 +246,11 @@ def pretraining_table(metrics: dict[str, float]) -> str:
             shown[name] *= 100                                                # in points
     if "mim_loss" in shown:
         shown["error_below"] = shown["mim_loss"] / shown["mean_patch"] - 1
+    else:
+        shown.pop("noise_floor", None)                            # nothing to compare it with
     lines = [line.format(**shown) for name, line in TABLE.items() if name in shown]
-    if shown.keys() & {"mlm_acc", "itm_acc"} and not shown.keys() & {"mlm_gain_hard", "itm_acc_hard"}:
+    has_random = shown.keys() & {"mlm_gain_random", "itm_acc_random"}
+    if has_random and not shown.keys() & {"mlm_gain_hard", "itm_acc_hard"}:
         lines.append("  no hard negatives: the data name no groups, or no group has two pairs")
     for name in shown:                                                        # a loss of your own
         if name.endswith("_loss") and name.removesuffix("_loss") not in METRICS:

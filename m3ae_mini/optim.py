@@ -32,8 +32,8 @@ def freeze(model: nn.Module, train_cfg: TrainConfig) -> None:
         if part_of(name) in frozen and hasattr(module, "dropout"):
             module.dropout = 0.0
     require(any(parameter.requires_grad for parameter in model.parameters()),
-            "all parts are frozen, so nothing is trained: give one of --vit_lr_mult, --text_lr_mult, "
-            "--fusion_lr_mult, --head_lr_mult a value above 0")
+            "all parts are frozen, so nothing is trained: give one of --vit_lr_mult, "
+            "--text_lr_mult, --fusion_lr_mult, --head_lr_mult a value above 0")
 
 
 def param_groups(model: nn.Module, train_cfg: TrainConfig) -> list[dict]:
@@ -121,5 +121,6 @@ def describe(model: nn.Module, dist_env: DistEnv) -> str:
     """The start-up line: how many parameters, how many of them are trained, where, in what type."""
     total = sum(p.numel() for p in model.parameters()) / 1e6
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    return (f"{total:.1f} million parameters, {trained:.1f} million trained, on {dist_env.world_size} × "
-            f"{dist_env.device.type} in {str(dist_env.dtype).removeprefix('torch.')}")
+    return (f"{total:.1f} million parameters, {trained:.1f} million trained, on "
+            f"{dist_env.world_size} × {dist_env.device.type} in "
+            f"{str(dist_env.dtype).removeprefix('torch.')}")

@@ -38,7 +38,8 @@ def write_pack(folder, captions, counts, size=16, colour_every=3, seed=0, groups
         Image.fromarray(pixels).save(path)
         images.append(np.stack([pixels] * 3) if grey else pixels.transpose(2, 0, 1))
         rows.append(Row(split, path, caption, group=f"kind {n % groups}" if groups else None))
-    prepare.write_pack(rows, out=folder, name="test", task="pretrain", size=size, root=folder.parent, workers=1)
+    prepare.write_pack(rows, out=folder, name="test", task="pretrain", size=size, root=folder.parent,
+                       workers=1)
     return Pack(folder), np.stack(images)
 
 
@@ -274,7 +275,8 @@ def test_wrong_images_differ_in_image_and_caption(tmp_path, made):
         Image.fromarray(np.full((16, 16), 50 * n, np.uint8)).save(paths[-1])
     rows = [Row("train", paths[n // 4], caption, group="even" if n // 4 % 2 else "odd")
             for n, caption in enumerate(captions)]
-    prepare.write_pack(rows, out=tmp_path / "pack", name="x", task="pretrain", size=16, root=tmp_path, workers=1)
+    prepare.write_pack(rows, out=tmp_path / "pack", name="x", task="pretrain", size=16, root=tmp_path,
+                       workers=1)
     cfg, train_cfg = settings(tokenizer)
     samples = Samples([Pack(tmp_path / "pack")], "train", tokenizer, cfg, train_cfg)
     numbers = np.arange(16)

@@ -121,7 +121,8 @@ def test_captions_tell_the_scene():
 
         told = sum(4 if f.zone else 3 for f in scene.findings)
         informative, words = informative + told, words + len(text)
-        named += any(view in caption.lower() for view in map(str.lower, phantoms.VIEWS[scene.group]))
+        views = map(str.lower, phantoms.VIEWS[scene.group])
+        named += any(view in caption.lower() for view in views)
     assert informative > 0.4 * words
     assert 0.4 < named / len(SCENES) < 0.6
 

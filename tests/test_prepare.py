@@ -1,4 +1,5 @@
 """Packing: images of every kind, the readers on miniatures of their data sets, and what goes wrong."""
+import ast
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 import zlib
 from functools import partial
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +281,15 @@ def test_what_a_pack_holds(records, tmp_path):
                               expected if image.mode == "L" else expected.transpose(2, 0, 1))
 
 
+def test_a_pack_of_another_version_is_refused(records, tmp_path):
+    meta = packed(records, tmp_path / "pack")
+    assert meta["version"] == PACK_VERSION
+    for version in PACK_VERSION - 1, PACK_VERSION + 1:
+        (tmp_path / "pack" / "meta.json").write_text(json.dumps({"version": version}))   # other keys
+        with pytest.raises(UserError, match=f"version {version}, .* reads version {PACK_VERSION}: delete"):
+            Pack(tmp_path / "pack")
+
+
 def test_questions_may_repeat(records, tmp_path):
     meta = packed(records, tmp_path / "vqa", task="vqa")
     assert meta["samples"] == {"train": 3, "val": 0, "test": 0}
@@ -441,6 +452,19 @@ def test_a_sheet_of_a_damaged_pack(records, tmp_path):
     assert contact_sheet(Pack(out)) == sheet           # what samples.npy says counts
     with pytest.raises(UserError, match="samples.jsonl does not have the check sum"):
         Pack(out).verify()
+
+
+def test_imports_point_one_way():
+    """The modules of data/ have an order, and what reads packs needs nothing of what writes them."""
+    imports = {}
+    for path in (REPO / "data").glob("*.py"):
+        found = imports[path.stem] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "data":
+                found |= {*node.module.split(".")[1:], *(alias.name for alias in node.names)}
+        found &= {path.stem for path in (REPO / "data").glob("*.py")}
+    list(TopologicalSorter(imports).static_order())            # CycleError where there is a circle
+    assert not imports["pack"] and {"write_pack", "pack", "phantoms"} <= imports["prepare"]
 
 
 # -------------------------------------------------------------------------------------- the command line
