@@ -6,9 +6,8 @@
     python finetune.py irtr --init runs/pretrain --zero_shot         rank by the matching head alone
     python finetune.py vqa --init runs/vqa --predict chest.png "Is there a pneumothorax?"
 """
-import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,35 +18,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import clean_text
 from data.images import open_image, square
-from data.pack import Pack
 from data.prepare import open_packs
 from m3ae_mini import M3AE, checkpoint, config, evaluate, optim, plots, weights
-from m3ae_mini.config import ModelConfig, RunConfig, TrainConfig, UserError, require
+from m3ae_mini.config import (
+    ModelConfig, RunConfig, TaskConfig, TrainConfig, UserError, require)
 from m3ae_mini.distributed import (
     DistEnv, keep_freed_memory, launch_torchrun, pick_device, run, started_by_torchrun)
+from m3ae_mini.labels import label_ids, list_labels, saved_labels
 from m3ae_mini.loader import Samples, normalise
 from m3ae_mini.model import use_grad_checkpointing
+from m3ae_mini.retrieval import Ranking
 from m3ae_mini.tokenizer import Tokenizer
 from train import fit
 
 MEAN_OF = 2048                         # training images whose mean --blind shows
-LABEL_KEY = {"vqa": "answer", "cls": "label"}      # where a pack's line says what is right
 WORDS = {                              # metrics in the report
     "acc": "accuracy",
     "acc_open": "on open questions",
     "acc_closed": "on closed questions",
     "answer_not_in_list": "right answer not in the list"}
-
-
-@dataclass
-class TaskConfig:
-    """What only the downstream tasks need."""
-    answers: str = config.setting(
-        "train", "the answer list: train (of the training questions) or all (as released)")
-    blind: bool = config.setting(
-        False, "show the mean image in place of every image, in training and in test")
-    zero_shot: bool = config.setting(
-        False, "irtr: rank by the matching head of --init, without training")
 
 
 class Data(NamedTuple):
@@ -56,6 +45,7 @@ class Data(NamedTuple):
     val: Samples
     test: Samples
     labels: list[str]                  # the answer list or the classes; retrieval has none
+    ranking: Ranking          # of retrieval's candidates
     tokenizer: Tokenizer
     cfg: ModelConfig                   # with the sizes of vocabulary and label list
     settings: dict                     # of config.json: a run that resumes must have the same
@@ -75,6 +65,7 @@ def main():
     out = Path(run_cfg.out)
     train_cfg.check()
     run_cfg.check()
+    task_cfg.check()
     require(train_cfg.init, "name the run or checkpoint to start from by --init, or --init none")
 
     # --gpus N: find mistakes here, in one process; then torchrun takes over and starts N of them.
@@ -149,7 +140,8 @@ def main():
 
     # Train, with the loop of train.py; then test the best checkpoint, once.
     def validate(model: M3AE, step: int) -> dict[str, float]:
-        return evaluate.task(model, data.val, data.labels, dist_env, run_cfg.eval_samples)
+        return evaluate.task(
+            model, data.val, data.labels, dist_env, run_cfg.eval_samples, data.ranking)
 
     finished = fit(
         model,
@@ -185,8 +177,12 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
 
     # The weights to start from must fit the model, and have learned the same labels if any.
     modules = {weights.module_of(name) for state in init_weights.values() for name in state}
-    require(not task_cfg.zero_shot or cfg.task == "irtr" and modules & {"itm", "irtr"},
-            "--zero_shot is for irtr, with an --init that has learned to match")
+    need_matching = task_cfg.rank == "match" or task_cfg.rerank
+    learned = modules & {"itm", "irtr"} if need_matching else modules & {"itc"}
+    require(not task_cfg.zero_shot or cfg.task == "irtr" and learned,
+            "--zero_shot is for irtr, with an --init that has learned what --rank asks for")
+    require(task_cfg.rank == "match" or cfg.itc > 0,
+            "--rank itc needs the contrast: give an --init that has learned it, or --itc 1")
     require(saved_labels(Path(train_cfg.init), cfg.task) in (None, labels),
             f"{train_cfg.init} has learned other answers or classes: start from the run that it "
             "was started from")
@@ -200,7 +196,7 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
     for samples in (train, val, test):
         samples.constant_image = mean_image
         if labels:
-            samples.label_ids = evaluate.label_ids(samples, labels)
+            samples.label_ids = label_ids(samples, labels)
 
     optim.epochs_to_steps(train_cfg, run_cfg, train.n)
     fingerprints = [pack.fingerprint() for pack in packs]
@@ -210,49 +206,14 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
         "run": asdict(run_cfg),
         "task": asdict(task_cfg),
         "data": {"packs": fingerprints, "tokenizer": tokenizer.hash, "labels": labels}}
-    return Data(train, val, test, labels, tokenizer, cfg, settings)
-
-
-def list_labels(packs: list[Pack], task: str, answers: str) -> list[str]:
-    """The answers of the training split (or of all) as they appear, or the classes, sorted."""
-    if task == "irtr":
-        return []
-    require(answers in ("train", "all"), f"--answers {answers} is not known: use train or all")
-    for pack in packs:
-        require(all(LABEL_KEY[task] in line for line in pack.lines()),
-                f"{pack.folder} holds samples without {LABEL_KEY[task]}: prepare it with --task "
-                f"{task}")
-
-    # dict keys: a set that keeps the order.
-    seen: dict[str, dict[str, None]] = {"train": {}, "val": {}, "test": {}}
-    for split, names in seen.items():
-        for pack in packs:
-            for line in pack.lines(split):
-                names.update(dict.fromkeys(evaluate.targets(line, task)))
-    if task == "vqa" and answers == "train":
-        return list(seen["train"])
-    if task == "vqa":
-        return list(seen["train"] | seen["val"] | seen["test"])
-    unseen = sorted((seen["val"] | seen["test"]).keys() - seen["train"].keys())
-    require(not unseen,
-            f"no training sample has the class {', '.join(unseen)}: prepare another split")
-    return sorted(seen["train"])
-
-
-def saved_labels(run_dir: Path, task: str) -> list[str] | None:
-    """The answers or classes that a run has learned for a task, from its config.json, or None."""
-    try:
-        saved = json.loads((run_dir / "config.json").read_text())
-        if saved["model"]["task"] != task or saved["task"]["blind"]:
-            return None
-        return [str(label) for label in saved["data"]["labels"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+    ranking = Ranking(task_cfg.rank, task_cfg.rerank)
+    return Data(train, val, test, labels, ranking, tokenizer, cfg, settings)
 
 
 def report(model: M3AE, data: Data, run_cfg: RunConfig, dist_env: DistEnv, step: int) -> None:
     """The test split, once: in metrics.jsonl and in words."""
-    metrics = evaluate.task(model, data.test, data.labels, dist_env, run_cfg.test_samples)
+    metrics = evaluate.task(
+        model, data.test, data.labels, dist_env, run_cfg.test_samples, data.ranking)
     if not dist_env.is_main:
         return
     checkpoint.Log(run_cfg.out, math.inf).write(step, "test", **metrics)

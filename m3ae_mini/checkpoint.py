@@ -41,7 +41,8 @@ def check_run_dir(out: Path, resume: bool) -> None:
 def open_run_dir(out: Path, resume: bool) -> Path | None:
     """Make the run's folder and lock it against other runs -> its newest whole checkpoint, or None
 
-    Where no run begins in it, because a mistake is found, the folder is removed again at the end."""
+    Where no run begins in it, because a mistake is found, the folder is removed again at the
+    end."""
     check_run_dir(out, resume)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -217,6 +217,28 @@ class RunConfig:
             require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: use 0 or more")
 
 
+@dataclass
+class TaskConfig:
+    """What only the downstream tasks need."""
+    answers: str = setting(
+        "train", "the answer list: train (of the training questions) or all (as released)")
+    blind: bool = setting(
+        False, "show the mean image in place of every image, in training and in test")
+    zero_shot: bool = setting(
+        False, "irtr: rank by what --init has learned, without training")
+    rank: str = setting(
+        "match", "irtr: match (the fusion scores every pair) or itc (the contrast, in seconds)")
+    rerank: int = setting(
+        0, "irtr: with --rank itc the fusion ranks so many of the best candidates again")
+
+    def check(self) -> None:
+        """Raise UserError where a setting is not known or two contradict each other."""
+        require(self.answers in ("train", "all"), f"--answers {self.answers}: use train or all")
+        require(self.rank in ("match", "itc"), f"--rank {self.rank}: use match or itc")
+        require(self.rerank == 0 or self.rank == "itc" and self.rerank > 0,
+                "--rerank ranks the best of --rank itc again: give both, --rerank 1 or more")
+
+
 def check_batch_size(model_cfg: ModelConfig, train_cfg: TrainConfig, world_size: int) -> None:
     """Raise UserError where batch, micro-batch and number of processes do not fit each other."""
     batch_size, micro_batch = train_cfg.batch_size, train_cfg.micro_batch

@@ -8,18 +8,17 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from . import masking
 from .distributed import DistEnv
+from .labels import targets
 from .loader import (
-    VAL_MICRO_BATCH, VAL_SEED, Samples, factorize, load, normalise, validation_micro_batches)
+    VAL_MICRO_BATCH, VAL_SEED, Samples, load, normalise, validation_micro_batches)
 from .model import patchify
 from .objectives import M3AE, MIM, loss_weights
+from .retrieval import Ranking, retrieval_metrics
 
-PAIRS = 128                        # (image, text) pairs of one pass through the fusion in retrieval
 BASELINE_SAMPLES = 8192                # training images that the mean patch is taken from
 
 
@@ -261,15 +260,15 @@ def pretraining_table(metrics: dict[str, float]) -> str:
 # --------------------------------------------------------------------------------- downstream tasks
 
 @torch.no_grad()
-def task(model: M3AE, samples: Samples, labels: list[str], dist_env: DistEnv,
-         limit: int) -> dict[str, float]:
+def task(model: M3AE, samples: Samples, labels: list[str], dist_env: DistEnv, limit: int,
+         ranking: Ranking) -> dict[str, float]:
     """Every metric of a downstream task over at most `limit` samples, each counted once; and
     `score`.
 
     labels: the answer list or the classes. score: accuracy, or the mean of the recalls."""
     model.eval()
     if model.cfg.task == "irtr":
-        metrics = retrieval_metrics(model, samples, dist_env, limit)
+        metrics = retrieval_metrics(model, samples, dist_env, limit, ranking)
         metrics["score"] = sum(metrics.values()) / len(metrics)
     else:
         sums: dict[str, Tensor] = {}
@@ -284,22 +283,6 @@ def task(model: M3AE, samples: Samples, labels: list[str], dist_env: DistEnv,
         metrics["score"] = metrics["acc"]
     model.train()
     return metrics
-
-
-def targets(line: dict, task: str) -> list[str]:
-    """What is right for a sample: the answers, any of which will do ("#" stands between), or the
-    class."""
-    return line["answer"].split("#") if task == "vqa" else [line["label"]]
-
-
-def label_ids(samples: Samples, labels: list[str]) -> np.ndarray:
-    """The first right label of each sample that is in the list, or -1: int64 (n,)."""
-    index = {label: i for i, label in enumerate(labels)}
-    ids = np.full(samples.n, -1)
-    for n in range(samples.n):
-        names = targets(samples.line(n), samples.cfg.task)
-        ids[n] = next((index[name] for name in names if name in index), -1)
-    return ids
 
 
 def answer_metrics(predictions: list[str], lines: list[dict], labels: list[str],
@@ -324,85 +307,3 @@ def answer_metrics(predictions: list[str], lines: list[dict], labels: list[str],
     not_in_list = torch.tensor([known.isdisjoint(names) for names in right_names])  # (B,)
     metrics["answer_not_in_list"] = sum_and_count(not_in_list)
     return metrics
-
-
-# ---------------------------------------------------------------------------------------- retrieval
-
-def retrieval_metrics(model: M3AE, samples: Samples, dist_env: DistEnv,
-                      limit: int) -> dict[str, float]:
-    """Recall at 1, 5 and 10 in both directions among at most `limit` samples (paper, section 3.3).
-
-    Each image is encoded once, each text once a process; only the fusion runs for every pair. The
-    processes share the images."""
-    # The images and the texts among the samples, each once.
-    parts = [part for _, _, part in validation_micro_batches(samples, limit)]
-    indices = np.concatenate(parts)                                   # (n,)
-    images = [(pack_index, int(samples.packs[pack_index].samples["image"][row]))
-              for pack_index, row in samples.location[indices]]
-    longest = samples.cfg.max_text_len - 2
-    image_id = factorize(images)                                      # (n,)
-    text_id = factorize(samples.token_ids(n)[:longest].tobytes() for n in indices)  # (n,)
-    _, first_image = np.unique(image_id, return_index=True)           # (P,)
-    _, first_text = np.unique(text_id, return_index=True)             # (Q,)
-
-    with dist_env.autocast():
-        # Texts (Q, T, D), their masks (Q, T), and the score of every pair (Q, P).
-        texts, masks = encode_texts(model, samples, indices[first_text], dist_env)
-        scores = matching_scores(model, samples, indices[first_image], texts, masks, dist_env)
-    right = torch.zeros(scores.shape, dtype=torch.bool)               # (Q, P)
-    right[text_id, image_id] = True
-    return {**recall(scores, right, "t2i"), **recall(scores.T, right.T, "i2t")}
-
-
-def encode_texts(model: M3AE, samples: Samples, indices: np.ndarray,
-                 dist_env: DistEnv) -> tuple[Tensor, Tensor]:
-    """Texts of the samples `indices` (Q,) -> encodings (Q, T, D) and masks (Q, T), T =
-    max_text_len"""
-    texts, masks = [], []
-    for batch in batches_of(samples, indices, dist_env):
-        padding = samples.cfg.max_text_len - batch["text_ids"].shape[1]
-        text = model.encode_text(batch["text_ids"], batch["text_mask"])  # (B, T', D)
-        texts.append(F.pad(text, (0, 0, 0, padding)))                 # (B, T, D)
-        masks.append(F.pad(batch["text_mask"], (0, padding)))         # (B, T)
-    return torch.cat(texts), torch.cat(masks)
-
-
-def matching_scores(model: M3AE, samples: Samples, indices: np.ndarray, texts: Tensor,
-                    masks: Tensor, dist_env: DistEnv) -> Tensor:
-    """The retrieval head's score of every text (Q, T, D) with the image of every sample `indices`
-    (P,): (Q, P)"""
-    fc = model.objectives["irtr"].fc
-    own = np.arange(dist_env.rank, len(indices), dist_env.world_size)        # this process's images
-    scores = torch.zeros(len(texts), len(indices), device=dist_env.device)  # (Q, P)
-    bar = tqdm(total=len(own) * len(texts), desc="pairs", leave=False, disable=not dist_env.is_main)
-    columns = iter(own)
-    for batch in batches_of(samples, indices[own], dist_env):
-        for image in model.encode_image(batch["image"]):              # (1+L, D)
-            column = next(columns)
-            for start in range(0, len(texts), PAIRS):
-                rows = slice(start, start + PAIRS)
-                feature = model.pooled_pair(texts[rows], image[None], masks[rows])  # (≤ PAIRS, 2D)
-                # In float32: wrong candidates win ties, and bf16 makes many scores equal.
-                scores[rows, column] = (feature.float() * fc.weight).sum(1) + fc.bias  # (≤ PAIRS,)
-                bar.update(len(feature))
-    bar.close()
-    return dist_env.all_reduce(scores).cpu()
-
-
-def batches_of(samples: Samples, indices: np.ndarray, dist_env: DistEnv):
-    """The batches of the samples `indices`, PAIRS at a time."""
-    micro_batches = ((masking.VALIDATION, 0, indices[start:start + PAIRS])
-                     for start in range(0, len(indices), PAIRS))
-    for loaded in load(samples, micro_batches, VAL_SEED, dist_env.device):
-        yield loaded.batch
-
-
-def recall(scores: Tensor, right: Tensor, direction: str) -> dict[str, float]:
-    """scores (Q, C) of every candidate for every query, right bool (Q, C) -> {direction_r1, _r5,
-    _r10}
-
-    Recall at k is the share of queries with a right candidate among the first k. Wrong candidates
-    win ties, and scores that are not numbers: a model that scores all alike finds nothing."""
-    best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)  # (Q, 1)
-    before = (~(scores < best) & ~right).sum(1)                       # (Q,)
-    return {f"{direction}_r{k}": (before < k).float().mean().item() for k in (1, 5, 10)}

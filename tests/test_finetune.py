@@ -343,6 +343,7 @@ def test_what_it_refuses(packs, pretrained, tmp_path, monkeypatch):
     def refused(sentence, task, *flags):
         with pytest.raises(UserError, match=sentence):
             started(monkeypatch, task, *flags, "--out", tmp_path / "never", "--steps", 2)
+        checkpoint.remove_unused_run_dir(tmp_path / "never")     # as the end of the process does
         assert not (tmp_path / "never").exists()
 
     refused("--init", "vqa", "--data", packs["vqa"])

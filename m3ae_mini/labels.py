@@ -1,0 +1,62 @@
+"""The labels of a downstream task: answers or classes, as packs and finished runs list them."""
+import json
+from pathlib import Path
+
+import numpy as np
+
+from .config import require
+from .loader import Samples
+
+LABEL_KEY = {"vqa": "answer", "cls": "label"}      # where a pack's line says what is right
+
+
+def targets(line: dict, task: str) -> list[str]:
+    """What is right for a sample: the answers, any of which will do ("#" stands between), or the
+    class."""
+    return line["answer"].split("#") if task == "vqa" else [line["label"]]
+
+
+def label_ids(samples: Samples, labels: list[str]) -> np.ndarray:
+    """The first right label of each sample that is in the list, or -1: int64 (n,)."""
+    index = {label: i for i, label in enumerate(labels)}
+    ids = np.full(samples.n, -1)
+    for n in range(samples.n):
+        names = targets(samples.line(n), samples.cfg.task)
+        ids[n] = next((index[name] for name in names if name in index), -1)
+    return ids
+
+
+def list_labels(packs: list, task: str, answers: str) -> list[str]:
+    """The answers of the training split (or of all) as they appear, or the classes, sorted."""
+    if task == "irtr":
+        return []
+    for pack in packs:
+        require(all(LABEL_KEY[task] in line for line in pack.lines()),
+                f"{pack.folder} holds samples without {LABEL_KEY[task]}: prepare it with --task "
+                f"{task}")
+
+    # dict keys: a set that keeps the order.
+    seen: dict[str, dict[str, None]] = {"train": {}, "val": {}, "test": {}}
+    for split, names in seen.items():
+        for pack in packs:
+            for line in pack.lines(split):
+                names.update(dict.fromkeys(targets(line, task)))
+    if task == "vqa" and answers == "train":
+        return list(seen["train"])
+    if task == "vqa":
+        return list(seen["train"] | seen["val"] | seen["test"])
+    unseen = sorted((seen["val"] | seen["test"]).keys() - seen["train"].keys())
+    require(not unseen,
+            f"no training sample has the class {', '.join(unseen)}: prepare another split")
+    return sorted(seen["train"])
+
+
+def saved_labels(run_dir: Path, task: str) -> list[str] | None:
+    """The answers or classes that a run has learned for a task, from its config.json, or None."""
+    try:
+        saved = json.loads((run_dir / "config.json").read_text())
+        if saved["model"]["task"] != task or saved["task"]["blind"]:
+            return None
+        return [str(label) for label in saved["data"]["labels"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
