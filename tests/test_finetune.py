@@ -1,4 +1,4 @@
-"""finetune.py as users start it: the three tasks, what they leave, how they go on, what they refuse."""
+"""finetune.py as users start it: the three tasks, what they leave, resuming, what they refuse."""
 import json
 import subprocess
 import sys
@@ -13,7 +13,7 @@ import finetune
 import train
 from data import Row, prepare
 from data.pack import Pack
-from m3ae_mini import M3AE, loop, metrics
+from m3ae_mini import M3AE, checkpoint, evaluate
 from m3ae_mini.config import UserError
 from test_loader import FINDINGS, SIDES, SIZES
 from test_train import SMALL, logged
@@ -39,7 +39,7 @@ def labelled_rows(folder, task, counts=COUNTS, outside=()):
 
 
 def packed(rows, out, task, root):
-    prepare.pack(rows, out=out, name="test", task=task, size=16, root=root, workers=1)
+    prepare.write_pack(rows, out=out, name="test", task=task, size=16, root=root, workers=1)
 
 
 @pytest.fixture(scope="module")
@@ -86,19 +86,18 @@ def test_a_run_leaves_what_it_promises(packs, pretrained, tmp_path, monkeypatch,
     assert f"--init {pretrained}" in printed and f"On {COUNTS['test']} test samples" in printed
 
 
-def test_it_learns_and_starts_where_it_was_told(packs, pretrained, tmp_path, monkeypatch):
-    """The classes are in the texts, so a few steps suffice; and the trunk is the pre-trained one."""
-    begun = []
-    learner = loop.learner
-    monkeypatch.setattr(loop, "learner", lambda model, *rest: begun.append(
-        {name: tensor.clone() for name, tensor in model.state_dict().items()}) or learner(model, *rest))
+def test_it_learns_and_starts_from_the_weights_of_init(packs, pretrained, tmp_path, monkeypatch):
+    """The classes are in the texts, so a few steps suffice; and the backbone is the pre-trained one."""
+    begun, fit = [], train.fit
+    monkeypatch.setattr(finetune, "fit", lambda model, *rest: begun.append(
+        {name: tensor.clone() for name, tensor in model.state_dict().items()}) or fit(model, *rest))
     started(monkeypatch, "cls", "--data", packs["cls"], "--init", pretrained, "--out", tmp_path / "run",
             "--steps", 60, "--lr", 3e-3, "--head_lr_mult", 1, "--fusion_lr_mult", 1, "--dropout", 0,
             "--attn_dropout", 0)
-    trunk = torch.load(pretrained / "best.pt", weights_only=True)["model"]
-    shared = begun[0].keys() & trunk.keys()
+    backbone = torch.load(pretrained / "best.pt", weights_only=True)["model"]
+    shared = begun[0].keys() & backbone.keys()
     assert "fusion.text_layers.1.cross.q.weight" in shared and "vit.pos_embed" in shared
-    assert all(torch.equal(begun[0][name], trunk[name]) for name in shared)
+    assert all(torch.equal(begun[0][name], backbone[name]) for name in shared)
     assert logged(tmp_path / "run", "test")[0]["acc"] > 0.9
 
 
@@ -108,7 +107,7 @@ def test_resume_equals_a_run_that_never_stopped(packs, pretrained, tmp_path, mon
     started(monkeypatch, task, *flags, "--out", tmp_path / "whole", "--steps", 4)
     with monkeypatch.context() as patch:                     # the second checkpoint is never written
         save = checkpoint.save_checkpoint
-        patch.setattr(loop, "save_checkpoint", lambda out, model, optimizer, scaler, step, best: save(
+        patch.setattr(checkpoint, "save_checkpoint", lambda out, model, optimizer, scaler, step, best: save(
             out, model, optimizer, scaler, step, best) if step < 4 else exec("raise KeyboardInterrupt"))
         with pytest.raises(KeyboardInterrupt):
             started(patch, task, *flags, "--out", tmp_path / "parts", "--steps", 4)
@@ -122,7 +121,7 @@ def test_resume_equals_a_run_that_never_stopped(packs, pretrained, tmp_path, mon
 
 
 def test_two_processes_equal_one(packs, pretrained, tmp_path):
-    """The same losses and the same figures of every task, whoever does the work."""
+    """The same losses and the same metrics of every task."""
     for task in ("vqa", "irtr"):
         flags = ["--data", packs[task], "--init", pretrained, "--steps", 3]
         for gpus, out in (0, "one"), (2, "two"):
@@ -138,7 +137,7 @@ def test_two_processes_equal_one(packs, pretrained, tmp_path):
 
 
 def test_blind_sees_nothing(packs, pretrained, tmp_path, monkeypatch):
-    """Nothing but one image, the mean of training's, ever goes in."""
+    """The model sees one image alone, the mean of the training images."""
     seen = []
     forward = M3AE.encode_image
     monkeypatch.setattr(M3AE, "encode_image", lambda self, image, *rest: (
@@ -148,23 +147,23 @@ def test_blind_sees_nothing(packs, pretrained, tmp_path, monkeypatch):
     assert len(seen) >= 4 and all(torch.equal(image, seen[0][:1].expand_as(image)) for image in seen)
 
 
-def test_each_task_learns_what_is_its_own(pretrained, tmp_path, monkeypatch):
-    """A pack of one's own table may hold answers and labels: questions learn the ones, classes the others."""
+def test_each_task_learns_its_own_labels(pretrained, tmp_path, monkeypatch):
+    """A pack of your own table may hold answers and labels: vqa learns the answers, cls the labels."""
     folder = tmp_path / "images"
     folder.mkdir()
     rows = [row._replace(answer="yes#no", closed=True) for row in labelled_rows(folder, "cls")]
     packed(rows, tmp_path / "pack", "cls", folder)
-    for task, choices in ("cls", sorted(FINDINGS)), ("vqa", ["yes", "no"]):
+    for task, labels in ("cls", sorted(FINDINGS)), ("vqa", ["yes", "no"]):
         out = tmp_path / task
         flags = "--data", tmp_path / "pack", "--init", pretrained, "--out", out, "--steps", 1
         started(monkeypatch, task, *flags)
-        assert json.loads((out / "config.json").read_text())["data"]["choices"] == choices
+        assert json.loads((out / "config.json").read_text())["data"]["labels"] == labels
 
 
 def test_retrieval_scores_are_not_rounded_to_ties(packs, pretrained, tmp_path, monkeypatch):
-    """In bf16 too: of 8 bits many scores would be equal, and a tie with a wrong candidate is no hit."""
+    """In bf16 too: bf16's 8 bits would make many scores equal, and a tie with a wrong candidate is no hit."""
     caught, recall = [], evaluate.recall
-    monkeypatch.setattr(metrics, "recall", lambda *args: caught.append(args[0]) or recall(*args))
+    monkeypatch.setattr(evaluate, "recall", lambda *args: caught.append(args[0]) or recall(*args))
     started(monkeypatch, "irtr", "--data", packs["irtr"], "--init", pretrained, "--out", tmp_path / "zero",
             "--zero_shot", "--dtype", "bfloat16")
     assert (caught[0] != caught[0].bfloat16().float()).float().mean() > 0.9
@@ -189,11 +188,11 @@ def test_retrieval_scores_every_pair_as_one_by_one(packs, pretrained, tmp_path, 
     """Encoding each once gives the scores that each pair gets by itself; shared captions are all right."""
     caught = []
     recall = evaluate.recall
-    monkeypatch.setattr(metrics, "recall", lambda *args: caught.append(args) or recall(*args))
-    models = []
-    learner = loop.learner
-    monkeypatch.setattr(loop, "learner", lambda model, *rest: models.append(model) or learner(model, *rest))
-    monkeypatch.setattr(finetune, "PAIRS", 3)                # several blocks
+    monkeypatch.setattr(evaluate, "recall", lambda *args: caught.append(args) or recall(*args))
+    models, report = [], finetune.report
+    monkeypatch.setattr(finetune, "report", lambda model, *rest, **step: models.append(model) or report(
+        model, *rest, **step))
+    monkeypatch.setattr(evaluate, "PAIRS", 3)                # several blocks
     started(monkeypatch, "irtr", "--data", packs["irtr"], "--init", pretrained, "--out", tmp_path / "zero",
             "--zero_shot")
     (scores, right, _), (turned, _, _) = caught
@@ -233,8 +232,8 @@ def test_answers_outside_the_list_count_as_wrong(packs, tmp_path, monkeypatch):
     share = sum(answer != "nodule#mass" for answer in answers) / len(answers)
     assert logged(tmp_path / "train", "test")[0]["answer_not_in_list"] == pytest.approx(share, abs=1e-6)
     assert logged(tmp_path / "all", "test")[0]["answer_not_in_list"] == 0
-    choices = json.loads((tmp_path / "all" / "config.json").read_text())["data"]["choices"]
-    assert choices[:4] == list(FINDINGS) and set(choices[4:]) == {"hernia", "mass", "fracture", "rib"}
+    labels = json.loads((tmp_path / "all" / "config.json").read_text())["data"]["labels"]
+    assert labels[:4] == list(FINDINGS) and set(labels[4:]) == {"hernia", "mass", "fracture", "rib"}
 
 
 def test_a_head_that_learned_other_answers_is_not_taken(packs, pretrained, tmp_path, monkeypatch):
@@ -251,13 +250,13 @@ def test_a_head_that_learned_other_answers_is_not_taken(packs, pretrained, tmp_p
         started(monkeypatch, "cls", "--data", tmp_path / "pack", *flags, "--out", tmp_path / "other")
 
 
-def test_texts_that_are_the_same_once_they_are_cut_are_one(packs, pretrained, tmp_path, monkeypatch):
+def test_texts_that_are_the_same_once_truncated_are_one(packs, pretrained, tmp_path, monkeypatch):
     """Two captions that differ behind the last token that is read: each is right for both images."""
     folder, caught = tmp_path / "images", []
     folder.mkdir()
     rows = [row._replace(text="nodule " * 40 + row.text) for row in labelled_rows(folder, "irtr")]
     packed(rows, tmp_path / "pack", "irtr", folder)
-    monkeypatch.setattr(metrics, "recall", lambda _, right, direction: caught.append(right) or {"r": 1.0})
+    monkeypatch.setattr(evaluate, "recall", lambda _, right, direction: caught.append(right) or {"r": 1.0})
     flags = "--data", tmp_path / "pack", "--init", pretrained, "--out", tmp_path / "zero"
     started(monkeypatch, "irtr", *flags, "--zero_shot")
     assert caught[0].shape == (1, 6) and caught[0].all()               # one text, right for all the images
@@ -274,7 +273,7 @@ def test_a_best_checkpoint_that_is_damaged_or_missing(packs, pretrained, tmp_pat
         started(monkeypatch, "vqa", *flags, "--steps", 2, "--resume")
         said = capsys.readouterr()
         assert "On 11 test samples (step 2)" in said.out
-        warned = "best.pt can't be read" in said.err and "another one is taken" in said.err
+        warned = "best.pt can't be read" in said.err and "trying the next one" in said.err
         assert warned == (name == "damaged")
 
 
@@ -293,7 +292,7 @@ def test_prediction(packs, pretrained, tmp_path, monkeypatch, capsys):
     (tmp_path / "broken.png").write_bytes(image.read_bytes()[:200])
     for shown, asked, sentence in ((tmp_path / "broken.png", "What?", "can't be read as an image"),
                                    (tmp_path / "none.png", "What?", "can't be read as an image"),
-                                   (image, "left " * 99, "99 tokens, 1 to 30 can"),
+                                   (image, "left " * 99, "99 tokens, but 1 to 30 can"),
                                    (image, " ", "0 tokens")):
         with pytest.raises(UserError, match=sentence):
             started(monkeypatch, "vqa", "--init", run, "--predict", shown, asked)
@@ -304,24 +303,26 @@ def test_prediction(packs, pretrained, tmp_path, monkeypatch, capsys):
 
     config = json.loads((run / "config.json").read_text())
     blind = config | {"task": config["task"] | {"blind": True}}
-    for choices in (json.dumps(blind), json.dumps(config | {"data": {"choices": 3}}), json.dumps([config]),
-                    "[" * 10 ** 5):
-        (run / "config.json").write_text(choices)
+    for text in (json.dumps(blind), json.dumps(config | {"data": {"labels": 3}}), json.dumps([config]),
+                 "[" * 10 ** 5):
+        (run / "config.json").write_text(text)
         with pytest.raises(UserError, match="no run of finetune.py"):
             started(monkeypatch, "vqa", "--init", run, "--predict", image, "What?")
-    (run / "config.json").write_text(json.dumps(config | {"data": {"choices": ["one", ["two"]]}}))
+    (run / "config.json").write_text(json.dumps(config | {"data": {"labels": ["one", ["two"]]}}))
     started(monkeypatch, "vqa", "--init", run, "--predict", image, "What?")    # it has four answers
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 # -------------------------------------------------------------------------------- metrics by hand
 
-def test_choice_by_hand():
-    found = evaluate.answer_metrics(["yes", "no", "left", "3"], [["yes"], ["yes"], ["left", "right"], ["4"]],
-                           ["yes", "no", "left", "3"], "vqa", [True, True, False, None])
+def test_answer_metrics_by_hand():
+    lines = [{"answer": "yes", "closed": True}, {"answer": "yes", "closed": True},
+             {"answer": "left#right", "closed": False}, {"answer": "4"}]
+    found = evaluate.answer_metrics(["yes", "no", "left", "3"], lines, ["yes", "no", "left", "3"], "vqa")
     assert {name: pair.tolist() for name, pair in found.items()} == {
         "acc": [2, 4], "acc_open": [1, 1], "acc_closed": [1, 2], "answer_not_in_list": [1, 4]}
-    found = evaluate.answer_metrics(["a", "b", "b"], [["a"], ["a"], ["b"]], ["a", "b", "c"], "cls", [None] * 3)
+    lines = [{"label": "a"}, {"label": "a"}, {"label": "b"}]
+    found = evaluate.answer_metrics(["a", "b", "b"], lines, ["a", "b", "c"], "cls")
     assert {name: pair.tolist() for name, pair in found.items()} == {
         "acc": [2, 3], "recall of a": [1, 2], "recall of b": [1, 1], "recall of c": [0, 0]}
 
@@ -365,7 +366,7 @@ def test_what_it_refuses(packs, pretrained, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_without_its_tokenizer(packs, pretrained, tmp_path, monkeypatch):
-    """Another one of the same size would put words on each other's vectors."""
+    """Another tokenizer of the same size would give words the embeddings of other words."""
     (tmp_path / "best.pt").write_bytes((pretrained / "best.pt").read_bytes())
     flags = ["--data", packs["vqa"], "--steps", 1, "--test_samples", 0]
     with pytest.raises(UserError, match="best.pt comes without a tokenizer.json: give"):

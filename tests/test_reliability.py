@@ -22,7 +22,7 @@ import finetune
 import train
 from data import Row, prepare
 from data.pack import Pack
-from m3ae_mini import loop
+from m3ae_mini import M3AE, checkpoint, distributed
 from m3ae_mini.config import UserError
 from m3ae_mini.tokenizer import Tokenizer
 from test_loader import CAPTIONS, write_pack
@@ -74,15 +74,15 @@ def together(folder, *flags, prepare=lambda rank: None):
 
 
 def at_step(number, act):
-    """Make this process act() before it agrees with the others on the end of step `number`."""
-    agree, calls = distributed.StopSignal.agree, []
+    """Make this process act() before all processes synchronise at the end of step `number`."""
+    sync, calls = distributed.StopSignal.sync, []
 
-    def counted(self, norm, place):
+    def counted(self, norm, dist_env):
         calls.append(1)
         if len(calls) == number:
             act()
-        return agree(self, norm, place)
-    distributed.StopSignal.agree = counted
+        return sync(self, norm, dist_env)
+    distributed.StopSignal.sync = counted
 
 
 def die():
@@ -118,8 +118,8 @@ def questions(tmp_path_factory):
 
 @pytest.mark.parametrize("script, share", [(train, 1), (finetune, 2)], ids=["train", "finetune"])
 def test_killed_at_any_moment_it_ends_the_same(pack, questions, tmp_path, request, script, share):
-    """SIGKILL at random moments, a checkpoint every step, dropout on; the run goes on until done, and begins
-    anew."""
+    """SIGKILL at random moments, a checkpoint every step, dropout on; a run resumes until it is done, then a
+    new one starts."""
     flags = ["--data", pack, "--steps", 8, "--save_every", 1, "--eval_every", 4]
     if script is finetune:
         flags[1:2] = [questions / "pack", "--init", "none", "--tokenizer", questions, "--min_crop_area", 0.9]
@@ -147,7 +147,7 @@ def test_killed_at_any_moment_it_ends_the_same(pack, questions, tmp_path, reques
 
 @pytest.mark.parametrize("where", ["write", "flush", "rename"])
 def test_a_checkpoint_that_can_not_be_written(pack, tmp_path, monkeypatch, where):
-    """A full disk at any stage leaves the checkpoint before, and no half of one beside it."""
+    """A full disk at any stage leaves the checkpoint before, and no temporary file."""
     out, flags = tmp_path / "run", ["--data", pack, "--steps", 4, "--save_every", 1, "--test_samples", 0]
     started(monkeypatch, *SMALL, *flags, "--out", tmp_path / "whole")
 
@@ -161,7 +161,7 @@ def test_a_checkpoint_that_can_not_be_written(pack, tmp_path, monkeypatch, where
                 stages = {"write": (torch, "save"), "flush": (os, "fsync"), "rename": (os, "replace")}
                 patch.setattr(*stages[where], fail)
             save(folder, model, optimizer, scaler, step, best)
-        patch.setattr(loop, "save_checkpoint", third_fails)
+        patch.setattr(checkpoint, "save_checkpoint", third_fails)
         patch.setattr(sys, "argv", ["train.py", *SMALL, *map(str, flags), "--out", str(out)])
         with pytest.raises(SystemExit, match="2"):
             distributed.run(train.main)
@@ -171,7 +171,7 @@ def test_a_checkpoint_that_can_not_be_written(pack, tmp_path, monkeypatch, where
 
 
 def test_a_disk_that_is_full(pack, tmp_path, capfd):
-    """A real one: a tmpfs with room for two checkpoints, but not for a third written beside them."""
+    """A real one: a tmpfs with room for two checkpoints, but not for a third."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = shutil.which("mount")
@@ -205,7 +205,7 @@ def test_a_signal_ends_the_step_and_saves(pack, tmp_path, number):
 def test_a_second_signal_stops_at_once(pack, tmp_path, first):
     """While the step goes on (it sleeps here for a minute), the second signal ends the process."""
     def slow():
-        distributed.StopSignal.agree = lambda *_: (tmp_path / "in the step").touch() or time.sleep(60)
+        distributed.StopSignal.sync = lambda *_: (tmp_path / "in the step").touch() or time.sleep(60)
 
     pid = forked("--data", pack, "--out", tmp_path / "run", "--steps", 9, prepare=slow)
     while not (tmp_path / "in the step").exists():
@@ -236,7 +236,7 @@ def test_damage_is_named_and_the_other_checkpoint_taken(pack, tmp_path, monkeypa
     (out / "last.pt").write_bytes(data)
     started(monkeypatch, *SMALL, *flags, "--out", out, "--resume")
     said = capsys.readouterr()
-    assert "last.pt is damaged" in said.err and f"steps 3 to 4, from {out / 'prev.pt'}" in said.out
+    assert "last.pt is damaged" in said.err and f"continuing from {out / 'prev.pt'}, step 3" in said.out
     assert equal(weights(out), whole)
 
     for name in "last.pt", "prev.pt":
@@ -267,7 +267,7 @@ def test_a_kill_between_the_renames(pack, tmp_path, renames, name):
     assert ended(forked(*flags, "--out", tmp_path / "whole")) == 0
     assert ended(forked(*flags, "--out", tmp_path / "run", prepare=killed_there)) == -signal.SIGKILL
     assert ended(forked(*flags, "--out", tmp_path / "run", "--resume", said=tmp_path / "said")) == 0
-    assert f"steps 3 to 4, from {tmp_path / 'run' / name}" in (tmp_path / "said").read_text()
+    assert f"continuing from {tmp_path / 'run' / name}, step 3" in (tmp_path / "said").read_text()
     assert equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     assert sorted(file.name for file in (tmp_path / "run").glob("[!b]*.pt")) == ["last.pt", "prev.pt"]
 
@@ -291,8 +291,8 @@ def test_a_checkpoint_of_something_else(pack, tmp_path, monkeypatch, content):
 
 
 def test_a_folder_that_may_only_be_read(pack, tmp_path):
-    """It turns read-only while the run is at work: one sentence; what was saved stays, can be started from,
-    and is named and gone on from when the folder may be written to again."""
+    """It turns read-only during the run: one sentence; what was saved stays, a run can start from it, and
+    --resume continues from it when the folder may be written to again."""
     run, said = tmp_path / "run", tmp_path / "said"
 
     def mount(*flags):
@@ -319,40 +319,48 @@ def test_a_folder_that_may_only_be_read(pack, tmp_path):
         subprocess.run(["umount", run])
     said.unlink()
     assert ended(forked(*flags, "--resume", said=said)) == 0
-    assert f"steps 2 to 4, from {run / 'last.pt'}" in said.read_text()
+    assert f"continuing from {run / 'last.pt'}, step 2" in said.read_text()
 
 
 # -------------------------------------------------------------------------------- several processes
 
-def test_one_process_is_asked_to_stop_and_all_do(pack, tmp_path):
+def test_a_signal_to_one_rank_stops_all_ranks(pack, tmp_path):
     flags = ["--data", pack, "--steps", 300, "--out", tmp_path / "run", "--test_samples", 0]
-    def asked(rank):
+
+    def stop_rank_1(rank):
         if rank == 1:
             at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
-    pids = together(tmp_path, *flags, prepare=asked)
+    pids = together(tmp_path, *flags, prepare=stop_rank_1)
     assert [ended(pid) for pid in pids] == [0, 0]
     assert weights(tmp_path / "run")["step"] == len(logged(tmp_path / "run")) == 4
-    assert "stopped after step 4; go on with --resume" in (tmp_path / "said0").read_text()
+    assert "stopped after step 4; continue with --resume" in (tmp_path / "said0").read_text()
 
 
-def test_a_bad_gradient_of_one_process_skips_the_step_on_all(pack, tmp_path):
+def test_a_mistake_that_rank_0_finds_ends_all_ranks_with_its_sentence(pack, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    pids = together(tmp_path, "--data", pack, "--steps", 1, "--out", tmp_path / "run")
+    assert [ended(pid) for pid in pids] == [2, 2]
+    for rank in range(2):
+        assert "is not empty and holds no run" in (tmp_path / f"said{rank}").read_text()
+
+
+def test_a_bad_gradient_of_one_rank_skips_the_step_on_all(pack, tmp_path):
     def spoiled(rank):
-        learner, run, models, calls = loop.learner, distributed.run, [], []
+        fit, calls = train.fit, []
 
-        def spoil(gradient):                                 # of the second process, in the second step
+        def spoil(gradient):                                 # of rank 1, in the second step
             calls.append(1)
             return gradient * float("nan") if rank and len(calls) == 2 else gradient
 
-        def make(model, *rest):
-            made = learner(model, *rest)
+        def with_hook(model, *rest):
             [first, *_] = (parameter for parameter in model.parameters() if parameter.requires_grad)
             first.register_hook(spoil)
-            models.append(model)
-            return made
-
-        loop.learner = make
-        distributed.run = lambda main: (run(main), torch.save(models[0].state_dict(), tmp_path / f"model{rank}"))
+            finished = fit(model, *rest)
+            torch.save(model.state_dict(), tmp_path / f"model{rank}")
+            return finished
+        train.fit = with_hook
 
     pids = together(tmp_path, "--data", pack, "--steps", 4, "--out", tmp_path / "run", "--test_samples", 0,
                     prepare=spoiled)
@@ -363,8 +371,8 @@ def test_a_bad_gradient_of_one_process_skips_the_step_on_all(pack, tmp_path):
 
 
 @pytest.mark.parametrize("act", [die, lambda: time.sleep(600)], ids=["dies", "hangs"])
-def test_a_process_that_is_missing(pack, tmp_path, act):
-    """The other ends within --timeout, in one sentence."""
+def test_a_rank_that_is_missing(pack, tmp_path, act):
+    """The other rank ends within --timeout, in one sentence."""
     pids = together(tmp_path, "--data", pack, "--steps", 300, "--out", tmp_path / "run", "--timeout", 3,
                     "--save_every", 1, prepare=lambda rank: rank and at_step(3, act))
     began = time.monotonic()
@@ -373,11 +381,11 @@ def test_a_process_that_is_missing(pack, tmp_path, act):
     os.kill(pids[1], signal.SIGKILL)
     ended(pids[1])
     said = (tmp_path / "said0").read_text()
-    assert "train.py: another process of this run is gone or hangs" in said and "Traceback" not in said
+    assert "train.py: another process of this run has ended or hangs" in said and "Traceback" not in said
     assert weights(tmp_path / "run")["step"] == 2
 
 
-def test_it_goes_on_with_another_number_of_processes(pack, tmp_path):
+def test_it_resumes_with_another_number_of_processes(pack, tmp_path):
     """One process, then two, then one: the same losses to 1e-5, dropout on."""
     flags = ["--data", pack, "--steps", 9, "--save_every", 1, "--test_samples", 0]
     assert ended(forked(*flags, "--out", tmp_path / "whole")) == 0
@@ -390,7 +398,7 @@ def test_it_goes_on_with_another_number_of_processes(pack, tmp_path):
     assert whole.shape == (9, 3) and (whole - parts).abs().max() < 1e-5
 
 
-def test_torchrun_starts_the_group_anew(pack, tmp_path):
+def test_torchrun_restarts_the_group(pack, tmp_path):
     """With --max-restarts a worker that is killed, twice, restarts the group, which resumes by itself and
     ends with the weights of a group that was left alone; torchrun says which worker it was."""
     flags = ["--data", pack, "--steps", 8, "--save_every", 1, "--test_samples", 0]
@@ -408,7 +416,8 @@ def test_torchrun_starts_the_group_anew(pack, tmp_path):
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(re.findall(r"failed \(exitcode: -9\) local_rank: 1 ", done.stderr)) == 2
-    assert [int(step) for step in re.findall(r"steps (\d) to 8", done.stdout)] == [0, 2, 4]
+    assert done.stdout.count("million parameters") == 3
+    assert [int(step) for step in re.findall(r"continuing from .*, step (\d)", done.stdout)] == [2, 4]
     assert equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
@@ -430,7 +439,7 @@ class Peeking:
 def test_a_pack_that_is_being_written_is_not_opened(tmp_path):
     found = []
     rows = [Row("train", Peeking(tmp_path / "pack", found), "An image.")]
-    prepare.pack(rows, tmp_path / "pack", "drawn", "pretrain", 8, workers=1)
+    prepare.write_pack(rows, tmp_path / "pack", "drawn", "pretrain", 8, workers=1)
     assert len(found) == 2 and len(Pack(tmp_path / "pack").samples) == 1
 
 
@@ -438,28 +447,27 @@ def test_a_pack_that_is_being_written_is_not_opened(tmp_path):
 
 def test_gradients_that_are_not_finite_skip_and_then_stop(pack, tmp_path, monkeypatch):
     """Three steps without a finite gradient are skipped, counted and logged; twenty in a row end the run."""
-    learner = loop.learner
+    forward = M3AE.forward
 
     def poisoned(steps):
-        def make(model, *rest):
-            net, *others = learner(model, *rest)
-            calls = []
+        calls = []
 
-            def call(batch):
+        def call(self, batch):
+            outputs = forward(self, batch)
+            if not batch["image"].is_meta:
                 calls.append(1)
-                losses = net(batch)
-                bad = float("nan") if (len(calls) + 1) // 2 in steps else 1.0      # two chunks a step
-                return {name: value * bad if name == "loss" else value for name, value in losses.items()}
-            return call, *others
-        return make
+                bad = float("nan") if (len(calls) + 1) // 2 in steps else 1.0   # two micro-batches a step
+                outputs["loss"] = outputs["loss"] * bad
+            return outputs
+        return call
 
     flags = ["--data", pack, "--eval_every", 1000, "--test_samples", 0]
-    monkeypatch.setattr(loop, "learner", poisoned({2, 3, 4}))
+    monkeypatch.setattr(M3AE, "forward", poisoned({2, 3, 4}))
     started(monkeypatch, *SMALL, *flags, "--out", tmp_path / "some", "--steps", 6)
     assert [line["skipped"] for line in logged(tmp_path / "some")] == [0, 1, 1, 1, 0, 0]
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "some")["model"].values())
 
-    monkeypatch.setattr(loop, "learner", poisoned(range(3, 99)))
+    monkeypatch.setattr(M3AE, "forward", poisoned(range(3, 99)))
     with pytest.raises(UserError, match="lower --lr"):
         started(monkeypatch, *SMALL, *flags, "--out", tmp_path / "many", "--steps", 60, "--save_every", 2)
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "many")["model"].values())
