@@ -23,7 +23,8 @@ from m3ae_mini import M3AE, checkpoint, config, evaluate, optim, plots, weights
 from m3ae_mini.config import (
     ModelConfig, RunConfig, TaskConfig, TrainConfig, UserError, require)
 from m3ae_mini.distributed import (
-    DistEnv, keep_freed_memory, launch_torchrun, pick_device, run, started_by_torchrun)
+    DistEnv, keep_freed_memory, launch_torchrun, num_processes, pick_device, run,
+    started_by_torchrun)
 from m3ae_mini.labels import label_ids, list_labels, saved_labels
 from m3ae_mini.loader import Samples, normalise
 from m3ae_mini.model import use_grad_checkpointing
@@ -68,10 +69,13 @@ def main():
     task_cfg.check()
     require(train_cfg.init, "name the run or checkpoint to start from by --init, or --init none")
 
+    # The micro-batch that fits the number of processes.
+    lines = config.fit_micro_batch(
+        cfg, train_cfg, num_processes(run_cfg), args.micro_batch, checkpoint.saved_settings(out))
+
     # --gpus N: find mistakes here, in one process; then torchrun takes over and starts N of them.
     if run_cfg.gpus and not started_by_torchrun():
         pick_device(run_cfg)
-        config.check_batch_size(cfg, train_cfg, run_cfg.gpus)
         checkpoint.check_run_dir(out, run_cfg.resume)
         new_cfg, init_weights = weights.read_init_files(cfg, train_cfg, vars(args))
         data = load_data(new_cfg, train_cfg, run_cfg, task_cfg, init_weights)
@@ -80,7 +84,8 @@ def main():
 
     # This process among the others; the run's folder, opened and locked by rank 0.
     dist_env = DistEnv(run_cfg)
-    config.check_batch_size(cfg, train_cfg, dist_env.world_size)
+    for line in lines:
+        dist_env.print(line)
     resume_from = None
     with dist_env.main_process_first():
         if dist_env.is_main:
@@ -135,7 +140,7 @@ def main():
         net = DistributedDataParallel(
             net,
             gradient_as_bucket_view=True,
-            broadcast_buffers=False)
+            forward_sync_buffers=False)
     dist_env.print(optim.describe(model, dist_env))
 
     # Train, with the loop of train.py; then test the best checkpoint, once.

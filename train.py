@@ -24,7 +24,8 @@ from data.prepare import open_packs
 from m3ae_mini import M3AE, checkpoint, config, evaluate, masking, optim, plots, weights
 from m3ae_mini.config import ModelConfig, RunConfig, TrainConfig
 from m3ae_mini.distributed import (
-    DistEnv, StopSignal, keep_freed_memory, launch_torchrun, pick_device, run, started_by_torchrun)
+    DistEnv, StopSignal, keep_freed_memory, launch_torchrun, num_processes, pick_device, run,
+    started_by_torchrun)
 from m3ae_mini.loader import Samples, Settings, load, training_micro_batches
 from m3ae_mini.model import use_grad_checkpointing
 from m3ae_mini.objectives import OBJECTIVES, loss_weights
@@ -51,10 +52,13 @@ def main():
     run_cfg.check()
     out = Path(run_cfg.out)
 
+    # The micro-batch that fits the number of processes.
+    lines = config.fit_micro_batch(
+        cfg, train_cfg, num_processes(run_cfg), args.micro_batch, checkpoint.saved_settings(out))
+
     # --gpus N: find mistakes here, in one process; then torchrun takes over and starts N of them.
     if run_cfg.gpus and not started_by_torchrun():
         pick_device(run_cfg)
-        config.check_batch_size(cfg, train_cfg, run_cfg.gpus)
         checkpoint.check_run_dir(out, run_cfg.resume)
         new_cfg, init_weights = weights.read_init_files(cfg, train_cfg, vars(args))
         data = load_data(new_cfg, train_cfg, run_cfg, init_weights)
@@ -63,7 +67,8 @@ def main():
 
     # This process among the others; the run's folder, opened and locked by rank 0.
     dist_env = DistEnv(run_cfg)
-    config.check_batch_size(cfg, train_cfg, dist_env.world_size)
+    for line in lines:
+        dist_env.print(line)
     resume_from = None
     with dist_env.main_process_first():
         if dist_env.is_main:
@@ -116,7 +121,7 @@ def main():
         net = DistributedDataParallel(
             net,
             gradient_as_bucket_view=True,
-            broadcast_buffers=False)
+            forward_sync_buffers=False)
     dist_env.print(optim.describe(model, dist_env))
 
     # Train; then test the best checkpoint, once.
@@ -245,7 +250,7 @@ def fit(model: M3AE, net: torch.nn.Module, optimizer, scaler, train: Samples, va
             num_nonfinite += 1
             config.require(num_nonfinite < MAX_NONFINITE, optim.DIVERGED)
         scaler.update()                # float16: a lower scale after a skipped step
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=dist_env.world_size == 1)  # DDP: stay in its buckets
         step += 1
         num_steps += 1
         is_end = step == train_cfg.steps
@@ -264,10 +269,16 @@ def fit(model: M3AE, net: torch.nn.Module, optimizer, scaler, train: Samples, va
             sums, num_steps, num_skipped = {}, 0, 0
             clock = time.perf_counter()
 
-        # Validate and save, while the clock stands still.
+        # Validate and save, while the clock stands still. A signal in a validation, which may take
+        # long, saves before the rest of it.
+        def save() -> None:
+            if dist_env.is_main:
+                checkpoint.save_checkpoint(out, model, optimizer, scaler, step, best_score)
+
         pause = time.perf_counter()
         if step % run_cfg.eval_every == 0 or is_end:
-            metrics = validate(model, step)
+            with stop_signal.saving_at_once(save):
+                metrics = validate(model, step)
             if dist_env.is_main:
                 log.write(step, "val", **metrics)
                 tqdm.write(f"step {step:,}  {checkpoint.format_metrics(metrics)}")
@@ -275,8 +286,8 @@ def fit(model: M3AE, net: torch.nn.Module, optimizer, scaler, train: Samples, va
                 if metrics["score"] > best_score:
                     checkpoint.save_weights(out / "best.pt", model, step)
             best_score = max(best_score, metrics["score"])
-        if dist_env.is_main and (step % run_cfg.save_every == 0 or is_end or stopping):
-            checkpoint.save_checkpoint(out, model, optimizer, scaler, step, best_score)
+        if step % run_cfg.save_every == 0 or is_end or stopping:
+            save()
         clock += time.perf_counter() - pause
     bar.close()
 

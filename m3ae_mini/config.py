@@ -15,6 +15,9 @@ from typing import Any
 
 # ------------------------------------------------------------------------------------------- errors
 
+FEW_NEGATIVES = 8                      # rows of a micro-batch below which matching is warned of
+
+
 class UserError(Exception):
     """A mistake of the user's making: one sentence that says what is wrong and how to mend it."""
 
@@ -239,17 +242,52 @@ class TaskConfig:
                 "--rerank ranks the best of --rank itc again: give both, --rerank 1 or more")
 
 
-def check_batch_size(model_cfg: ModelConfig, train_cfg: TrainConfig, world_size: int) -> None:
-    """Raise UserError where batch, micro-batch and number of processes do not fit each other."""
-    batch_size, micro_batch = train_cfg.batch_size, train_cfg.micro_batch
-    require(batch_size % (micro_batch * world_size) == 0,
-            f"--batch_size {batch_size} can't be divided among {world_size} processes with "
-            f"--micro_batch {micro_batch}: use a multiple of {micro_batch * world_size}, or "
-            "another --micro_batch")
-    with_negatives = model_cfg.task == "pretrain" and (model_cfg.itm or model_cfg.itc)
-    require(micro_batch > 1 or not (model_cfg.task == "irtr" or with_negatives),
+def fit_micro_batch(model_cfg: ModelConfig, train_cfg: TrainConfig, world_size: int,
+                    given: int | None, saved: dict | None) -> list[str]:
+    """Set the micro-batch for `world_size` processes -> lines to print about it
+
+    given: --micro_batch, None where it was not given; saved: config.json of a run that goes on.
+    A run that goes on keeps its own. Else the preset's, or the largest below it that divides.
+    UserError where batch, micro-batch and number of processes do not fit each other."""
+    batch_size = train_cfg.batch_size
+    if given is None and saved is not None:
+        given = train_cfg.micro_batch = saved.get("train", {}).get("micro_batch", 1)
+        fitting = [n for n in range(1, batch_size + 1) if batch_size % (given * n) == 0]
+        require(world_size in fitting,
+                f"this run has --batch_size {batch_size} and --micro_batch {given}, which can't be "
+                f"divided among {world_size} processes: use {', '.join(map(str, fitting))}")
+    if given is not None:
+        require(batch_size % (given * world_size) == 0,
+                f"--batch_size {batch_size} can't be divided among {world_size} processes with "
+                f"--micro_batch {given}: use a multiple of {given * world_size}, or leave "
+                "--micro_batch out")
+    require(batch_size % world_size == 0,
+            f"--batch_size {batch_size} can't be divided among {world_size} processes: use a "
+            f"multiple of {world_size}")
+
+    lines = []
+    if given is None:
+        share = batch_size // world_size
+        wanted = min(train_cfg.micro_batch, share)
+        fitting = max(m for m in range(1, wanted + 1) if share % m == 0)
+        if fitting != train_cfg.micro_batch:
+            lines.append(f"--micro_batch {fitting} in place of {train_cfg.micro_batch}, as "
+                         f"{world_size} processes share a batch of {batch_size}; one process with "
+                         f"--micro_batch {fitting} has the same losses")
+        train_cfg.micro_batch = fitting
+
+    # Wrong images and texts are other rows of the micro-batch.
+    micro_batch, negatives = train_cfg.micro_batch, model_cfg.task == "irtr"
+    if model_cfg.task == "pretrain":
+        negatives = model_cfg.itm > 0 or model_cfg.itc > 0
+    require(micro_batch > 1 or not negatives,
             "--micro_batch 1 leaves no other row for a wrong image or text: use 2, or pre-train "
             "with --itm 0 --itc 0")
+    if negatives and micro_batch < FEW_NEGATIVES:
+        lines.append(f"warning: a micro-batch of {micro_batch} offers few wrong images and texts: "
+                     f"--batch_size {FEW_NEGATIVES * world_size} gives each process "
+                     f"{FEW_NEGATIVES} rows")
+    return lines
 
 
 # ------------------------------------------------------------------------------------------ presets

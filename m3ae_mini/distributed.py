@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -24,8 +25,13 @@ OUT_OF_MEMORY = ("out of memory: continue with --grad_checkpointing --resume, or
                  "smaller --micro_batch")
 PEER_IS_GONE = ("another process of this run has ended or hangs: look at its messages, then "
                 "continue with --resume")
-KNOWN_ERRORS = {"MemoryError|out of memory|can't allocate": OUT_OF_MEMORY,
-                "[Tt]imed out|[Tt]imeout|[Cc]onnection (closed|reset)": PEER_IS_GONE}
+OLD_DRIVER = ("the GPU or its driver is too old for this build of torch: update the driver, "
+              "install torch's build for an older CUDA (cu126), or use --device cpu")
+KNOWN_ERRORS = {
+    "MemoryError|out of memory|can't allocate|ALLOC_FAILED": OUT_OF_MEMORY,
+    "driver.{0,40} too old|no kernel image": OLD_DRIVER,
+    "[Tt]imed out|[Tt]imeout|[Cc]onnection (closed|reset)|NCCL (error|communicator)": PEER_IS_GONE}
+REPEATS = 5.0                          # seconds in which further signals count as the first one's
 
 
 # ---------------------------------------------------------------------------------------- processes
@@ -42,6 +48,8 @@ class DistEnv:
         self.dtype = pick_dtype(run_cfg.dtype, self.device.type)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+            # The same attention kernels on every GPU; cuDNN's lack some shapes (single queries).
+            torch.backends.cuda.enable_cudnn_sdp(False)
         if started_by_torchrun() and not dist.is_initialized():
             self._init_process_group(run_cfg.timeout)
 
@@ -110,11 +118,28 @@ def started_by_torchrun() -> bool:
     return "RANK" in os.environ
 
 
+def num_processes(run_cfg: RunConfig) -> int:
+    """How many processes this run has, or will have. UserError where srun started several alone."""
+    if started_by_torchrun():
+        return int(os.environ["WORLD_SIZE"])
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or "1"
+    require(tasks == "1", f"srun started {tasks} tasks that know nothing of each other: let srun "
+            "start torchrun, one task a node (README, Scaling)")
+    require(not run_cfg.gpus or sys.platform != "win32",
+            "--gpus needs Linux or macOS: leave it out on Windows")
+    return max(1, run_cfg.gpus)
+
+
 def launch_torchrun(num_processes: int) -> None:
     """Replace this process by torchrun, which starts this command line `num_processes` times."""
     sys.stdout.flush()
-    threads = max(1, (os.cpu_count() or 1) // num_processes)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))               # a batch system may have given us a few
+    else:
+        cores = os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
+    # torchrun kills what has not ended so many seconds after a signal; base takes a while to save.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
     os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
                               "--nproc-per-node", str(num_processes), *sys.argv])
 
@@ -129,7 +154,9 @@ def pick_device(run_cfg: RunConfig) -> torch.device:
     if kind == "auto":
         kind = "cuda" if available["cuda"] else "cpu"
     require(kind in available, f"--device {kind} is not known: use auto, cuda, cpu or mps")
-    wanted = max(local_rank + 1, run_cfg.gpus)
+    if started_by_torchrun() and available[kind] == 1:
+        local_rank = 0                                     # each process sees its own GPU alone
+    wanted = max(local_rank + 1, 0 if started_by_torchrun() else run_cfg.gpus)
     require(wanted <= available[kind], f"{wanted} GPUs are wanted, {available[kind] or 'none'} "
             "available: use fewer, or --device cpu")
     return torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
@@ -161,18 +188,36 @@ def keep_freed_memory() -> None:
 # ---------------------------------------------------------------------------------- signals, errors
 
 class StopSignal:
-    """SIGTERM and SIGINT ask the run to finish its step and save a checkpoint; a second one stops
-    at once."""
+    """SIGTERM and SIGINT ask the run to finish its step and save a checkpoint.
+
+    A second signal stops at once. But batch systems, and Ctrl-C, signal torchrun and every rank,
+    and torchrun passes its own on: under torchrun repeats within some seconds count as one."""
 
     def __init__(self):
         self.requested = False                             # on this rank; `sync` asks all
+        self.time = 0.0                                    # of the first signal
+        self.save: Callable | None = None                  # in a long pause: saves at once
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
 
-    def on_signal(self, number, frame) -> None:
-        self.requested = True
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_DFL)
+    def on_signal(self, number: int, frame: Any) -> None:
+        if self.requested:
+            patience = REPEATS if started_by_torchrun() else 0.0
+            if time.monotonic() - self.time >= patience:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self.requested, self.time = True, time.monotonic()
+        if self.save:
+            self.save()
+            self.time = time.monotonic()
+
+    @contextmanager
+    def saving_at_once(self, save: Callable) -> Iterator[None]:
+        """In this block, a validation, the first signal calls save() before the block goes on."""
+        self.save = save
+        yield
+        self.save = None
 
     def sync(self, norm: Tensor, dist_env: DistEnv) -> tuple[float, bool]:
         """The gradient's norm () -> it as a float, and whether any rank was asked to stop: all stop
@@ -185,26 +230,42 @@ class StopSignal:
 
 
 def run(main: Callable) -> Any:
-    """Call main(). A mistake of the user's making ends in one sentence and status 2, without a
+    """Call main(). A mistake of the user's making ends in one sentence and status 2, no
     traceback."""
+    sentence = None
     try:
-        return main()
+        result = main()
     except UserError as error:
         sentence = str(error)
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError as error:                      # a full disk, a folder that may not be written to
+    except OSError as error:                               # a full disk, a folder without rights
         sentence = f"{error.filename or 'a file'}: {error.strerror or error}"
     except (MemoryError, RuntimeError) as error:
         text = f"{error!r} {error}"
         known = [sentence for pattern, sentence in KNOWN_ERRORS.items() if re.search(pattern, text)]
-        if not known:
+        if not known and not dist.is_initialized():
             raise
+        if not known:
+            traceback.print_exc()
+            leave(1)
         sentence = known[0]
-    finally:
+    if sentence is None:
         if dist.is_initialized():
             dist.destroy_process_group()
+        return result
+
     print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
     if sentence == PEER_IS_GONE:
         time.sleep(1)                                    # let torchrun find the ended process first
-    sys.exit(2)
+    leave(2)
+
+
+def leave(status: int) -> None:
+    """End this process. Among others without ceremony: they may wait in a collective, and taking
+    leave of the process group would wait for them."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
