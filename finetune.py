@@ -7,7 +7,7 @@
     python finetune.py vqa --init runs/vqa --predict chest.png "Is there a pneumothorax?"
 """
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,14 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import clean_text
 from data.images import open_image, square
+from data.labels import label_ids, list_labels, saved_labels
 from data.prepare import open_packs
 from m3ae_mini import M3AE, checkpoint, config, evaluate, optim, plots, weights
-from m3ae_mini.config import (
-    ModelConfig, RunConfig, TaskConfig, TrainConfig, UserError, require)
+from m3ae_mini.config import ModelConfig, RunConfig, TrainConfig, UserError, opt, require
 from m3ae_mini.distributed import (
     DistEnv, keep_freed_memory, launch_torchrun, num_processes, pick_device, run,
     started_by_torchrun)
-from m3ae_mini.labels import label_ids, list_labels, saved_labels
 from m3ae_mini.loader import Samples, normalise
 from m3ae_mini.model import use_grad_checkpointing
 from m3ae_mini.retrieval import Ranking
@@ -38,6 +37,28 @@ WORDS = {                              # metrics in the report
     "acc_open": "on open questions",
     "acc_closed": "on closed questions",
     "answer_not_in_list": "right answer not in the list"}
+
+
+@dataclass
+class TaskConfig:
+    """What only the downstream tasks need."""
+    answers: str = opt(
+        "train", "the answer list: train (of the training questions) or all (as released)")
+    blind: bool = opt(
+        False, "show the mean image in place of every image, in training and in test")
+    zero_shot: bool = opt(
+        False, "irtr: rank by what --init has learned, without training")
+    rank: str = opt(
+        "match", "irtr: match (the fusion scores every pair) or itc (the contrast, in seconds)")
+    rerank: int = opt(
+        0, "irtr: with --rank itc the fusion ranks so many of the best candidates again")
+
+    def check(self) -> None:
+        """Raise UserError where a setting is not known or two contradict each other."""
+        require(self.answers in ("train", "all"), f"--answers {self.answers}: use train or all")
+        require(self.rank in ("match", "itc"), f"--rank {self.rank}: use match or itc")
+        require(self.rerank == 0 or self.rank == "itc" and self.rerank > 0,
+                "--rerank ranks the best of --rank itc again: give both, --rerank 1 or more")
 
 
 class Data(NamedTuple):

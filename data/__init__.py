@@ -31,7 +31,7 @@ class Row(NamedTuple):
     skip: str | None = None      # why this row is not packed; it is counted and listed instead
 
 
-# -------------------------------------------------------------------------------- reading files
+# ------------------------------------------------------------------------------------ reading files
 
 def read_lines(path: Path) -> Iterator[str]:
     """The lines of a text file with their ends. UserError where it is missing or not UTF-8."""
@@ -104,7 +104,7 @@ def _parse_json(text: str, path: Path, line: int) -> Any:
         raise UserError(f"{path}, line {line}: not valid JSON ({why}): correct the file") from None
 
 
-# ------------------------------------------------------------------------------- checking values
+# ---------------------------------------------------------------------------------- checking values
 
 def _with_keys(record: Any, keys: tuple[str, ...], location: str) -> dict:
     """The record, with the values under `keys` checked by plain_value."""
@@ -128,7 +128,7 @@ def text_list(record: dict, key: str, location: str) -> list[str]:
     return [str(plain_value(value, key, location) or "") for value in values]
 
 
-# ----------------------------------------------------------------------------------------- texts
+# -------------------------------------------------------------------------------------------- texts
 
 def clean_text(text: str | None) -> str:
     """Each run of white space, line breaks included, becomes one blank; the ends are stripped."""

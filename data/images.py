@@ -24,7 +24,7 @@ FORMATS = "BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP".split()
 DECODE_BATCH = 16   # images that a process decodes per task
 
 
-# ------------------------------------------------------------------------------------ one image
+# ---------------------------------------------------------------------------------------- one image
 
 def open_image(path: Path) -> Image.Image:
     """Decodes an image file as it is meant to be seen -> mode L (grey) or RGB.
@@ -90,13 +90,13 @@ def square(image: Image.Image, size: int) -> Image.Image:
 def store_image(source: Source, size: int) -> bytes:
     """An image as images.bin holds it: size² bytes if it is grey (R = G = B), else 3 · size²."""
     image = square(source(size) if callable(source) else open_image(source), size)
-    pixels = np.asarray(image)   # (S, S) or (S, S, 3)
+    pixels = np.asarray(image)                                        # (S, S) or (S, S, 3)
     if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():
-        pixels = pixels[..., 0]   # (S, S)
+        pixels = pixels[..., 0]                                       # (S, S)
     return pixels.tobytes() if pixels.ndim == 2 else pixels.transpose(2, 0, 1).tobytes()
 
 
-# ---------------------------------------------------------------------------------- many images
+# -------------------------------------------------------------------------------------- many images
 
 def store_images(sources: list[Source], size: int, workers: int | None) -> Iterator[bytes | str]:
     """For each source, in order: the bytes of store_image, or why it cannot be read (str).

@@ -23,7 +23,7 @@ def rows(root: Path, task: str) -> Iterator[Row]:
     require(task == "pretrain",
             f"medicat has nothing for the task {task}: choose --task pretrain")
 
-    figures = []   # (paper, image's file name, texts)
+    figures = []                                                 # (paper, image's file name, texts)
     path = root / "release" / ANNOTATIONS
     keys = ("radiology", "pdf_hash", "fig_uri", "s2_caption")
     for number, record in read_jsonl(path, *keys):

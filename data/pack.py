@@ -68,7 +68,7 @@ class Pack:
         """The sentence that says what is wrong with a file of the pack."""
         return f"{self.folder}/{name} {what}: the pack is damaged, prepare it again"
 
-    # ---------------------------------------------------------------------------- checks
+    # --------------------------------------------------------------------------------------- checks
 
     def _read_meta(self) -> int:
         """Reads meta.json -> number of samples."""
@@ -154,7 +154,7 @@ class Pack:
         sums = json.dumps({name: sha256 for name, (_, sha256) in sorted(self.files.items())})
         return hashlib.sha256(sums.encode()).hexdigest()[:16]
 
-    # ---------------------------------------------------------------------------- images
+    # --------------------------------------------------------------------------------------- images
 
     def read_image(self, index: int, out: np.ndarray) -> None:
         """Reads an image into out, uint8 (3, S, S). A grey one is copied to all channels."""
@@ -167,7 +167,7 @@ class Pack:
         if flat.nbytes < out.nbytes:
             out[1:] = out[0]
 
-    # ---------------------------------------------------------------------------- texts
+    # ---------------------------------------------------------------------------------------- texts
 
     def line(self, row: int) -> dict:
         """All that samples.jsonl says of sample `row`: a dict with "text" and more."""
@@ -207,7 +207,7 @@ class Pack:
             return None
         return line
 
-    # ---------------------------------------------------------------------------- tokens
+    # --------------------------------------------------------------------------------------- tokens
 
     def tokens(self, tokenizer) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of all texts by an m3ae_mini Tokenizer: offsets (N+1,), tokens (n,), uint32.

@@ -35,7 +35,7 @@ def between(rng: np.random.Generator, low: float, high: float) -> float:
     return low + (high - low) * rng.random()
 
 
-# -------------------------------------------------------------------------------------- canvas
+# ------------------------------------------------------------------------------------------- canvas
 
 class Canvas:
     """An image (S, S) of a patient in a slightly random pose, tilted by at most `tilt` radians.
@@ -47,13 +47,13 @@ class Canvas:
     def __init__(self, size: int, rng: np.random.Generator, tilt: float):
         # A random pose: rotation, zoom, and a shift along both axes.
         tilt, zoom = between(rng, -tilt, tilt), between(rng, 0.95, 1.03)
-        centres = ((np.arange(size) + 0.5) * 2 / size - 1).astype(np.float32)   # (S,) of pixels
-        across = (centres[None, :] - between(rng, -0.03, 0.03)) / zoom          # (1, S)
-        down = (centres[:, None] - between(rng, -0.03, 0.03)) / zoom            # (S, 1)
+        centres = ((np.arange(size) + 0.5) * 2 / size - 1).astype(np.float32)  # (S,) of pixels
+        across = (centres[None, :] - between(rng, -0.03, 0.03)) / zoom  # (1, S)
+        down = (centres[:, None] - between(rng, -0.03, 0.03)) / zoom  # (S, 1)
 
         # The body's coordinates of each pixel.
-        self.x = math.cos(tilt) * across + math.sin(tilt) * down                # (S, S)
-        self.y = math.cos(tilt) * down - math.sin(tilt) * across                # (S, S)
+        self.x = math.cos(tilt) * across + math.sin(tilt) * down      # (S, S)
+        self.y = math.cos(tilt) * down - math.sin(tilt) * across      # (S, S)
         self.pixel = 2 / size
         self.image = np.zeros((size, size), np.float32)
 
@@ -96,7 +96,7 @@ class Canvas:
         self.fill(edge, grey)
 
 
-# ------------------------------------------------------------------------------- four drawings
+# ------------------------------------------------------------------------------------ four drawings
 # Each draws a random anatomy (the same one for any findings) and the findings in it.
 
 def draw_chest(size: int, rng: np.random.Generator, findings: tuple[Finding, ...]) -> Drawing:

@@ -48,7 +48,7 @@ SINGLE = 0.55                                              # share of images wit
 SCENE, ANATOMY, NOISE, CAPTION, QUESTIONS = range(5)
 
 
-# --------------------------------------------------------------------------------------- scenes
+# ------------------------------------------------------------------------------------------- scenes
 
 class Scene(NamedTuple):
     """All that is to be seen in image `number` of data set `seed`."""
@@ -105,13 +105,13 @@ def make_scene(seed: int, number: int) -> Scene:
     return Scene(seed, number, group, tuple(findings))
 
 
-# --------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
 def render(scene: Scene, size: int, noise: bool = True) -> np.ndarray:
     """(size, size) uint8, exactly 0 outside the body. Without noise it is the best possible
     reconstruction."""
     rng = generator(scene.seed, scene.number, ANATOMY)
-    image, body, noise_std = DRAWINGS[scene.group](size, rng, scene.findings)   # (S, S), (S, S)
+    image, body, noise_std = DRAWINGS[scene.group](size, rng, scene.findings)  # (S, S), (S, S)
     if noise:
         # The sum of two uniform numbers has a triangular density: at most 2.45 deviations.
         rng = generator(scene.seed, scene.number, NOISE)
@@ -143,7 +143,7 @@ class Phantom(NamedTuple):
         return Image.fromarray(draw(self.seed, self.number, size))   # mode L
 
 
-# ------------------------------------------------------------------------------------- captions
+# ----------------------------------------------------------------------------------------- captions
 
 VIEWS = {
     "chest x-ray": ("chest radiograph", "radiograph of the chest"),
@@ -196,7 +196,7 @@ def caption(scene: Scene) -> str:
     return ". ".join(map(sentence, pick(rng, FRAMES).format(text=text, view=view).split(". ")))
 
 
-# ------------------------------------------------------------------------------------ questions
+# ---------------------------------------------------------------------------------------- questions
 
 # modality, region, what a zone is
 ABOUT = {
@@ -261,7 +261,7 @@ def questions(scene: Scene) -> Iterator[tuple[str, str, bool]]:
         yield text, YES_NO[guess == f] if closed else getattr(f, topic), closed
 
 
-# ----------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------- rows
 
 def rows(root: Path | None, task: str, counts: dict[str, int] | None = None,
          seed: int = 0) -> Iterator[Row]:

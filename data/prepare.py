@@ -28,7 +28,7 @@ READERS = "medicat medpix melinda phantoms roco slake table vqa_med_2019 vqa_rad
 TASKS = ("pretrain", "vqa", "cls", "irtr")
 
 
-# ------------------------------------------------------------------------------- opening packs
+# ------------------------------------------------------------------------------------ opening packs
 
 def open_packs(names: str, size: int, crop: float, task: str = "pretrain") -> list[Pack]:
     """Opens the packs that --data names, separated by commas.
@@ -58,7 +58,7 @@ def phantom_pack(size: int, task: str) -> Path:
     return folder
 
 
-# ------------------------------------------------------------------------------- leaving out
+# -------------------------------------------------------------------------------------- leaving out
 
 def mark_excluded(rows: Iterable[Row], folder: Path) -> Iterator[Row]:
     """Marks the rows to be skipped: those whose image is also in `folder`. UserError if none is.
@@ -78,7 +78,7 @@ def mark_excluded(rows: Iterable[Row], folder: Path) -> Iterator[Row]:
                    "the image files, or leave --exclude out")
 
 
-# ------------------------------------------------------------------------------- looking at a pack
+# -------------------------------------------------------------------------------- looking at a pack
 
 def contact_sheet(pack: Pack, count: int = 24, columns: int = 6, cell: int = 208) -> Image.Image:
     """Draws `count` samples, evenly spaced from the pack's first to its last, with their texts.
@@ -129,7 +129,7 @@ def print_summary(meta: dict, out: Path, seconds: float) -> None:
         print(f"skipped: {reasons} (listed in {out / 'skipped.jsonl'})")
 
 
-# ------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for a mistake of the user's, 130 when interrupted."""

@@ -83,7 +83,7 @@ def write_pack(rows: Iterable[Row], out: Path | str, name: str, task: str, size:
     return meta
 
 
-# ------------------------------------------------------------------------------ which rows, images
+# ------------------------------------------------------------------------------- which rows, images
 
 def filter_rows(rows: Iterable[Row], task: str) -> tuple[list[Row], list[dict]]:
     """Rows worth packing (train, val, test; texts cleaned), and an entry of skipped.jsonl for
@@ -94,7 +94,7 @@ def filter_rows(rows: Iterable[Row], task: str) -> tuple[list[Row], list[dict]]:
     """
     kept: list[Row] = []
     skipped: list[dict] = []
-    seen: set[tuple] = set()   # (split, image, text) of every row kept
+    seen: set[tuple] = set()                                # (split, image, text) of every row kept
     for row in rows:
         row = row._replace(text=clean_text(row.text), answer=clean_text(row.answer) or None,
                            label=clean_text(row.label) or None,
@@ -157,7 +157,7 @@ class BadImages(dict):
                 "with --allow_missing")
 
 
-# ---------------------------------------------------------------------------------- the files
+# ---------------------------------------------------------------------------------------- the files
 
 def write_images(folder: Path, files: dict[str, dict],
                  results: Iterable[tuple[Source, bytes | str]],
@@ -186,7 +186,7 @@ def write_samples(folder: Path, files: dict[str, dict], rows: list[Row],
                   image_index: dict[Source, int], labels: list[str], groups: list[str],
                   root: Path | None) -> None:
     """Writes the rows twice: as numbers to samples.npy, and as lines to samples.jsonl."""
-    table = np.zeros(len(rows), dtype=SAMPLE_DTYPE)   # (N,)
+    table = np.zeros(len(rows), dtype=SAMPLE_DTYPE)                   # (N,)
     label_index = {label: i for i, label in enumerate(labels)}
     group_index = {group: i for i, group in enumerate(groups)}
     text_index: dict[str, int] = {}

@@ -47,7 +47,7 @@ def reading(path: str | Path) -> Iterator[None]:
 
 # ----------------------------------------------------------------------------------------- settings
 
-def setting(default: Any, help: str) -> Any:
+def opt(default: Any, help: str) -> Any:
     """A field of a configuration, with the help text of its flag."""
     if isinstance(default, dict):
         return field(default_factory=dict, metadata={"help": help})
@@ -57,40 +57,37 @@ def setting(default: Any, help: str) -> Any:
 @dataclass
 class ModelConfig:
     """The architecture and its losses; the defaults are the paper's (366 million parameters)."""
-    task: str = setting("pretrain", "pretrain, vqa, cls or irtr: which heads and losses are built")
-    image_size: int = setting(288, "side of the square image, in pixels")
-    patch_size: int = setting(16, "side of a patch, in pixels")
-    vocab_size: int = setting(50265, "number of tokens; the scripts take it from the tokenizer")
-    max_text_len: int = setting(
-        64, "longest text in tokens, special tokens included; longer: truncated")
-    text_kind: str = setting("roberta", "roberta or bert: positions, padding, norms, token types")
-    text_max_positions: int = setting(514, "size of the text position embedding")
-    vit_width: int = setting(768, "width of the image encoder")
-    vit_blocks: int = setting(11, "blocks of the image encoder (the release uses 11 of CLIP's 12)")
-    vit_heads: int = setting(12, "attention heads of the image encoder")
-    text_width: int = setting(768, "width of the text encoder")
-    text_layers: int = setting(12, "layers of the text encoder")
-    text_heads: int = setting(12, "attention heads of the text encoder")
-    fusion_width: int = setting(768, "width of the fusion")
-    fusion_layers: int = setting(6, "layers of the fusion")
-    fusion_heads: int = setting(12, "attention heads of the fusion")
-    mim_layer: int = setting(3, "pixels are decoded after so many fusion layers; -1: after all")
-    decoder_width: int = setting(384, "width of the pixel decoder")
-    decoder_layers: int = setting(4, "blocks of the pixel decoder")
-    decoder_heads: int = setting(6, "attention heads of the pixel decoder")
-    mask_ratio: float = setting(0.75, "share of the patches that is hidden")
-    norm_pix_loss: bool = setting(
-        True, "reconstruct each patch normalised by its mean and variance")
-    num_answers: int = setting(
-        0, "size of the answer list (vqa); the scripts take it from the data")
-    num_classes: int = setting(0, "number of classes (cls); the scripts take it from the data")
-    dropout: float = setting(0.1, "dropout on embeddings and sub-layers of text encoder and fusion")
-    attn_dropout: float = setting(0.1, "dropout on their attention weights; 0 is faster on a CPU")
-    mlm: float = setting(1.0, "weight of masked language modelling; 0 leaves it out")
-    mim: float = setting(1.0, "weight of masked image modelling; 0 leaves it out")
-    itm: float = setting(1.0, "weight of image-text matching; 0 leaves it out")
-    itc: float = setting(0.0, "weight of image-text contrast; 0, as in the paper, leaves it out")
-    loss_weights: dict = setting({}, "weights of losses that have no setting of their own")
+    task: str = opt("pretrain", "pretrain, vqa, cls or irtr: which heads and losses are built")
+    image_size: int = opt(288, "side of the square image, in pixels")
+    patch_size: int = opt(16, "side of a patch, in pixels")
+    vocab_size: int = opt(50265, "number of tokens; the scripts take it from the tokenizer")
+    max_text_len: int = opt(64, "longest text in tokens, with its special tokens; longer: truncated")
+    text_kind: str = opt("roberta", "roberta or bert: positions, padding, norms, token types")
+    text_max_positions: int = opt(514, "size of the text position embedding")
+    vit_width: int = opt(768, "width of the image encoder")
+    vit_blocks: int = opt(11, "blocks of the image encoder (the release uses 11 of CLIP's 12)")
+    vit_heads: int = opt(12, "attention heads of the image encoder")
+    text_width: int = opt(768, "width of the text encoder")
+    text_layers: int = opt(12, "layers of the text encoder")
+    text_heads: int = opt(12, "attention heads of the text encoder")
+    fusion_width: int = opt(768, "width of the fusion")
+    fusion_layers: int = opt(6, "layers of the fusion")
+    fusion_heads: int = opt(12, "attention heads of the fusion")
+    mim_layer: int = opt(3, "pixels are decoded after so many fusion layers; -1: after all")
+    decoder_width: int = opt(384, "width of the pixel decoder")
+    decoder_layers: int = opt(4, "blocks of the pixel decoder")
+    decoder_heads: int = opt(6, "attention heads of the pixel decoder")
+    mask_ratio: float = opt(0.75, "share of the patches that is hidden")
+    norm_pix_loss: bool = opt(True, "reconstruct each patch normalised by its mean and variance")
+    num_answers: int = opt(0, "size of the answer list (vqa); the scripts take it from the data")
+    num_classes: int = opt(0, "number of classes (cls); the scripts take it from the data")
+    dropout: float = opt(0.1, "dropout on embeddings and sub-layers of text encoder and fusion")
+    attn_dropout: float = opt(0.1, "dropout on their attention weights; 0 is faster on a CPU")
+    mlm: float = opt(1.0, "weight of masked language modelling; 0 leaves it out")
+    mim: float = opt(1.0, "weight of masked image modelling; 0 leaves it out")
+    itm: float = opt(1.0, "weight of image-text matching; 0 leaves it out")
+    itc: float = opt(0.0, "weight of image-text contrast; 0, as in the paper, leaves it out")
+    loss_weights: dict = opt({}, "weights of losses that have no setting of their own")
 
     @classmethod
     def preset(cls, name: str, **changes) -> "ModelConfig":
@@ -101,8 +98,7 @@ class ModelConfig:
         """Raise UserError where a setting is out of range or two contradict each other."""
         # Names and sizes.
         require(self.task in ("pretrain", "vqa", "cls", "irtr"), f"--task {self.task} is not known")
-        require(self.text_kind in ("roberta", "bert"),
-                f"--text_kind {self.text_kind}: use roberta or bert")
+        require(self.text_kind in ("roberta", "bert"), "--text_kind: use roberta or bert")
         for name, value in vars(self).items():
             if name.endswith(("_size", "_width", "_heads", "_blocks", "_layers")):
                 require(value >= 1, f"--{name} {value} must be at least 1")
@@ -113,22 +109,18 @@ class ModelConfig:
         require(self.decoder_width % 4 == 0,
                 f"--decoder_width {self.decoder_width} must be a multiple of 4")
         require(-1 <= self.mim_layer < self.fusion_layers,
-                f"--mim_layer {self.mim_layer} is out of range: use -1 (the last) to "
-                f"{self.fusion_layers - 1}")
+                f"--mim_layer {self.mim_layer}: use -1 (the last) to {self.fusion_layers - 1}")
 
         # Images and texts.
         require(self.image_size % self.patch_size == 0,
-                f"--image_size {self.image_size} is not a multiple of --patch_size "
-                f"{self.patch_size}")
+                f"--image_size {self.image_size}: use a multiple of --patch_size {self.patch_size}")
         num_patches = (self.image_size // self.patch_size) ** 2
         num_visible = int(num_patches * (1 - self.mask_ratio))
         require(0 <= self.mask_ratio < 1 and 0 < num_visible < num_patches,
-                f"--mask_ratio {self.mask_ratio} must hide at least one of the {num_patches} "
-                "patches and leave one visible")
+                f"--mask_ratio {self.mask_ratio}: hide one of the {num_patches} patches, show one")
         longest = self.text_max_positions - 2 * (self.text_kind == "roberta")
         require(3 <= self.max_text_len <= longest,
-                f"--max_text_len {self.max_text_len} must lie in 3 … {longest}, as "
-                "--text_max_positions allows")
+                f"--max_text_len {self.max_text_len}: use 3 to {longest}, by --text_max_positions")
 
         # Dropout, losses, heads.
         require(0 <= self.dropout < 1 and 0 <= self.attn_dropout < 1,
@@ -144,33 +136,29 @@ class ModelConfig:
 class TrainConfig:
     """What is learned from, in what order, at which rates. A run that resumes must keep all of
     it."""
-    steps: int = setting(100_000, "optimizer steps")
-    epochs: float = setting(0.0, "length in passes over the training samples, in place of --steps")
-    train_samples: int = setting(0, "use only so many of the training samples; 0: all")
-    batch_size: int = setting(256, "samples a step, over all processes")
-    micro_batch: int = setting(32, "samples of one forward pass; the unit of all randomness")
-    lr: float = setting(1e-5, "peak learning rate; a part's multiple of 0 freezes it")
-    text_lr_mult: float = setting(1.0, "rate of the text encoder, as a multiple of --lr")
-    vit_lr_mult: float = setting(
-        1.0, "rate of the image encoder, as a multiple of --lr; the paper: 1")
-    head_lr_mult: float = setting(5.0, "rate of the heads, as a multiple of --lr")
-    fusion_lr_mult: float = setting(
-        5.0, "rate of projections, fusion and poolers, multiple of --lr")
-    warmup: float = setting(0.1, "share of the steps in which the rate rises; then it falls to 0")
-    weight_decay: float = setting(0.01, "AdamW's decay of matrices; vectors never decay")
-    beta2: float = setting(0.98, "AdamW's second beta; the first is 0.9")
-    grad_clip: float = setting(0.0, "largest norm of the gradient; 0: no clipping")
-    mlm_ratio: float = setting(0.15, "share of the text's tokens that is masked")
-    whole_word: bool = setting(True, "mask whole words; off: single tokens")
-    hard_negatives: float = setting(
-        0.0, "share of ITM's wrong images that are of the text's own group; the paper: 0")
-    min_crop_area: float = setting(
-        1.0, "least share of an image's area that a random training crop keeps; 1: no crops")
-    tokenizer_vocab: int = setting(8192, "largest vocabulary of a tokenizer trained on the data")
-    init: str = setting("", "start from this run or M³AE checkpoint; none: from random weights")
-    init_image: str = setting("", "start the image encoder from this file of CLIP")
-    init_text: str = setting("", "start the text encoder from this folder of RoBERTa or BERT")
-    seed: int = setting(0, "all randomness follows from it")
+    steps: int = opt(100_000, "optimizer steps")
+    epochs: float = opt(0.0, "length in passes over the training samples, in place of --steps")
+    train_samples: int = opt(0, "use only so many of the training samples; 0: all")
+    batch_size: int = opt(256, "samples a step, over all processes")
+    micro_batch: int = opt(32, "samples of one forward pass; the unit of all randomness")
+    lr: float = opt(1e-5, "peak learning rate; a part's multiple of 0 freezes it")
+    text_lr_mult: float = opt(1.0, "rate of the text encoder, as a multiple of --lr")
+    vit_lr_mult: float = opt(1.0, "rate of the image encoder, as a multiple of --lr")
+    head_lr_mult: float = opt(5.0, "rate of the heads, as a multiple of --lr")
+    fusion_lr_mult: float = opt(5.0, "rate of projections, fusion and poolers, likewise")
+    warmup: float = opt(0.1, "share of the steps in which the rate rises; then it falls to 0")
+    weight_decay: float = opt(0.01, "AdamW's decay of matrices; vectors never decay")
+    beta2: float = opt(0.98, "AdamW's second beta; the first is 0.9")
+    grad_clip: float = opt(0.0, "largest norm of the gradient; 0: no clipping")
+    mlm_ratio: float = opt(0.15, "share of the text's tokens that is masked")
+    whole_word: bool = opt(True, "mask whole words; off: single tokens")
+    hard_negatives: float = opt(0.0, "share of ITM's wrong images of the text's own group")
+    min_crop_area: float = opt(1.0, "least share of the area that a training crop keeps; 1: none")
+    tokenizer_vocab: int = opt(8192, "largest vocabulary of a tokenizer trained on the data")
+    init: str = opt("", "start from this run or M³AE checkpoint; none: from random weights")
+    init_image: str = opt("", "start the image encoder from this file of CLIP")
+    init_text: str = opt("", "start the text encoder from this folder of RoBERTa or BERT")
+    seed: int = opt(0, "all randomness follows from it")
 
     def check(self) -> None:
         """Raise UserError where a number makes no sense."""
@@ -190,27 +178,21 @@ class TrainConfig:
 class RunConfig:
     """Where a run lives and what it runs on. A run that resumes may change these, but not the
     data."""
-    data: str = setting(
-        "phantoms", "one pack or several, separated by commas; phantoms are drawn once")
-    out: str = setting("runs/pretrain", "the run's folder; finetune.py: runs/TASK")
-    tokenizer: str = setting(
-        "", "a tokenizer.json or its folder; empty: --init_text's, --init's, the data's")
-    resume: bool = setting(
-        False, "continue from the run's last checkpoint, or start if there is none")
-    gpus: int = setting(
-        0, "start this many processes by torchrun, each with a GPU (or part of the CPU)")
-    device: str = setting("auto", "auto, cuda, cpu or mps (mps is untested)")
-    dtype: str = setting("auto", "auto, float32, bfloat16 or float16: type of the matrix products")
-    grad_checkpointing: bool = setting(
-        False, "compute layers again in the backward pass: less memory, a third slower")
-    compile: bool = setting(False, "compile the model with torch.compile")
-    log_every: int = setting(20, "steps between two lines of metrics.jsonl")
-    eval_every: int = setting(1000, "steps between two validations; 0: an epoch")
-    save_every: int = setting(1000, "steps between two checkpoints; 0: an epoch")
-    eval_samples: int = setting(1024, "largest number of validation samples")
-    test_samples: int = setting(
-        1_000_000, "largest number of test samples in the report; 0: no report")
-    timeout: int = setting(600, "seconds after which a process stops waiting for the others")
+    data: str = opt("phantoms", "a pack, or several with commas between; phantoms are drawn once")
+    out: str = opt("runs/pretrain", "the run's folder; finetune.py: runs/TASK")
+    tokenizer: str = opt("", "a tokenizer.json or its folder; else --init_text's, --init's, the data's")
+    resume: bool = opt(False, "continue from the run's last checkpoint, if there is one")
+    gpus: int = opt(0, "start so many processes, each with a GPU (or part of the CPU)")
+    device: str = opt("auto", "auto, cuda, cpu or mps (mps is untested)")
+    dtype: str = opt("auto", "auto, float32, bfloat16 or float16: type of the matrix products")
+    grad_checkpointing: bool = opt(False, "less memory, a third slower: compute layers twice")
+    compile: bool = opt(False, "compile the model with torch.compile")
+    log_every: int = opt(20, "steps between two lines of metrics.jsonl")
+    eval_every: int = opt(1000, "steps between two validations; 0: an epoch")
+    save_every: int = opt(1000, "steps between two checkpoints; 0: an epoch")
+    eval_samples: int = opt(1024, "largest number of validation samples")
+    test_samples: int = opt(1_000_000, "largest number of test samples; 0: no report")
+    timeout: int = opt(600, "seconds after which a process stops waiting for the others")
 
     def check(self) -> None:
         """Raise UserError where a number makes no sense."""
@@ -218,28 +200,6 @@ class RunConfig:
             require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: use 1 or more")
         for name in ("test_samples", "eval_every", "save_every", "gpus"):
             require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: use 0 or more")
-
-
-@dataclass
-class TaskConfig:
-    """What only the downstream tasks need."""
-    answers: str = setting(
-        "train", "the answer list: train (of the training questions) or all (as released)")
-    blind: bool = setting(
-        False, "show the mean image in place of every image, in training and in test")
-    zero_shot: bool = setting(
-        False, "irtr: rank by what --init has learned, without training")
-    rank: str = setting(
-        "match", "irtr: match (the fusion scores every pair) or itc (the contrast, in seconds)")
-    rerank: int = setting(
-        0, "irtr: with --rank itc the fusion ranks so many of the best candidates again")
-
-    def check(self) -> None:
-        """Raise UserError where a setting is not known or two contradict each other."""
-        require(self.answers in ("train", "all"), f"--answers {self.answers}: use train or all")
-        require(self.rank in ("match", "itc"), f"--rank {self.rank}: use match or itc")
-        require(self.rerank == 0 or self.rank == "itc" and self.rerank > 0,
-                "--rerank ranks the best of --rank itc again: give both, --rerank 1 or more")
 
 
 def fit_micro_batch(model_cfg: ModelConfig, train_cfg: TrainConfig, world_size: int,

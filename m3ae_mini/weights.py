@@ -71,17 +71,12 @@ def infer_config(state: State, path: Path, known: dict) -> dict:
     patch_size = math.isqrt(size("vit.patch_embed.weight", 1) // 3)
     grid = math.isqrt(max(1, size("vit.pos_embed")) - 1)
     found = dict(
-        patch_size=patch_size,
-        image_size=patch_size * grid,
-        vit_width=size("vit.cls_token"),
-        vit_blocks=depth("vit.blocks."),
-        vocab_size=size("text.word.weight"),
-        text_max_positions=size("text.position.weight"),
-        text_width=size("text.word.weight", 1),
-        text_layers=depth("text.layers."),
+        patch_size=patch_size, image_size=patch_size * grid,
+        vit_width=size("vit.cls_token"), vit_blocks=depth("vit.blocks."),
+        vocab_size=size("text.word.weight"), text_max_positions=size("text.position.weight"),
+        text_width=size("text.word.weight", 1), text_layers=depth("text.layers."),
         text_kind={0: None, 1: "roberta"}.get(size("text.token_type.weight"), "bert"),
-        fusion_width=size("modality", 1),
-        fusion_layers=depth("fusion.text_layers."),
+        fusion_width=size("modality", 1), fusion_layers=depth("fusion.text_layers."),
         decoder_width=size("objectives.mim.mask_token"),
         decoder_layers=depth("objectives.mim.blocks."),
         num_answers=size("objectives.vqa.head.3.bias"),

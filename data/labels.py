@@ -4,16 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import require
-from .loader import Samples
+from m3ae_mini.config import require
+from m3ae_mini.evaluate import targets
+from m3ae_mini.loader import Samples
 
 LABEL_KEY = {"vqa": "answer", "cls": "label"}      # where a pack's line says what is right
-
-
-def targets(line: dict, task: str) -> list[str]:
-    """What is right for a sample: the answers, any of which will do ("#" stands between), or the
-    class."""
-    return line["answer"].split("#") if task == "vqa" else [line["label"]]
 
 
 def label_ids(samples: Samples, labels: list[str]) -> np.ndarray:
