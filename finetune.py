@@ -218,9 +218,9 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
     train = Samples(packs, "train", tokenizer, cfg, train_cfg, train_cfg.train_samples)
     val = Samples(packs, "val", tokenizer, cfg, train_cfg)
     test = Samples(packs, "test", tokenizer, cfg, train_cfg)
-    mean_image = train.mean_image(MEAN_OF) if task_cfg.blind else None
+    mean = mean_image(train) if task_cfg.blind else None
     for samples in (train, val, test):
-        samples.constant_image = mean_image
+        samples.constant_image = mean
         if labels:
             samples.label_ids = label_ids(samples, labels)
 
@@ -234,6 +234,16 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
         "data": {"packs": fingerprints, "tokenizer": tokenizer.hash, "labels": labels}}
     ranking = Ranking(task_cfg.rank, task_cfg.rerank)
     return Data(train, val, test, labels, ranking, tokenizer, cfg, settings)
+
+
+def mean_image(samples: Samples) -> np.ndarray:
+    """The mean of at most MEAN_OF images, at equal distances: uint8 (3, S, S)."""
+    side, count = samples.cfg.image_size, min(MEAN_OF, samples.n)
+    image, total = np.empty((3, side, side), np.uint8), np.zeros((3, side, side))
+    for n in np.arange(count) * samples.n // count:
+        samples.read_image(n, image)
+        total += image
+    return np.rint(total / count).astype(np.uint8)
 
 
 def report(model: M3AE, data: Data, run_cfg: RunConfig, dist_env: DistEnv, step: int) -> None:

@@ -51,11 +51,9 @@ def open_run_dir(out: Path, resume: bool) -> Path | None:
             LOCKS.append(open(out / "lock", "w"))
             fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another run is at work in {out}: wait for it, or choose another "
-                        "--out") from None
+        raise UserError(f"another run is at work in {out}: wait, or choose another --out") from None
     except OSError as error:
-        raise UserError(f"{out} can't be written to ({error.strerror}): choose another "
-                        "--out") from None
+        raise UserError(f"{out} can't be written ({error.strerror}): use another --out") from None
     atexit.register(remove_unused_run_dir, out)
     # new.pt is there where a kill came between two renames.
     return latest_valid_checkpoint(out, "new.pt", "last.pt", "prev.pt")
@@ -80,14 +78,10 @@ def saved_settings(out: Path) -> dict | None:
 def check_same_settings(out: Path, settings: dict[str, dict]) -> None:
     """Raise UserError where a run that is resumed has other settings; those under "run" may
     change."""
-    saved = saved_settings(out)
-    if saved is None:
-        return
-    changed = []
+    saved, changed = saved_settings(out), []
     with reading(out / "config.json"):
-        for part in settings.keys() - {"run"}:
-            now = json.loads(json.dumps(settings[part]))
-            for name, value in now.items():
+        for part in settings.keys() - {"run"} if saved else ():
+            for name, value in json.loads(json.dumps(settings[part])).items():
                 old = saved.get(part, {}).get(name)
                 if old != value:
                     changed.append(f"{name} {old!r:.60} (now {value!r:.60})")

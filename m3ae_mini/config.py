@@ -8,7 +8,7 @@ from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class ModelConfig:
     image_size: int = opt(288, "side of the square image, in pixels")
     patch_size: int = opt(16, "side of a patch, in pixels")
     vocab_size: int = opt(50265, "number of tokens; the scripts take it from the tokenizer")
-    max_text_len: int = opt(64, "longest text in tokens, with its special tokens; longer: truncated")
+    max_text_len: int = opt(64, "longest text in tokens, special tokens included")
     text_kind: str = opt("roberta", "roberta or bert: positions, padding, norms, token types")
     text_max_positions: int = opt(514, "size of the text position embedding")
     vit_width: int = opt(768, "width of the image encoder")
@@ -166,10 +166,9 @@ class TrainConfig:
         limits = {"warmup": 1, "mlm_ratio": 1, "hard_negatives": 1, "min_crop_area": 1,
                   "beta2": 0.9999, "seed": 2 ** 63 - 1}
         for name, value in vars(self).items():
-            if isinstance(value, str):
-                continue
             least, most = int(name in at_least_one), limits.get(name, 10 ** 9)
-            require(least <= value <= most, f"--{name} {value}: use {least} to {most:,}")
+            require(isinstance(value, str) or least <= value <= most,
+                    f"--{name} {value}: use {least} to {most:,}")
         require(self.lr > 0, "--lr 0 trains nothing: to freeze a part use --vit_lr_mult 0, "
                 "--text_lr_mult 0, --fusion_lr_mult 0 or --head_lr_mult 0")
 
@@ -180,7 +179,7 @@ class RunConfig:
     data."""
     data: str = opt("phantoms", "a pack, or several with commas between; phantoms are drawn once")
     out: str = opt("runs/pretrain", "the run's folder; finetune.py: runs/TASK")
-    tokenizer: str = opt("", "a tokenizer.json or its folder; else --init_text's, --init's, the data's")
+    tokenizer: str = opt("", "a tokenizer.json, or its folder; else that of the weights or data")
     resume: bool = opt(False, "continue from the run's last checkpoint, if there is one")
     gpus: int = opt(0, "start so many processes, each with a GPU (or part of the CPU)")
     device: str = opt("auto", "auto, cuda, cpu or mps (mps is untested)")
@@ -196,82 +195,63 @@ class RunConfig:
 
     def check(self) -> None:
         """Raise UserError where a number makes no sense."""
-        for name in ("log_every", "eval_samples", "timeout"):
-            require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: use 1 or more")
-        for name in ("test_samples", "eval_every", "save_every", "gpus"):
-            require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: use 0 or more")
+        for name, value in vars(self).items():
+            least = int(name in ("log_every", "eval_samples", "timeout"))
+            require(isinstance(value, str) or value >= least, f"--{name}: at least {least}")
 
 
 def fit_micro_batch(model_cfg: ModelConfig, train_cfg: TrainConfig, world_size: int,
                     given: int | None, saved: dict | None) -> list[str]:
     """Set the micro-batch for `world_size` processes -> lines to print about it
 
-    given: --micro_batch, None where it was not given; saved: config.json of a run that goes on.
-    A run that goes on keeps its own. Else the preset's, or the largest below it that divides.
+    given: --micro_batch, None where it was not given; saved: config.json of a run that goes on,
+    which keeps its own. Else it is the preset's, or the largest below it that divides.
     UserError where batch, micro-batch and number of processes do not fit each other."""
-    batch_size = train_cfg.batch_size
+    batch_size, preset = train_cfg.batch_size, train_cfg.micro_batch
     if given is None and saved is not None:
-        given = train_cfg.micro_batch = saved.get("train", {}).get("micro_batch", 1)
-        fitting = [n for n in range(1, batch_size + 1) if batch_size % (given * n) == 0]
-        require(world_size in fitting,
-                f"this run has --batch_size {batch_size} and --micro_batch {given}, which can't be "
-                f"divided among {world_size} processes: use {', '.join(map(str, fitting))}")
-    if given is not None:
-        require(batch_size % (given * world_size) == 0,
-                f"--batch_size {batch_size} can't be divided among {world_size} processes with "
-                f"--micro_batch {given}: use a multiple of {given * world_size}, or leave "
-                "--micro_batch out")
-    require(batch_size % world_size == 0,
-            f"--batch_size {batch_size} can't be divided among {world_size} processes: use a "
-            f"multiple of {world_size}")
-
-    lines = []
-    if given is None:
-        share = batch_size // world_size
-        wanted = min(train_cfg.micro_batch, share)
-        fitting = max(m for m in range(1, wanted + 1) if share % m == 0)
-        if fitting != train_cfg.micro_batch:
-            lines.append(f"--micro_batch {fitting} in place of {train_cfg.micro_batch}, as "
-                         f"{world_size} processes share a batch of {batch_size}; one process with "
-                         f"--micro_batch {fitting} has the same losses")
-        train_cfg.micro_batch = fitting
+        given = saved.get("train", {}).get("micro_batch", preset)
+    sizes = [given] if given else range(preset, 0, -1)
+    fitting = [size for size in sizes if batch_size % (size * world_size) == 0]
+    if not fitting:
+        counts = [n for n in range(1, batch_size + 1) if batch_size % (n * (given or 1)) == 0]
+        micro_batch = f" and --micro_batch {given}" if given else ""
+        raise UserError(f"--batch_size {batch_size}{micro_batch} can't be divided among "
+                        f"{world_size} processes; use {', '.join(map(str, counts)) or 'others'}")
+    micro_batch = train_cfg.micro_batch = fitting[0]
 
     # Wrong images and texts are other rows of the micro-batch.
-    micro_batch, negatives = train_cfg.micro_batch, model_cfg.task == "irtr"
-    if model_cfg.task == "pretrain":
-        negatives = model_cfg.itm > 0 or model_cfg.itc > 0
-    require(micro_batch > 1 or not negatives,
-            "--micro_batch 1 leaves no other row for a wrong image or text: use 2, or pre-train "
-            "with --itm 0 --itc 0")
-    if negatives and micro_batch < FEW_NEGATIVES:
-        lines.append(f"warning: a micro-batch of {micro_batch} offers few wrong images and texts: "
-                     f"--batch_size {FEW_NEGATIVES * world_size} gives each process "
-                     f"{FEW_NEGATIVES} rows")
+    matching = model_cfg.task == "pretrain" and (model_cfg.itm or model_cfg.itc)
+    matching = matching or model_cfg.task == "irtr"
+    require(micro_batch > 1 or not matching, "--micro_batch 1 has no other row for a wrong image "
+            "or text: use 2, or pre-train with --itm 0 --itc 0")
+    lines = []
+    if micro_batch != preset and not given:
+        lines.append(f"--micro_batch {micro_batch} in place of {preset}, as {world_size} processes "
+                     f"share a batch of {batch_size}; one process with --micro_batch {micro_batch} "
+                     "has the same losses")
+    if matching and micro_batch < FEW_NEGATIVES:
+        lines.append(f"warning: a micro-batch of {micro_batch} offers few wrong images and texts; "
+                     f"--batch_size {FEW_NEGATIVES * world_size} gives {FEW_NEGATIVES} rows each")
     return lines
 
 
 # ------------------------------------------------------------------------------------------ presets
 
 # What differs from the defaults. Their rate of 1e-5 suits CLIP and RoBERTa, not random weights.
-FROM_SCRATCH = dict(
-    mim_layer=1, decoder_layers=2, decoder_heads=4, attn_dropout=0.0,
-    batch_size=64, head_lr_mult=1.0, fusion_lr_mult=1.0, weight_decay=0.05, grad_clip=1.0)
-
+FROM_SCRATCH = dict(mim_layer=1, decoder_layers=2, decoder_heads=4, attn_dropout=0.0, batch_size=64,
+                    head_lr_mult=1.0, fusion_lr_mult=1.0, weight_decay=0.05, grad_clip=1.0)
 PRESETS = {
     "base": {},
     "small": FROM_SCRATCH | dict(
-        image_size=128, max_text_len=48, text_max_positions=130,
-        vit_width=192, vit_blocks=4, vit_heads=6,
-        text_width=192, text_layers=3, text_heads=6,
-        fusion_width=192, fusion_layers=3, fusion_heads=6, decoder_width=128,
+        image_size=128, max_text_len=48, text_max_positions=130, decoder_width=128,
+        vit_width=192, vit_blocks=4, vit_heads=6, text_width=192, text_layers=3, text_heads=6,
+        fusion_width=192, fusion_layers=3, fusion_heads=6,
         steps=3000, lr=5e-4, hard_negatives=0.5, eval_every=250, save_every=250),
     "tiny": FROM_SCRATCH | dict(
-        image_size=48, patch_size=12, max_text_len=32, text_max_positions=66,
-        vit_width=128, vit_blocks=3, vit_heads=4,
-        text_width=128, text_layers=2, text_heads=4,
-        fusion_width=128, fusion_layers=2, fusion_heads=4, decoder_width=64, dropout=0.0,
-        steps=1500, lr=1e-3, hard_negatives=0.75, tokenizer_vocab=1024,
-        eval_every=375, save_every=375, eval_samples=512)}
+        image_size=48, patch_size=12, max_text_len=32, text_max_positions=66, decoder_width=64,
+        vit_width=128, vit_blocks=3, vit_heads=4, text_width=128, text_layers=2, text_heads=4,
+        fusion_width=128, fusion_layers=2, fusion_heads=4, dropout=0.0, tokenizer_vocab=1024,
+        steps=1500, lr=1e-3, hard_negatives=0.75, eval_every=375, save_every=375, eval_samples=512)}
 
 # Fine-tuning: what differs from the preset in each task; for base as in the paper.
 EACH_EPOCH = dict(eval_every=0, save_every=0)
@@ -282,12 +262,11 @@ TASKS = {
         "cls": dict(image_size=384, max_text_len=128, batch_size=16, micro_batch=16, epochs=20.0,
                     lr=5e-6, head_lr_mult=10.0, min_crop_area=0.9),
         "irtr": dict(image_size=384, max_text_len=40, micro_batch=16, epochs=10.0, lr=5e-6,
-                     min_crop_area=0.9)},
+                     min_crop_area=0.9, eval_samples=256, test_samples=2000)},
     "small": {
         "vqa": dict(epochs=50.0, lr=3e-4, head_lr_mult=5.0, batch_size=16, micro_batch=16,
                     grad_clip=0.0),
-        "cls": dict(epochs=30.0, lr=3e-4),
-        "irtr": dict(epochs=10.0, lr=2e-4)},
+        "cls": dict(epochs=30.0, lr=3e-4), "irtr": dict(epochs=10.0, lr=2e-4)},
     "tiny": {
         "vqa": dict(epochs=40.0, lr=3e-5, head_lr_mult=50.0, fusion_lr_mult=3.0),
         "cls": dict(epochs=40.0, lr=3e-4, head_lr_mult=10.0, fusion_lr_mult=3.0),
@@ -316,8 +295,7 @@ COMMON = ("data", "out", "resume", "gpus", "device", "dtype", "steps", "epochs",
           "eval_every")
 
 
-def make_parser(description: str, configs: tuple[type, ...],
-                losses: Iterable[str] = ()) -> ArgumentParser:
+def make_parser(description: str, configs: tuple, losses: Iterable[str] = ()) -> ArgumentParser:
     """A parser with one flag for every field of `configs`; --help shows the common ones.
 
     losses: names of objectives; those that are no field get a flag for their weight, too."""
@@ -328,34 +306,27 @@ def make_parser(description: str, configs: tuple[type, ...],
     parser.add_argument("--preset", default="tiny", choices=list(PRESETS), metavar="NAME",
                         help="tiny: minutes on a laptop; small: thousands of pairs; base: paper")
     for cls in configs:
-        add_flags(parser, cls, show_all)
+        group = parser.add_argument_group(cls.__name__, cls.__doc__) if show_all else parser
+        for f in [f for f in fields(cls) if f.name not in DERIVED]:
+            text = help_text(f) if show_all else f.metadata["help"]
+            kind = dict(action=BooleanOptionalAction)
+            if f.type is not bool:
+                kind = dict(type=f.type, metavar="X")
+            group.add_argument(f"--{f.name}", default=None, **kind,
+                               help=text if show_all or f.name in COMMON else SUPPRESS)
     for name in sorted(set(losses) - {f.name for cls in configs for f in fields(cls)}):
         parser.add_argument(f"--{name}", dest=f"loss_weights.{name}", type=float, metavar="X",
                             help=f"weight of the loss {name}; 0 leaves it out [1.0]")
     return parser
 
 
-def add_flags(parser: ArgumentParser, cls: type, show_all: bool) -> None:
-    """One flag for every field of the dataclass `cls`."""
-    group = parser.add_argument_group(cls.__name__, cls.__doc__) if show_all else parser
-    for f in fields(cls):
-        if f.name in DERIVED:
-            continue
-        text = f.metadata["help"]
-        if show_all:
-            in_presets = [f"{name} {preset[f.name]}" for name, preset in PRESETS.items()
-                          if f.name in preset]
-            text = f"{text} [{', '.join([str(f.default), *in_presets])}]"
-        elif f.name not in COMMON:
-            text = SUPPRESS
-        if f.type is bool:
-            group.add_argument(f"--{f.name}", default=None, help=text, action=BooleanOptionalAction)
-        else:
-            group.add_argument(f"--{f.name}", default=None, help=text, type=f.type, metavar="X")
+def help_text(f: Field) -> str:
+    """A flag's help with its default and, where they differ, the presets' values."""
+    values = [f"{name} {preset[f.name]}" for name, preset in PRESETS.items() if f.name in preset]
+    return f"{f.metadata['help']} [{', '.join([str(f.default), *values])}]"
 
 
-def parse(parser: ArgumentParser, configs: tuple[type, ...],
-          argv: list[str] | None = None) -> tuple:
+def parse(parser: ArgumentParser, configs: tuple, argv: list[str] | None = None) -> tuple:
     """The command line -> one object for each of `configs`, and all flags (None: not given)."""
     args: Namespace = parser.parse_args(argv)
     given = {name: value for name, value in vars(args).items() if value is not None}

@@ -133,10 +133,9 @@ def num_processes(run_cfg: RunConfig) -> int:
 def launch_torchrun(num_processes: int) -> None:
     """Replace this process by torchrun, which starts this command line `num_processes` times."""
     sys.stdout.flush()
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))               # a batch system may have given us a few
-    else:
-        cores = os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
     # torchrun kills what has not ended so many seconds after a signal; base takes a while to save.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
@@ -167,13 +166,12 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
     if name == "auto" and device == "cuda":
         name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     elif name == "auto":
-        on_linux = device == "cpu" and sys.platform == "linux"
-        flags = Path("/proc/cpuinfo").read_text().split() if on_linux else []
+        cpu_info = Path("/proc/cpuinfo")                   # Linux has it
+        flags = cpu_info.read_text().split() if device == "cpu" and cpu_info.exists() else []
         name = "bfloat16" if {"amx_bf16", "avx512_bf16"} & set(flags) else "float32"
-    known = {"cuda": ("float32", "bfloat16", "float16"), "cpu": ("float32", "bfloat16"),
-             "mps": ("float32",)}
-    require(name in known[device],
-            f"--device {device} has no --dtype {name}: use auto, {', '.join(known[device])}")
+    known = {"cuda": ("float32", "bfloat16", "float16"), "cpu": ("float32", "bfloat16")}
+    known = known.get(device, ("float32",))
+    require(name in known, f"--device {device} has no --dtype {name}: use auto, {', '.join(known)}")
     return getattr(torch, name)
 
 
@@ -265,7 +263,6 @@ def leave(status: int) -> None:
     """End this process. Among others without ceremony: they may wait in a collective, and taking
     leave of the process group would wait for them."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        print(end="", flush=True)
         os._exit(status)
     sys.exit(status)

@@ -13,7 +13,6 @@ from torch import Tensor
 from . import masking
 from .distributed import DistEnv
 from .loader import VAL_SEED, Samples, load, normalise, validation_micro_batches
-from .model import patchify
 from .objectives import M3AE, MIM, loss_weights
 from .retrieval import Ranking, retrieval_metrics
 
@@ -185,8 +184,7 @@ def baselines(train: Samples, test: Samples, limit: int, device: torch.device,
     sums: dict[str, Tensor] = {}
     for loaded in load(test, validation_micro_batches(test, limit), VAL_SEED, device):
         batch = loaded.batch
-        masked = batch["mlm_labels"][batch["mlm_labels"] != -100]     # (M,)
-        tokens.update(masked.tolist())
+        tokens.update(batch["mlm_labels"][batch["mlm_labels"] != -100].tolist())
 
         # Pixels: the mean patch, and where it can be drawn the image without its noise.
         target = MIM.target(batch["image"], cfg)                      # (B, L, 3·P²)
@@ -197,20 +195,15 @@ def baselines(train: Samples, test: Samples, limit: int, device: torch.device,
             lines = [test.line(n) for n in loaded.indices]
             clean = torch.from_numpy(draw_clean(lines, cfg.image_size))  # (B, S, S)
             clean = normalise(clean[:, None].expand(-1, 3, -1, -1))   # (B, 3, S, S)
-            clean = patchify(clean.to(target), cfg.patch_size)        # (B, L, 3·P²)
-            if cfg.norm_pix_loss:      # in the same units: the noisy patch's own mean and deviation
-                patches = patchify(batch["image"], cfg.patch_size)    # (B, L, 3·P²)
-                var, mean = torch.var_mean(patches, dim=-1, keepdim=True)  # (B, L, 1) each
-                clean = (clean - mean) / (var + 1e-6).sqrt()
+            clean = MIM.target(clean.to(target), cfg, like=batch["image"])  # (B, L, 3·P²)
             add(sums, {"noise_floor": sum_and_count((clean - target).square().mean(-1), hidden)})
 
         # Matching: one who knows the group says "no" to a wrong image of another group, else "yes".
         group = np.array([test.line(n).get("group", "") for n in loaded.indices])
         index = batch["random_negative_index"].cpu().numpy()          # (B,)
-        refused = torch.from_numpy(group != group[index])             # (B,)
+        accuracy = torch.from_numpy((1 + (group != group[index])) / 2)  # (B,)
         has_negative = torch.from_numpy(index != np.arange(len(index)))  # (B,)
-        pair = sum_and_count((1 + refused.float()) / 2, has_negative)
-        add(sums, {"group_only": pair.to(device)})
+        add(sums, {"group_only": sum_and_count(accuracy, has_negative).to(device)})
 
     found = {name: (total / count).item() for name, (total, count) in sums.items()}
     return {"most_frequent_token": max(tokens.values()) / tokens.total()} | found
@@ -224,7 +217,7 @@ TABLE = {
     "mlm_gain_hard": "    gain over a hard negative {mlm_gain_hard:+6.1f} points",
     "itm_acc_random": "  matching, random negatives  {itm_acc_random:6.1%}   chance: 50.0%; by the "
                       "group alone: {group_only:.1%}",
-    "itm_acc_hard": "    hard negatives            {itm_acc_hard:6.1%}   chance, and by the group: 50.0%",
+    "itm_acc_hard": "    hard negatives            {itm_acc_hard:6.1%}   chance, or group: 50.0%",
     "mim_loss": "  reconstruction error        {mim_loss:6.3f}   mean patch: {mean_patch:.3f} "
                 "({error_below:+.0%})",
     "mim_gain_random": "    gain over a random text   {mim_gain_random:+6.3f}",
@@ -234,21 +227,18 @@ TABLE = {
 
 def pretraining_table(metrics: dict[str, float]) -> str:
     """The report of a pre-training: each metric beside its trivial baseline."""
-    shown = dict(metrics)
-    for name in ("mlm_gain_random", "mlm_gain_hard"):
-        if name in shown:
-            shown[name] *= 100                                                # in points
+    shown = {name: 100 * value if name.startswith("mlm_gain") else value      # gains in points
+             for name, value in metrics.items()}
     if "mim_loss" in shown:
         shown["error_below"] = shown["mim_loss"] / shown["mean_patch"] - 1
     else:
-        shown.pop("noise_floor", None)                            # nothing to compare it with
+        shown.pop("noise_floor", None)                                        # nothing to compare
     lines = [line.format(**shown) for name, line in TABLE.items() if name in shown]
-    has_random = shown.keys() & {"mlm_gain_random", "itm_acc_random"}
-    if has_random and not shown.keys() & {"mlm_gain_hard", "itm_acc_hard"}:
-        lines.append("  no hard negatives: the data name no groups, or no group has two pairs")
-    for name in shown:                                                        # a loss of your own
-        if name.endswith("_loss") and name.removesuffix("_loss") not in METRICS:
-            lines.append(f"  {name:27} {shown[name]:6.3f}")
+    for random, hard in (("mlm_gain_random", "mlm_gain_hard"), ("itm_acc_random", "itm_acc_hard")):
+        if random in shown and hard not in shown:
+            lines.append(f"  no {hard}: the data name no groups, or no group has two pairs")
+    lines += [f"  {name:27} {value:6.3f}" for name, value in shown.items()    # losses of your own
+              if name.endswith("_loss") and name.removesuffix("_loss") not in METRICS]
     return "\n".join(lines)
 
 

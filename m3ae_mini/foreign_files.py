@@ -31,8 +31,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             start, end = entry["data_offsets"]
             data = bytearray(file.read(end - start))
             require(start == end_of_last and len(data) == end - start,
-                    f"{path} can't be read: tensor {name} claims bytes {start} to {end}, which are "
-                    "not its own")
+                    f"{path} can't be read: tensor {name} claims bytes that are not its own")
             end_of_last = end
             if entry["dtype"] in DTYPES:
                 numbers = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]])
@@ -77,8 +76,7 @@ def read_torch(path: Path) -> tuple[Any, dict[str, Tensor]]:
     UserError where it is damaged, is older than PyTorch 1.6, or claims more than it holds."""
     with reading(path), open(path, "rb") as file:
         require(zipfile.is_zipfile(file),
-                f"{path} can't be read: it is no whole zip archive; if PyTorch < 1.6 wrote it, "
-                "load and save it again there")
+                f"{path} can't be read: no whole zip archive; was it saved by PyTorch < 1.6?")
         archive = zipfile.ZipFile(file)
         unpacked = sum(info.file_size for info in archive.infolist())
         require(unpacked < 10 * Path(path).stat().st_size,

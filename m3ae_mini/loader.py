@@ -65,17 +65,15 @@ class Samples:
         pack_index = np.repeat(np.arange(len(packs)), [len(part) for part in rows])
         self.location = np.stack([pack_index, np.concatenate(rows)], axis=1)  # (n, 2)
         names = ", ".join(str(pack.folder) for pack in packs)
-        require(len(self.location),
-                f"{names} holds no {split} samples: prepare a pack that has some")
+        require(len(self.location), f"{names} holds no {split} samples: prepare a pack with some")
         if 0 < limit < len(self.location):
             self.location = self.location[np.arange(limit) * len(self.location) // limit]
         self.n = len(self.location)
 
-        self.num_truncated = 0
-        for index, (offsets, _) in enumerate(self.tokens):
-            lengths = np.diff(offsets.astype(np.int64))
-            used = self.location[self.location[:, 0] == index, 1]
-            self.num_truncated += int((lengths[used] > cfg.max_text_len - 2).sum())
+        lengths = [np.diff(offsets.astype(np.int64)) for offsets, _ in self.tokens]
+        used = [self.location[self.location[:, 0] == index, 1] for index in range(len(packs))]
+        self.num_truncated = sum(int((length[rows] > cfg.max_text_len - 2).sum())
+                                 for length, rows in zip(lengths, used))
 
     def token_ids(self, n: int) -> np.ndarray:
         """The tokens of sample n, as Pack.tokens has them, not truncated."""
@@ -164,15 +162,6 @@ class Samples:
         image = Image.fromarray(stored.transpose(1, 2, 0))
         image = image.resize((side, side), Image.Resampling.BICUBIC, box=box)
         out[:] = np.asarray(image).transpose(2, 0, 1)
-
-    def mean_image(self, limit: int) -> np.ndarray:
-        """The mean of at most `limit` images, at equal distances: uint8 (3, S, S)."""
-        side, count = self.cfg.image_size, min(limit, self.n)
-        image, total = np.empty((3, side, side), np.uint8), np.zeros((3, side, side))
-        for n in np.arange(count) * self.n // count:
-            self.read_image(n, image)
-            total += image
-        return np.rint(total / count).astype(np.uint8)
 
     def example(self) -> dict[str, torch.Tensor]:
         """A batch of the first two samples, on the CPU."""

@@ -109,15 +109,16 @@ class MIM(nn.Module):
         return self.pred(self.norm(x[:, 1:]))                                  # class token dropped
 
     @staticmethod
-    def target(image: Tensor, cfg: ModelConfig) -> Tensor:
+    def target(image: Tensor, cfg: ModelConfig, like: Tensor | None = None) -> Tensor:
         """image (B, 3, S, S) -> the patches to restore (B, L, 3·P²)
 
-        With norm_pix_loss each patch is normalised by its mean and unbiased variance, so that
-        contrast counts as much in dark patches as in bright ones."""
+        With norm_pix_loss each patch is normalised by its mean and unbiased variance (or by those
+        of the image `like`), so that contrast counts as much in dark patches as in bright ones."""
         patches = patchify(image, cfg.patch_size)
         if not cfg.norm_pix_loss:
             return patches
-        var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        statistics = patches if like is None else patchify(like, cfg.patch_size)
+        var, mean = torch.var_mean(statistics, dim=-1, keepdim=True)  # (B, L, 1) each
         return (patches - mean) / (var + 1e-6).sqrt()
 
 

@@ -2,52 +2,41 @@
 import torch
 from torch import nn
 
-from .config import RunConfig, TrainConfig, UserError, require
+from .config import RunConfig, TrainConfig, require
 from .distributed import DistEnv
 
-DIVERGED = ("no finite gradient in 20 steps in a row: try a lower --lr, a longer --warmup or "
-            "--dtype float32")
+DIVERGED = "no finite gradient in 20 steps: lower --lr, lengthen --warmup, or use --dtype float32"
 
 
-def part_of(name: str) -> str:
-    """The part whose rate a parameter has: vit, text, head, or fusion (with projections and
-    poolers)."""
-    first = name.split(".")[0]
-    return {"vit": "vit", "text": "text", "objectives": "head"}.get(first, "fusion")
-
-
-def lr_mults(train_cfg: TrainConfig) -> dict[str, float]:
-    """Each part's rate, as a multiple of --lr."""
-    return {"vit": train_cfg.vit_lr_mult, "text": train_cfg.text_lr_mult,
-            "fusion": train_cfg.fusion_lr_mult, "head": train_cfg.head_lr_mult}
+def lr_mult_of(name: str, train_cfg: TrainConfig) -> float:
+    """The rate of a parameter's part, as a multiple of --lr; the fusion's part has projections and
+    poolers, too."""
+    part = {"vit": "vit", "text": "text", "objectives": "head"}.get(name.split(".")[0], "fusion")
+    return getattr(train_cfg, f"{part}_lr_mult")
 
 
 def freeze(model: nn.Module, train_cfg: TrainConfig) -> None:
     """Freeze the parts whose rate is 0: no gradient, no optimizer state, no dropout there."""
-    frozen = {part for part, lr_mult in lr_mults(train_cfg).items() if lr_mult == 0}
     for name, parameter in model.named_parameters():
-        if part_of(name) in frozen:
+        if lr_mult_of(name, train_cfg) == 0:
             parameter.requires_grad_(False)
     for name, module in model.named_modules():
-        if part_of(name) in frozen and hasattr(module, "dropout"):
+        if hasattr(module, "dropout") and lr_mult_of(name, train_cfg) == 0:
             module.dropout = 0.0
     require(any(parameter.requires_grad for parameter in model.parameters()),
-            "all parts are frozen, so nothing is trained: give one of --vit_lr_mult, "
-            "--text_lr_mult, --fusion_lr_mult, --head_lr_mult a value above 0")
+            "all parts are frozen: one of --vit_lr_mult, --text_lr_mult, --fusion_lr_mult, "
+            "--head_lr_mult must be above 0")
 
 
 def param_groups(model: nn.Module, train_cfg: TrainConfig) -> list[dict]:
     """AdamW's groups: a rate for each part, and decay for matrices alone."""
-    mults = lr_mults(train_cfg)
     groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        lr_mult = mults[part_of(name)]
-        decay = train_cfg.weight_decay if parameter.ndim > 1 else 0.0
-        group = groups.setdefault((lr_mult, decay),
-                                  {"params": [], "lr_mult": lr_mult, "weight_decay": decay})
-        group["params"].append(parameter)
+        if parameter.requires_grad:
+            lr_mult = lr_mult_of(name, train_cfg)
+            decay = train_cfg.weight_decay if parameter.ndim > 1 else 0.0
+            new = {"params": [], "lr_mult": lr_mult, "weight_decay": decay}
+            groups.setdefault((lr_mult, decay), new)["params"].append(parameter)
     return list(groups.values())
 
 
@@ -102,25 +91,21 @@ def check_fusion(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
     mask = batch["text_mask"]                                         # (B, T)
     text = model.encode_text(batch["text_ids"], mask)                 # (B, T, D)
     image = model.encode_image(batch["image"])                        # (B, 1+L, D)
-    for what, one_text, one_image in (("one image beside many texts", slice(None), slice(1)),
-                                      ("one text beside many images", slice(1), slice(None))):
-        inputs = text[one_text], image[one_image], mask[one_text]
+    for what, texts, images in (("one image beside many texts", text, image[:1]),
+                                ("one text beside many images", text[:1], image)):
         try:
-            streams = model.fuse(*inputs)
-            shapes = [stream.shape for stream in streams]
+            streams = model.fuse(texts, images, mask[:len(texts)])
+            shapes = [tuple(stream.shape) for stream in streams]
+            problem = "" if shapes == [text.shape, image.shape] else f"it returns {shapes}"
         except Exception as error:
-            raise UserError(f"Fusion.forward fails with {what}, which retrieval needs (see its "
-                            f"docstring): {str(error)[:300]}") from error
-        wanted = [(len(text), *text.shape[1:]), (len(text), *image.shape[1:])]
-        require([tuple(shape) for shape in shapes] == wanted,
-                f"Fusion.forward with {what} returns {[tuple(shape) for shape in shapes]}, not "
-                f"{wanted}, which retrieval needs (see its docstring)")
+            problem = str(error)[:300]
+        require(not problem, f"Fusion.forward fails with {what}, which retrieval needs (see its "
+                f"docstring): {problem}")
 
 
 def describe(model: nn.Module, dist_env: DistEnv) -> str:
     """The start-up line: how many parameters, how many of them are trained, where, in what type."""
     total = sum(p.numel() for p in model.parameters()) / 1e6
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    return (f"{total:.1f} million parameters, {trained:.1f} million trained, on "
-            f"{dist_env.world_size} × {dist_env.device.type} in "
-            f"{str(dist_env.dtype).removeprefix('torch.')}")
+    where = f"{dist_env.world_size} × {dist_env.device.type} in {str(dist_env.dtype)[6:]}"
+    return f"{total:.1f} million parameters, {trained:.1f} million trained, on {where}"

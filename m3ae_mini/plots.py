@@ -77,18 +77,16 @@ def reconstructions(model: M3AE, samples: Samples, dist_env: DistEnv, path: Path
     cell, gap, columns = max(144, samples.cfg.image_size), 12, 2
     width = 3 * cell + 2 * gap
     captions = [caption(samples.tokenizer, batch, row, guesses, width) for row in range(count)]
-    caption_height = max((y for words in captions for _, y, _, _ in words), default=0)
-    height = cell + 42 + caption_height
+    height = cell + 42 + max((y for words in captions for _, y, _, _ in words), default=0)
     rows = 1 + (count - 1) // columns
     sheet = Image.new("RGB", (columns * (width + 2 * gap) + gap, rows * height + gap), BACK)
-    draw = ImageDraw.Draw(sheet)
     for i, words in enumerate(captions):
         left, top = gap + i % columns * (width + 2 * gap), gap + i // columns * height
         for j, images in enumerate((batch["image"], masked, restored)):
             shown = to_pil(images[i].float()).resize((cell, cell), Image.Resampling.NEAREST)
             sheet.paste(shown, (left + j * (cell + gap), top))
         for x, y, text, colour in words:
-            draw.text((left + x, top + cell + 6 + y), text, colour, FONT)
+            ImageDraw.Draw(sheet).text((left + x, top + cell + 6 + y), text, colour, FONT)
     sheet.save(path)
 
 
@@ -140,18 +138,15 @@ def attention_map(model: M3AE, batch: dict, words: list[str], path: Path) -> Non
 
     grid, cell, columns = round(maps.shape[1] ** 0.5), 192, 6
     shown = to_pil(image[0]).resize((cell, cell), Image.Resampling.BICUBIC)
-    rows = 1 + len(words) // columns
-    sheet = Image.new("RGB", (columns * cell, rows * (cell + 20)), BACK)
-    draw = ImageDraw.Draw(sheet)
+    sheet = Image.new("RGB", (columns * cell, (1 + len(words) // columns) * (cell + 20)), BACK)
     for i, word in enumerate(["image", *words]):
-        panel = shown.copy()
-        if i:
-            heat = (maps[i - 1].view(grid, grid) * 180).byte().cpu().numpy()
-            heat = Image.fromarray(heat).resize((cell, cell), Image.Resampling.BICUBIC)
-            panel.paste((255, 40, 0), mask=heat)
         left, top = i % columns * cell, i // columns * (cell + 20)
-        sheet.paste(panel, (left, top))
-        draw.text((left + 4, top + cell + 1), word.strip() or "_", INK, FONT)
+        sheet.paste(shown, (left, top))
+        if i:
+            heat = Image.fromarray((maps[i - 1].view(grid, grid) * 180).byte().cpu().numpy())
+            heat = heat.resize((cell, cell), Image.Resampling.BICUBIC)
+            sheet.paste((255, 40, 0), (left, top, left + cell, top + cell), heat)
+        ImageDraw.Draw(sheet).text((left + 4, top + cell + 1), word.strip() or "_", INK, FONT)
     sheet.save(path)
 
 
@@ -162,32 +157,28 @@ def curves(lines: list[dict], path: Path) -> None:
     lines = [line for line in lines if line["split"] in ("train", "val")]
     losses = dict.fromkeys(name for line in lines for name in line if name.endswith("_loss"))
     wanted = [*losses, "mlm_acc", "mlm_gain_hard", "itm_acc_hard", "itc_acc", "loss", "score"]
-    names = [name for name in wanted if any(line.get(name) is not None for line in lines)]
-    wide, high, columns = 280, 160, min(4, len(names))
-    rows = 1 + (len(names) - 1) // columns
+    panels = {name: [line for line in lines if line.get(name) is not None] for name in wanted}
+    panels = {name: with_name for name, with_name in panels.items() if with_name}
+    wide, high, columns = 280, 160, min(4, len(panels))
+    rows = 1 + (len(panels) - 1) // columns
     sheet = Image.new("RGB", (columns * (wide + 60), rows * (high + 60)), BACK)
-    draw = ImageDraw.Draw(sheet)
-    for i, name in enumerate(names):
-        left, top = i % columns * (wide + 60) + 50, i // columns * (high + 60) + 30
-        with_name = [line for line in lines if line.get(name) is not None]
-        curve(draw, name, with_name, left, top, wide, high)
+    for i, (name, with_name) in enumerate(panels.items()):
+        corner = i % columns * (wide + 60) + 50, i // columns * (high + 60) + 30
+        curve(ImageDraw.Draw(sheet), name, with_name, *corner, wide, high)
     sheet.save(path)
 
 
-def curve(draw: ImageDraw.ImageDraw, name: str, lines: list[dict], left: int, top: int, wide: int,
-          high: int) -> None:
+def curve(draw, name: str, lines: list[dict], left: int, top: int, wide: int, high: int) -> None:
     """One panel of `curves`, its frame's corner at (left, top)."""
     values, end = [line[name] for line in lines], max(line["step"] for line in lines)
     low, up = min(0.0, *values), max(*values, 1e-9)
     draw.rectangle((left, top, left + wide, top + high), outline=GREY)
-    draw.text((left, top - 12), name, INK, FONT, "lm")
-    draw.text((left + wide, top + high + 12), f"step {end:,}", INK, FONT, "rm")
-    draw.text((left - 5, top + 6), f"{up:.2g}", INK, FONT, "rm")
-    draw.text((left - 5, top + high - 6), f"{low:.1g}", INK, FONT, "rm")
+    for x, y, text, anchor in ((0, -12, name, "lm"), (wide, high + 12, f"step {end:,}", "rm"),
+                               (-5, 6, f"{up:.2g}", "rm"), (-5, high - 6, f"{low:.1g}", "rm")):
+        draw.text((left + x, top + y), text, INK, FONT, anchor)
     for split, colour in (("train", GREY), ("val", GREEN)):
         points = [(left + wide * line["step"] / end, top + high * (up - line[name]) / (up - low))
                   for line in lines if line["split"] == split]
         draw.line(points, fill=colour, width=2)
-        if split == "val":
-            for x, y in points:
-                draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
+        for x, y in points if split == "val" else ():
+            draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)

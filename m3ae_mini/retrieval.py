@@ -66,21 +66,24 @@ def rerank(model: M3AE, scores: Tensor, texts: Tensor, masks: Tensor, images: Te
     by_query = scores if direction == "t2i" else scores.T             # (queries, candidates)
     best = by_query.topk(min(count, by_query.shape[1]), dim=1).indices  # (queries, k)
     new = torch.zeros(best.shape, device=scores.device)               # (queries, k)
-    fc = model.objectives["irtr"].fc
     for query in range(dist_env.rank, len(best), dist_env.world_size):
-        rows = best[query]                                            # (k,)
-        if direction == "t2i":
-            pairs = texts[query:query + 1], images[rows], masks[query:query + 1]
-        else:
-            pairs = texts[rows], images[query:query + 1], masks[rows]
-        feature = model.pooled_pair(*pairs)                           # (k, 2D)
-        new[query] = (feature.float() * fc.weight).sum(1) + fc.bias   # (k,)
+        one, many = slice(query, query + 1), best[query]
+        text, image = (one, many) if direction == "t2i" else (many, one)
+        new[query] = match_scores(model, texts[text], images[image], masks[text])  # (k,)
     new = dist_env.all_reduce(new)
 
     # Above all others: matching scores are unbounded, so shift them over the best contrast score.
-    above = by_query.max() + 1 + new - new.min()                      # (queries, k)
-    by_query = by_query.scatter(1, best, above)
+    by_query = by_query.scatter(1, best, by_query.max() + 1 + new - new.min())
     return (by_query if direction == "t2i" else by_query.T).cpu()
+
+
+def match_scores(model: M3AE, texts: Tensor, images: Tensor, masks: Tensor) -> Tensor:
+    """The retrieval head's score of pairs of a text and an image, either may be one beside many:
+    (B,)
+
+    In float32: wrong candidates win ties, and bf16 makes many scores equal."""
+    fc = model.objectives["irtr"].fc
+    return (model.pooled_pair(texts, images, masks).float() * fc.weight).sum(1) + fc.bias
 
 
 def encode_images(model: M3AE, samples: Samples, indices: np.ndarray, dist_env: DistEnv) -> Tensor:
@@ -106,7 +109,6 @@ def matching_scores(model: M3AE, samples: Samples, indices: np.ndarray, texts: T
                     masks: Tensor, dist_env: DistEnv) -> Tensor:
     """The retrieval head's score of every text (Q, T, D) with the image of every sample `indices`
     (P,): (Q, P)"""
-    fc = model.objectives["irtr"].fc
     own = np.arange(dist_env.rank, len(indices), dist_env.world_size)        # this process's images
     scores = torch.zeros(len(texts), len(indices), device=dist_env.device)  # (Q, P)
     bar = tqdm(total=len(own) * len(texts), desc="pairs", leave=False, disable=not dist_env.is_main)
@@ -116,10 +118,8 @@ def matching_scores(model: M3AE, samples: Samples, indices: np.ndarray, texts: T
             column = next(columns)
             for start in range(0, len(texts), PAIRS):
                 rows = slice(start, start + PAIRS)
-                feature = model.pooled_pair(texts[rows], image[None], masks[rows])  # (≤ PAIRS, 2D)
-                # In float32: wrong candidates win ties, and bf16 makes many scores equal.
-                scores[rows, column] = (feature.float() * fc.weight).sum(1) + fc.bias  # (≤ PAIRS,)
-                bar.update(len(feature))
+                scores[rows, column] = match_scores(model, texts[rows], image[None], masks[rows])
+                bar.update(len(texts[rows]))
     bar.close()
     return dist_env.all_reduce(scores).cpu()
 

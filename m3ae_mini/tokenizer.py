@@ -31,14 +31,13 @@ class Tokenizer:
         # The kind, and the special tokens that come with it.
         self.kind = next((kind for kind, names in SPECIAL.items()
                           if all(backend.token_to_id(name) is not None for name in names)), None)
-        require(self.kind, f"{source} has neither RoBERTa's special tokens "
-                f"{' '.join(SPECIAL['roberta'])} nor BERT's {' '.join(SPECIAL['bert'])}: "
-                "give another with --tokenizer")
+        require(self.kind, f"{source} has neither the tokens {' '.join(SPECIAL['roberta'])} nor "
+                f" {' '.join(SPECIAL['bert'])}: give another with --tokenizer")
         ids = [backend.token_to_id(name) for name in SPECIAL[self.kind]]
         self.cls_id, self.pad_id, self.sep_id, _, self.mask_id = ids
         require(self.pad_id == PAD_ID[self.kind],
-                f"{source} has its padding token at {self.pad_id}, but a {self.kind} model needs "
-                f"it at {PAD_ID[self.kind]}: give another with --tokenizer")
+                f"{source} has its padding token at {self.pad_id}, not at {PAD_ID[self.kind]}: "
+                "give another with --tokenizer")
 
         # The vocabulary.
         vocab = backend.get_vocab(with_added_tokens=True)
@@ -55,8 +54,7 @@ class Tokenizer:
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
         """path: a tokenizer.json, or a folder that holds one. UserError where there is none."""
         path = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else str(path)
-        require(os.path.isfile(path),
-                f"no tokenizer at {path}: give a tokenizer.json, or its folder")
+        require(os.path.isfile(path), f"no tokenizer at {path}: give a tokenizer.json or folder")
         with reading(path):
             return cls(tokenizers.Tokenizer.from_file(path), path)
 
@@ -75,8 +73,7 @@ class Tokenizer:
 
         # Embeddings mean nothing under another tokenizer's ids.
         require(not (init or train_cfg.init_text),
-                f"{train_cfg.init_text or init} comes without a tokenizer.json: give the one of "
-                "its training by --tokenizer")
+                f"{train_cfg.init_text or init} has no tokenizer.json: give its own by --tokenizer")
         return cls.train(texts, train_cfg.tokenizer_vocab)
 
     @classmethod

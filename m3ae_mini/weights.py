@@ -24,6 +24,9 @@ class State(dict):
     unused: list[str] = []
 
 
+Sources = dict[str, State]             # {"--init_image ViT-B-16.pt": its tensors, …}
+
+
 def module_of(name: str) -> str:
     """The part of the model that a tensor belongs to: vit, text, a head (mlm, …), or fusion for the
     rest."""
@@ -143,8 +146,7 @@ def load_text(path: Path | str, **given) -> tuple[dict, State]:
                   pad_token_id=1 if is_roberta else 0, layer_norm_eps=1e-5 if is_roberta else 1e-12)
     for key, value in needed.items():
         require(config.get(key, value) == value,
-                f"{config_file}: {key} is {config.get(key)}, but {value} is needed: use another "
-                "text encoder")
+                f"{config_file}: {key} is {config.get(key)}, not {value}: use another text encoder")
     return found, state
 
 
@@ -174,15 +176,13 @@ def load_m3ae(path: Path | str, **given) -> tuple[ModelConfig, State]:
     return cfg, state
 
 
-def read_init_files(cfg: ModelConfig, train_cfg: TrainConfig,
-                    flags: dict) -> tuple[ModelConfig, dict[str, State]]:
+def read_init_files(cfg: ModelConfig, train_cfg: TrainConfig, flags: dict) -> tuple:
     """Read what --init, --init_image and --init_text name -> (cfg with their architecture, {source:
     State})
 
     flags: {setting: value, None where it was not given}; what was given wins over what a file
     tells."""
-    heads = {name: value for name, value in flags.items()
-             if name.endswith("_heads") and value is not None}
+    heads = {name: v for name, v in flags.items() if name.endswith("_heads") and v is not None}
     found, init_weights = {}, {}
     for flag, loader in (("init", load_m3ae), ("init_image", load_clip), ("init_text", load_text)):
         path = getattr(train_cfg, flag)
@@ -201,8 +201,7 @@ def read_init_files(cfg: ModelConfig, train_cfg: TrainConfig,
 
 # ------------------------------------------------------------------------------------- into a model
 
-def check(cfg: ModelConfig, init_weights: dict[str, State],
-          needed: tuple[str, ...] = ()) -> dict[str, dict[str, Tensor]]:
+def check(cfg: ModelConfig, init_weights: Sources, needed: tuple = ()) -> dict[str, dict]:
     """What a model of `cfg` takes of each source: {source: {name: tensor}}, positions resized
 
     A module comes whole or, if it is not `needed`, not at all: a missing tensor is a UserError, and
@@ -221,8 +220,7 @@ def check(cfg: ModelConfig, init_weights: dict[str, State],
             if name == "vit.pos_embed" and tensor.ndim == 2 and len(tensor) != shape[0]:
                 tensor = resize_positions(tensor, shape[0] - 1)
             require(tensor.shape == shape,
-                    f"{source}: {name} has shape {(*tensor.shape,)}, not {(*shape,)}: were "
-                    "--preset, --tokenizer and the sizes those of these weights?")
+                    f"{source}: {name} has shape {(*tensor.shape,)}, not {(*shape,)}")
             taken[source][name] = tensor
     return taken
 
@@ -232,16 +230,13 @@ def resize_positions(pos_embed: Tensor, num_patches: int) -> Tensor:
     token's stays"""
     old, new = math.isqrt(max(1, len(pos_embed)) - 1), math.isqrt(num_patches)
     require(len(pos_embed) - 1 == old ** 2 > 0,
-            f"vit.pos_embed has {len(pos_embed)} positions, not those of a class token and a "
-            "square grid")
+            f"vit.pos_embed has {len(pos_embed)} positions, not one and a square grid's")
     grid = pos_embed[1:].T.reshape(1, -1, old, old)                   # (1, W, √L, √L)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False,
-                         antialias=False)                             # (1, W, √L', √L')
+    grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
     return torch.cat([pos_embed[:1], grid.flatten(2)[0].T])           # (1+num_patches, W)
 
 
-def load_pretrained(model: M3AE,
-                    init_weights: dict[str, State]) -> tuple[dict[str, str], list[str]]:
+def load_pretrained(model: M3AE, init_weights: Sources) -> tuple[dict[str, str], list[str]]:
     """Load weights into a model; of several sources the later one wins -> what to tell about it:
 
     {name: source it came from}, and sentences on what was changed or not used."""
