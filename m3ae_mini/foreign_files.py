@@ -76,7 +76,8 @@ def read_torch(path: Path) -> tuple[Any, dict[str, Tensor]]:
     UserError where it is damaged, is older than PyTorch 1.6, or claims more than it holds."""
     with reading(path), open(path, "rb") as file:
         require(zipfile.is_zipfile(file),
-                f"{path} can't be read: no whole zip archive; was it saved by PyTorch < 1.6?")
+                f"{path} can't be read: it is no whole zip archive; if PyTorch < 1.6 wrote it, "
+                "load and save it again there")
         archive = zipfile.ZipFile(file)
         unpacked = sum(info.file_size for info in archive.infolist())
         require(unpacked < 10 * Path(path).stat().st_size,

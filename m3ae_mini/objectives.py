@@ -48,8 +48,8 @@ class MLM(nn.Module):
 
         # Cross-entropy, averaged over the masked tokens.
         targets = labels.index_select(0, positions)                   # (M,)
-        loss = F.cross_entropy(logits, targets, reduction="sum")
-        loss = loss / (targets != -100).sum().clamp(min=1)
+        num_masked = (targets != -100).sum().clamp(min=1)
+        loss = F.cross_entropy(logits, targets, reduction="sum") / num_masked
         return {"mlm_loss": loss, "mlm_logits": logits, "mlm_targets": targets}
 
 
@@ -262,8 +262,7 @@ class Retrieval(nn.Module):
         logits = self.fc(feature).float().view(texts.shape)           # (B, 1+F)
 
         # Rows with too few negatives are padded with their own text; mask the padding out.
-        padding = F.pad(false == positive_index, (1, 0))              # (B, 1+F)
-        logits = logits.masked_fill(padding, -torch.inf)
+        logits = logits.masked_fill(F.pad(false == positive_index, (1, 0)), -torch.inf)
         loss = F.cross_entropy(logits, torch.zeros_like(positive_index[:, 0]))
         return {"irtr_loss": loss, "irtr_logits": logits}
 

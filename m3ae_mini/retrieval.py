@@ -34,9 +34,9 @@ def retrieval_metrics(model: M3AE, samples: Samples, dist_env: DistEnv, limit: i
     indices = np.concatenate(parts)                                   # (n,)
     images = [(pack_index, int(samples.packs[pack_index].samples["image"][row]))
               for pack_index, row in samples.location[indices]]
-    longest = samples.cfg.max_text_len - 2
     image_id = factorize(images)                                      # (n,)
-    text_id = factorize(samples.token_ids(n)[:longest].tobytes() for n in indices)  # (n,)
+    text_id = factorize(samples.token_ids(n)[:samples.cfg.max_text_len - 2].tobytes()
+                        for n in indices)                             # (n,)
     _, first_image = np.unique(image_id, return_index=True)           # (P,)
     _, first_text = np.unique(text_id, return_index=True)             # (Q,)
     right = torch.zeros(len(first_text), len(first_image), dtype=torch.bool)  # (Q, P)

@@ -31,8 +31,9 @@ class Tokenizer:
         # The kind, and the special tokens that come with it.
         self.kind = next((kind for kind, names in SPECIAL.items()
                           if all(backend.token_to_id(name) is not None for name in names)), None)
-        require(self.kind, f"{source} has neither the tokens {' '.join(SPECIAL['roberta'])} nor "
-                f" {' '.join(SPECIAL['bert'])}: give another with --tokenizer")
+        names = " nor ".join(" ".join(names) for names in SPECIAL.values())
+        require(self.kind, f"{source} has neither the special tokens {names}: give another with "
+                "--tokenizer")
         ids = [backend.token_to_id(name) for name in SPECIAL[self.kind]]
         self.cls_id, self.pad_id, self.sep_id, _, self.mask_id = ids
         require(self.pad_id == PAD_ID[self.kind],

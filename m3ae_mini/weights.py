@@ -220,7 +220,8 @@ def check(cfg: ModelConfig, init_weights: Sources, needed: tuple = ()) -> dict[s
             if name == "vit.pos_embed" and tensor.ndim == 2 and len(tensor) != shape[0]:
                 tensor = resize_positions(tensor, shape[0] - 1)
             require(tensor.shape == shape,
-                    f"{source}: {name} has shape {(*tensor.shape,)}, not {(*shape,)}")
+                    f"{source}: {name} has shape {(*tensor.shape,)}, not {(*shape,)}: give the "
+                    "--preset, --tokenizer and sizes of these weights")
             taken[source][name] = tensor
     return taken
 
