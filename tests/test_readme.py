@@ -24,7 +24,6 @@ import walk
 from data import phantoms, prepare
 from m3ae_mini import M3AE, config, evaluate, objectives, weights
 from m3ae_mini.config import PRESETS, UserError
-from m3ae_mini.model import Backbone
 
 READMES = ("README.md", "data/README.md", "tests/README.md")
 TEXT = {name: (ROOT / name).read_text() for name in READMES}
