@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from . import masking
 from .distributed import DistEnv
-from .loader import VAL_SEED, Samples, factorize, load, validation_micro_batches
+from .loader import VAL_SEED, Samples, load, validation_micro_batches
 from .objectives import M3AE
 
 PAIRS = 128                                     # (image, text) pairs of one pass through the fusion
@@ -32,11 +32,8 @@ def retrieval_metrics(model: M3AE, samples: Samples, dist_env: DistEnv, limit: i
     # The images and the texts among the samples, each once.
     parts = [part for _, _, part in validation_micro_batches(samples, limit)]
     indices = np.concatenate(parts)                                   # (n,)
-    images = [(pack_index, int(samples.packs[pack_index].samples["image"][row]))
-              for pack_index, row in samples.location[indices]]
-    image_id = factorize(images)                                      # (n,)
-    text_id = factorize(samples.token_ids(n)[:samples.cfg.max_text_len - 2].tobytes()
-                        for n in indices)                             # (n,)
+    token_ids = [samples.token_ids(n)[:samples.cfg.max_text_len - 2] for n in indices]
+    image_id, text_id, _ = samples.identities(indices, token_ids)     # (n,) each
     _, first_image = np.unique(image_id, return_index=True)           # (P,)
     _, first_text = np.unique(text_id, return_index=True)             # (Q,)
     right = torch.zeros(len(first_text), len(first_image), dtype=torch.bool)  # (Q, P)
