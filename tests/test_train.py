@@ -171,6 +171,22 @@ def test_resume_equals_a_run_that_never_stopped(pack, tmp_path, monkeypatch):
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
 
+def test_validation_and_report_mask_as_configured_whatever_the_schedule(pack, tmp_path, monkeypatch):
+    """A run that has ended reports the same again: its last step's settings don't reach the test."""
+    settings_at, ratios = train.settings_at, []
+
+    def schedule(step, cfg, train_cfg):
+        ratios.append(0.25 + 0.125 * step)
+        return settings_at(step, cfg, train_cfg)._replace(mask_ratio=ratios[-1])
+    monkeypatch.setattr(train, "settings_at", schedule)
+    flags = [*SMALL, "--data", pack, "--out", tmp_path / "run", "--steps", 2]
+    started(monkeypatch, *flags)
+    first, = logged(tmp_path / "run", "test")
+    assert set(ratios) == {0.25, 0.375}
+    started(monkeypatch, *flags, "--resume")
+    assert logged(tmp_path / "run", "test") == [first]
+
+
 @pytest.mark.parametrize("off", ["", "mlm", "mim", "itm", "mlm mim", "mlm itm", "mim itm"])
 def test_every_combination_of_losses_trains(pack, tmp_path, monkeypatch, off):
     flags = [flag for name in off.split() for flag in (f"--{name}", 0)]
