@@ -29,8 +29,9 @@ def freeze(model: nn.Module, train_cfg: TrainConfig) -> None:
         if part_of(name) in frozen:
             parameter.requires_grad_(False)
     for name, module in model.named_modules():
-        if part_of(name) in frozen and hasattr(module, "dropout"):
-            module.dropout = 0.0
+        for field in ("dropout", "p"):                                # ours, nn.Dropout's
+            if part_of(name) in frozen and isinstance(getattr(module, field, None), float):
+                setattr(module, field, 0.0)
     require(any(parameter.requires_grad for parameter in model.parameters()),
             "all parts are frozen, so nothing is trained: give one of --vit_lr_mult, "
             "--text_lr_mult, --fusion_lr_mult, --head_lr_mult a value above 0")

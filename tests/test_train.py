@@ -60,6 +60,15 @@ def test_what_the_user_froze_stays_frozen(small_config, random_batch):
     assert all(parameter.requires_grad for parameter in model.text.parameters())
 
 
+def test_dropout_modules_of_a_frozen_part_are_off(small_config):
+    """A fusion of one's own may hold nn.Dropout in place of a number."""
+    model = M3AE(small_config())
+    model.fusion.dropout = torch.nn.Dropout(0.5)
+    optim.freeze(model, TrainConfig(fusion_lr_mult=0.0))
+    assert model.fusion.dropout.p == 0
+    assert model.train().fusion.dropout(torch.ones(99)).eq(1).all()
+
+
 class Length(torch.nn.Module):
     """A loss of somebody's own: how long is the text?"""
     inputs = ("text",)
