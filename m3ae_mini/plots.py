@@ -163,8 +163,8 @@ def curves(lines: list[dict], path: Path) -> None:
     losses = dict.fromkeys(name for line in lines for name in line if name.endswith("_loss"))
     wanted = [*losses, "mlm_acc", "mlm_gain_hard", "itm_acc_hard", "itc_acc", "loss", "score"]
     names = [name for name in wanted if any(line.get(name) is not None for line in lines)]
-    wide, high, columns = 280, 160, min(4, len(names))
-    rows = 1 + (len(names) - 1) // columns
+    wide, high, columns = 280, 160, min(4, len(names)) or 1
+    rows = 1 + max(0, len(names) - 1) // columns
     sheet = Image.new("RGB", (columns * (wide + 60), rows * (high + 60)), BACK)
     draw = ImageDraw.Draw(sheet)
     for i, name in enumerate(names):

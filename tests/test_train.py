@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import train
-from m3ae_mini import M3AE, checkpoint, distributed, evaluate, optim
+from m3ae_mini import M3AE, checkpoint, distributed, evaluate, optim, plots
 from m3ae_mini.config import RunConfig, TrainConfig, UserError
 from m3ae_mini.objectives import OBJECTIVES
 from m3ae_mini.tokenizer import Tokenizer
@@ -140,6 +140,12 @@ def test_a_report_tells_only_of_losses_that_were_trained():
     assert "noise floor" in pixels and "-40%" in pixels and "hard negatives" not in pixels
     words = evaluate.pretraining_table(trivial | {"mlm_acc": 0.4, "mlm_gain_random": 0.1})
     assert "+10.0 points" in words and "no hard negatives" in words and "noise floor" not in words
+
+
+def test_curves_of_losses_that_were_never_finite(tmp_path):
+    lines = [{"step": 1, "split": split, "length_loss": None} for split in ("train", "val")]
+    plots.curves(lines, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").is_file()
 
 
 def test_a_small_rate_is_logged_as_it_is(tmp_path):
