@@ -290,6 +290,8 @@ class Backbone(nn.Module):
     def fuse(self, text: Tensor, image: Tensor, text_mask: Tensor, **limits) -> tuple:
         """Both streams after the last fusion layer; shapes and `limits` are those of
         Fusion.forward."""
+        if limits.get("depth") == 0:                                  # --mim_layer 0: text is None
+            return text, image
         return self.fusion(text, image, text_mask, **limits)
 
     def pooled_pair(self, text: Tensor, image: Tensor, text_mask: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from PIL import Image
 import train
 from m3ae_mini import M3AE, checkpoint, distributed, evaluate, optim, plots
 from m3ae_mini.config import RunConfig, TrainConfig, UserError
+from m3ae_mini.model import Fusion
 from m3ae_mini.objectives import OBJECTIVES
 from m3ae_mini.tokenizer import Tokenizer
 from test_loader import CAPTIONS, write_pack
@@ -67,6 +68,21 @@ def test_dropout_modules_of_a_frozen_part_are_off(small_config):
     optim.freeze(model, TrainConfig(fusion_lr_mult=0.0))
     assert model.fusion.dropout.p == 0
     assert model.train().fusion.dropout(torch.ones(99)).eq(1).all()
+
+
+class Wasteful(Fusion):
+    """A fusion of somebody's own, which ignores what only saves work."""
+
+    def forward(self, text, image, text_mask, **limits):
+        return super().forward(text, image, text_mask)
+
+
+@pytest.mark.parametrize("layer", [-1, 0, 1])
+def test_a_fusion_may_ignore_what_only_saves_work(small_config, random_batch, monkeypatch, layer):
+    """Where --mim_layer 0 decodes pixels before the fusion, it is not called."""
+    monkeypatch.setattr("m3ae_mini.model.Fusion", Wasteful)
+    cfg = small_config(mim_layer=layer, itm=0.0)
+    optim.dry_run(M3AE(cfg), random_batch(cfg) | {"mlm_positions": torch.arange(4)})
 
 
 class Length(torch.nn.Module):
