@@ -2,8 +2,9 @@
 import torch
 from torch import nn
 
-from .config import RunConfig, TrainConfig, UserError, require
+from .config import ModelConfig, RunConfig, TrainConfig, UserError, require
 from .distributed import DistEnv
+from .objectives import M3AE
 
 DIVERGED = ("no finite gradient in 20 steps in a row: try a lower --lr, a longer --warmup or "
             "--dtype float32")
@@ -77,6 +78,14 @@ def epochs_to_steps(train_cfg: TrainConfig, run_cfg: RunConfig, num_samples: int
         train_cfg.steps = max(1, round(train_cfg.epochs * epoch))
     run_cfg.eval_every = run_cfg.eval_every or max(1, round(epoch))
     run_cfg.save_every = run_cfg.save_every or max(1, round(epoch))
+
+
+def check_model(cfg: ModelConfig, train_cfg: TrainConfig, batch: dict[str, torch.Tensor]) -> None:
+    """What `freeze` and `dry_run` refuse, found before a run begins: UserError."""
+    with torch.device("meta"):
+        model = M3AE(cfg)
+    freeze(model, train_cfg)
+    dry_run(model, batch)
 
 
 def dry_run(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:

@@ -70,6 +70,39 @@ def test_dropout_modules_of_a_frozen_part_are_off(small_config):
     assert model.train().fusion.dropout(torch.ones(99)).eq(1).all()
 
 
+class OneSided(Fusion):
+    """A fusion that wants as many images as texts."""
+
+    def forward(self, text, image, text_mask, **limits):
+        both = torch.cat([text, image], dim=1)                                         # (B, T+N, D)
+        return super().forward(both[:, :text.shape[1]], image, text_mask, **limits)
+
+
+class Grows(Fusion):
+    """A fusion that returns one row more where an image stands beside many texts."""
+
+    def forward(self, text, image, text_mask, **limits):
+        text, new_image = super().forward(text, image, text_mask, **limits)
+        return text, new_image if len(image) > 1 or text is None else new_image[:1]
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+@pytest.mark.parametrize("fusion, words", [
+    (OneSided, "fails with one image beside many texts, which retrieval needs"),
+    (Grows, r"with one image beside many texts returns .*, not .*, which retrieval needs")])
+def test_a_fusion_that_fails_beside_many_is_refused(fusion, words, gpus, pack, tmp_path, monkeypatch):
+    """Before a process starts, and before the folder holds a run."""
+    monkeypatch.setattr("m3ae_mini.model.Fusion", fusion)
+    monkeypatch.setattr(train, "launch_torchrun", lambda count: pytest.fail("processes were started"))
+    monkeypatch.setattr(train, "fit", lambda *args: pytest.fail("training was started"))
+    with pytest.raises(UserError, match=f"^Fusion.forward {words}") as error:
+        started(monkeypatch, *SMALL, "--data", pack, "--out", tmp_path / "run", "--steps", 2,
+                "--gpus", gpus)
+    assert "\n" not in str(error.value)
+    checkpoint.remove_unused_run_dir(tmp_path / "run")       # as the end of the process does
+    assert not (tmp_path / "run").exists()
+
+
 class Wasteful(Fusion):
     """A fusion of somebody's own, which ignores what only saves work."""
 
@@ -330,6 +363,9 @@ REFUSED = {
     "seed": ("--seed -1", "--seed -1: use 0 to"),
     "two lengths": ("--epochs 3", "--steps and --epochs both set the length"),
     "no loss": ("--mlm 0 --mim 0 --itm 0", "are all 0, so nothing is learned: set one above 0"),
+    "no rate": ("--lr 0", "--lr 0 .* --vit_lr_mult 0, --text_lr_mult 0, --fusion_lr_mult 0 or --head_lr_mult 0"),
+    "all frozen": ("--vit_lr_mult 0 --text_lr_mult 0 --fusion_lr_mult 0 --head_lr_mult 0",
+                   "all parts are frozen, so nothing is trained: give one of --vit_lr_mult, --text_lr_mult"),
     "tokenizer": ("--tokenizer /nowhere", "no tokenizer at /nowhere"),
     "device": ("--device tpu", "--device tpu"),
     "dtype": ("--dtype int8", "--dtype int8"),
