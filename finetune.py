@@ -67,7 +67,7 @@ class Data(NamedTuple):
     val: Samples
     test: Samples
     labels: list[str]                  # the answer list or the classes; retrieval has none
-    ranking: Ranking          # of retrieval's candidates
+    ranking: Ranking                   # of retrieval's candidates
     tokenizer: Tokenizer
     cfg: ModelConfig                   # with the sizes of vocabulary and label list
     settings: dict                     # of config.json: a run that resumes must have the same
@@ -224,6 +224,7 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
         if labels:
             samples.label_ids = label_ids(samples, labels)
 
+    optim.check_model(cfg, train_cfg, train.example())
     optim.epochs_to_steps(train_cfg, run_cfg, train.n)
     fingerprints = [pack.fingerprint() for pack in packs]
     settings = {

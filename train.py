@@ -160,6 +160,7 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
 
     train = Samples(packs, "train", tokenizer, cfg, train_cfg, train_cfg.train_samples)
     val = Samples(packs, "val", tokenizer, cfg, train_cfg)
+    optim.check_model(cfg, train_cfg, train.example())
     optim.epochs_to_steps(train_cfg, run_cfg, train.n)
     fingerprints = [pack.fingerprint() for pack in packs]
     settings = {

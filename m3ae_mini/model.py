@@ -278,7 +278,8 @@ class Backbone(nn.Module):
         Returns visible tokens (B, 1+K, D), class token first, and ids_restore (B, L): the position
         of every patch in [visible ; hidden] (masking.random_masking)."""
         patches = patchify(image, self.cfg.patch_size)                # (B, L, 3·P²)
-        ids_keep, ids_restore = random_masking(noise, self.mask_ratio)  # (B, K), (B, L)
+        mask_ratio = self.mask_ratio if self.training else self.cfg.mask_ratio
+        ids_keep, ids_restore = random_masking(noise, mask_ratio)     # (B, K), (B, L)
         visible = self.image_proj(self.vit(patches, ids_keep)) + self.modality[1]  # (B, 1+K, D)
         return visible, ids_restore
 
@@ -289,6 +290,8 @@ class Backbone(nn.Module):
     def fuse(self, text: Tensor, image: Tensor, text_mask: Tensor, **limits) -> tuple:
         """Both streams after the last fusion layer; shapes and `limits` are those of
         Fusion.forward."""
+        if limits.get("depth") == 0:                                  # --mim_layer 0: text is None
+            return text, image
         return self.fusion(text, image, text_mask, **limits)
 
     def pooled_pair(self, text: Tensor, image: Tensor, text_mask: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 import torch
 from torch import nn
 
-from .config import RunConfig, TrainConfig, require
+from .config import ModelConfig, RunConfig, TrainConfig, require
 from .distributed import DistEnv
+from .objectives import M3AE
 
 DIVERGED = "no finite gradient in 20 steps: lower --lr, lengthen --warmup, or use --dtype float32"
 
@@ -21,8 +22,10 @@ def freeze(model: nn.Module, train_cfg: TrainConfig) -> None:
         if lr_mult_of(name, train_cfg) == 0:
             parameter.requires_grad_(False)
     for name, module in model.named_modules():
-        if hasattr(module, "dropout") and lr_mult_of(name, train_cfg) == 0:
-            module.dropout = 0.0
+        for field in ("dropout", "p"):                                # ours, nn.Dropout's
+            is_share = isinstance(getattr(module, field, None), float)
+            if is_share and lr_mult_of(name, train_cfg) == 0:
+                setattr(module, field, 0.0)
     require(any(parameter.requires_grad for parameter in model.parameters()),
             "all parts are frozen: one of --vit_lr_mult, --text_lr_mult, --fusion_lr_mult, "
             "--head_lr_mult must be above 0")
@@ -65,6 +68,14 @@ def epochs_to_steps(train_cfg: TrainConfig, run_cfg: RunConfig, num_samples: int
         train_cfg.steps = max(1, round(train_cfg.epochs * epoch))
     run_cfg.eval_every = run_cfg.eval_every or max(1, round(epoch))
     run_cfg.save_every = run_cfg.save_every or max(1, round(epoch))
+
+
+def check_model(cfg: ModelConfig, train_cfg: TrainConfig, batch: dict[str, torch.Tensor]) -> None:
+    """What `freeze` and `dry_run` refuse, found before a run begins: UserError."""
+    with torch.device("meta"):
+        model = M3AE(cfg)
+    freeze(model, train_cfg)
+    dry_run(model, batch)
 
 
 def dry_run(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:

@@ -159,8 +159,8 @@ def curves(lines: list[dict], path: Path) -> None:
     wanted = [*losses, "mlm_acc", "mlm_gain_hard", "itm_acc_hard", "itc_acc", "loss", "score"]
     panels = {name: [line for line in lines if line.get(name) is not None] for name in wanted}
     panels = {name: with_name for name, with_name in panels.items() if with_name}
-    wide, high, columns = 280, 160, min(4, len(panels))
-    rows = 1 + (len(panels) - 1) // columns
+    wide, high, columns = 280, 160, min(4, len(panels)) or 1
+    rows = 1 + max(0, len(panels) - 1) // columns
     sheet = Image.new("RGB", (columns * (wide + 60), rows * (high + 60)), BACK)
     for i, (name, with_name) in enumerate(panels.items()):
         corner = i % columns * (wide + 60) + 50, i // columns * (high + 60) + 30

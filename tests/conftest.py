@@ -10,7 +10,14 @@ torch.set_num_threads(1)         # on tensors this small a second thread only wa
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="10 times the kills, 20 times the mutations")
+    parser.addoption("--long", action="store_true", help="10 times the kills, 20 times the mutations, "
+                     "every invariant of edited models")
+    parser.addoption("--flags", default="", help="flags of train.py that an edit needs, for -m invariants")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "invariants: holds for any model; run it after an edit")
+    config.addinivalue_line("markers", "release: holds the unchanged model; a right edit may break it")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import finetune
 import train
 from data import Row, prepare
 from data.pack import Pack
-from m3ae_mini import M3AE, checkpoint, evaluate
+from m3ae_mini import M3AE, checkpoint, evaluate, retrieval
 from m3ae_mini.config import UserError
 from test_loader import FINDINGS, SIDES, SIZES
 from test_train import SMALL, logged
@@ -162,8 +162,8 @@ def test_each_task_learns_its_own_labels(pretrained, tmp_path, monkeypatch):
 
 def test_retrieval_scores_are_not_rounded_to_ties(packs, pretrained, tmp_path, monkeypatch):
     """In bf16 too: bf16's 8 bits would make many scores equal, and a tie with a wrong candidate is no hit."""
-    caught, recall = [], evaluate.recall
-    monkeypatch.setattr(evaluate, "recall", lambda *args: caught.append(args[0]) or recall(*args))
+    caught, recall = [], retrieval.recall
+    monkeypatch.setattr(retrieval, "recall", lambda *args: caught.append(args[0]) or recall(*args))
     started(monkeypatch, "irtr", "--data", packs["irtr"], "--init", pretrained, "--out", tmp_path / "zero",
             "--zero_shot", "--dtype", "bfloat16")
     assert (caught[0] != caught[0].bfloat16().float()).float().mean() > 0.9
@@ -179,7 +179,7 @@ def test_zero_shot_ranks_by_the_matching_head(packs, pretrained, tmp_path, monke
     assert not logged(tmp_path / "cls", "test")             # no report was asked for
     for unmatched in "none", tmp_path / "cls":
         tokenizer = ["--tokenizer", pretrained] * (unmatched == "none")
-        with pytest.raises(UserError, match="--zero_shot is for irtr, with an --init that has learned to m"):
+        with pytest.raises(UserError, match="--zero_shot is for irtr, with an --init that has learned what"):
             started(monkeypatch, "irtr", "--zero_shot", "--data", packs["irtr"], "--init", unmatched,
                     "--out", tmp_path / "x", *tokenizer)
 
@@ -187,12 +187,12 @@ def test_zero_shot_ranks_by_the_matching_head(packs, pretrained, tmp_path, monke
 def test_retrieval_scores_every_pair_as_one_by_one(packs, pretrained, tmp_path, monkeypatch):
     """Encoding each once gives the scores that each pair gets by itself; shared captions are all right."""
     caught = []
-    recall = evaluate.recall
-    monkeypatch.setattr(evaluate, "recall", lambda *args: caught.append(args) or recall(*args))
+    recall = retrieval.recall
+    monkeypatch.setattr(retrieval, "recall", lambda *args: caught.append(args) or recall(*args))
     models, report = [], finetune.report
     monkeypatch.setattr(finetune, "report", lambda model, *rest, **step: models.append(model) or report(
         model, *rest, **step))
-    monkeypatch.setattr(evaluate, "PAIRS", 3)                # several blocks
+    monkeypatch.setattr(retrieval, "PAIRS", 3)                # several blocks
     started(monkeypatch, "irtr", "--data", packs["irtr"], "--init", pretrained, "--out", tmp_path / "zero",
             "--zero_shot")
     (scores, right, _), (turned, _, _) = caught
@@ -256,7 +256,7 @@ def test_texts_that_are_the_same_once_truncated_are_one(packs, pretrained, tmp_p
     folder.mkdir()
     rows = [row._replace(text="nodule " * 40 + row.text) for row in labelled_rows(folder, "irtr")]
     packed(rows, tmp_path / "pack", "irtr", folder)
-    monkeypatch.setattr(evaluate, "recall", lambda _, right, direction: caught.append(right) or {"r": 1.0})
+    monkeypatch.setattr(retrieval, "recall", lambda _, right, direction: caught.append(right) or {"r": 1.0})
     flags = "--data", tmp_path / "pack", "--init", pretrained, "--out", tmp_path / "zero"
     started(monkeypatch, "irtr", *flags, "--zero_shot")
     assert caught[0].shape == (1, 6) and caught[0].all()               # one text, right for all the images
@@ -330,12 +330,12 @@ def test_answer_metrics_by_hand():
 def test_recall_by_hand():
     scores = torch.tensor([[3.0, 1, 2, 0], [0, 1, 2, 3], [1, 1, 1, 1]])
     right = torch.tensor([[0, 0, 1, 0], [1, 0, 0, 1], [1, 0, 0, 0]]).bool()
-    found = evaluate.recall(scores, right, "x")
+    found = retrieval.recall(scores, right, "x")
     assert found["x_r1"] == pytest.approx(1 / 3)      # the second alone; a tie is no hit
     assert found["x_r5"] == found["x_r10"] == 1
     for bad in scores.masked_fill(right, torch.nan), torch.full((3, 12), torch.nan):
         wide = torch.nn.functional.pad(right, (0, bad.shape[1] - right.shape[1]))
-        assert evaluate.recall(bad, wide, "x")["x_r1"] == 0
+        assert retrieval.recall(bad, wide, "x")["x_r1"] == 0
 
 
 # -------------------------------------------------------------------------------- bad input

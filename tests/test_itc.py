@@ -80,6 +80,15 @@ def test_all_weights_0_is_an_error_that_names_the_flags(small_config):
     M3AE(small_config(mlm=0.0, mim=0.0, itm=0.0, itc=0.1))
 
 
+def test_scores_are_not_rounded_to_ties(small_config):
+    """In bf16 too: bf16's 8 bits would make many scores equal, and a tie is no hit."""
+    itc = ITC(small_config(itc=1.0))
+    text, image = torch.nn.functional.normalize(torch.randn(2, 40, 64), dim=-1)        # (40, 64) each
+    with torch.autocast("cpu", torch.bfloat16):
+        found = itc.scores(text, image)
+    assert torch.equal(found, itc.scores(text, image))
+
+
 class OneProcess:
     rank, world_size = 0, 1
 

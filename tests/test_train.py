@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 import train
-from m3ae_mini import M3AE, checkpoint, distributed, evaluate, optim
+from m3ae_mini import M3AE, checkpoint, distributed, evaluate, optim, plots
 from m3ae_mini.config import RunConfig, TrainConfig, UserError
+from m3ae_mini.model import Fusion
 from m3ae_mini.objectives import OBJECTIVES
 from m3ae_mini.tokenizer import Tokenizer
 from test_loader import CAPTIONS, write_pack
@@ -58,6 +59,63 @@ def test_what_the_user_froze_stays_frozen(small_config, random_batch):
     assert not any(parameter.requires_grad for parameter in model.vit.parameters())
     assert not any(parameter.requires_grad for parameter in model.image_pooler.parameters())    # unused
     assert all(parameter.requires_grad for parameter in model.text.parameters())
+
+
+def test_dropout_modules_of_a_frozen_part_are_off(small_config):
+    """A fusion of one's own may hold nn.Dropout in place of a number."""
+    model = M3AE(small_config())
+    model.fusion.dropout = torch.nn.Dropout(0.5)
+    optim.freeze(model, TrainConfig(fusion_lr_mult=0.0))
+    assert model.fusion.dropout.p == 0
+    assert model.train().fusion.dropout(torch.ones(99)).eq(1).all()
+
+
+class OneSided(Fusion):
+    """A fusion that wants as many images as texts."""
+
+    def forward(self, text, image, text_mask, **limits):
+        both = torch.cat([text, image], dim=1)                                         # (B, T+N, D)
+        return super().forward(both[:, :text.shape[1]], image, text_mask, **limits)
+
+
+class Grows(Fusion):
+    """A fusion that returns one row more where an image stands beside many texts."""
+
+    def forward(self, text, image, text_mask, **limits):
+        text, new_image = super().forward(text, image, text_mask, **limits)
+        return text, new_image if len(image) > 1 or text is None else new_image[:1]
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+@pytest.mark.parametrize("fusion, words", [
+    (OneSided, "fails with one image beside many texts, which retrieval needs"),
+    (Grows, r"with one image beside many texts returns .*, not .*, which retrieval needs")])
+def test_a_fusion_that_fails_beside_many_is_refused(fusion, words, gpus, pack, tmp_path, monkeypatch):
+    """Before a process starts, and before the folder holds a run."""
+    monkeypatch.setattr("m3ae_mini.model.Fusion", fusion)
+    monkeypatch.setattr(train, "launch_torchrun", lambda count: pytest.fail("processes were started"))
+    monkeypatch.setattr(train, "fit", lambda *args: pytest.fail("training was started"))
+    with pytest.raises(UserError, match=f"^Fusion.forward {words}") as error:
+        started(monkeypatch, *SMALL, "--data", pack, "--out", tmp_path / "run", "--steps", 2,
+                "--gpus", gpus)
+    assert "\n" not in str(error.value)
+    checkpoint.remove_unused_run_dir(tmp_path / "run")       # as the end of the process does
+    assert not (tmp_path / "run").exists()
+
+
+class Wasteful(Fusion):
+    """A fusion of somebody's own, which ignores what only saves work."""
+
+    def forward(self, text, image, text_mask, **limits):
+        return super().forward(text, image, text_mask)
+
+
+@pytest.mark.parametrize("layer", [-1, 0, 1])
+def test_a_fusion_may_ignore_what_only_saves_work(small_config, random_batch, monkeypatch, layer):
+    """Where --mim_layer 0 decodes pixels before the fusion, it is not called."""
+    monkeypatch.setattr("m3ae_mini.model.Fusion", Wasteful)
+    cfg = small_config(mim_layer=layer, itm=0.0)
+    optim.dry_run(M3AE(cfg), random_batch(cfg) | {"mlm_positions": torch.arange(4)})
 
 
 class Length(torch.nn.Module):
@@ -133,6 +191,12 @@ def test_a_report_tells_only_of_losses_that_were_trained():
     assert "+10.0 points" in words and "no hard negatives" in words and "noise floor" not in words
 
 
+def test_curves_of_losses_that_were_never_finite(tmp_path):
+    lines = [{"step": 1, "split": split, "length_loss": None} for split in ("train", "val")]
+    plots.curves(lines, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").is_file()
+
+
 def test_a_small_rate_is_logged_as_it_is(tmp_path):
     log = checkpoint.Log(tmp_path, 0)
     log.write(1, "train", lr=1e-9, skipped=0)              # base's first step
@@ -169,6 +233,22 @@ def test_resume_equals_a_run_that_never_stopped(pack, tmp_path, monkeypatch):
     assert whole["step"] == parts["step"] == 7
     assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def test_validation_and_report_mask_as_configured_whatever_the_schedule(pack, tmp_path, monkeypatch):
+    """A run that has ended reports the same again: its last step's settings don't reach the test."""
+    settings_at, ratios = train.settings_at, []
+
+    def schedule(step, cfg, train_cfg):
+        ratios.append(0.25 + 0.125 * step)
+        return settings_at(step, cfg, train_cfg)._replace(mask_ratio=ratios[-1])
+    monkeypatch.setattr(train, "settings_at", schedule)
+    flags = [*SMALL, "--data", pack, "--out", tmp_path / "run", "--steps", 2]
+    started(monkeypatch, *flags)
+    first, = logged(tmp_path / "run", "test")
+    assert set(ratios) == {0.25, 0.375}
+    started(monkeypatch, *flags, "--resume")
+    assert logged(tmp_path / "run", "test") == [first]
 
 
 @pytest.mark.parametrize("off", ["", "mlm", "mim", "itm", "mlm mim", "mlm itm", "mim itm"])
@@ -283,6 +363,9 @@ REFUSED = {
     "seed": ("--seed -1", "--seed -1: use 0 to"),
     "two lengths": ("--epochs 3", "--steps and --epochs both set the length"),
     "no loss": ("--mlm 0 --mim 0 --itm 0", "are all 0, so nothing is learned: set one above 0"),
+    "no rate": ("--lr 0", "--lr 0 .* --vit_lr_mult 0, --text_lr_mult 0, --fusion_lr_mult 0 or --head_lr_mult 0"),
+    "all frozen": ("--vit_lr_mult 0 --text_lr_mult 0 --fusion_lr_mult 0 --head_lr_mult 0",
+                   "all parts are frozen, so nothing is trained: give one of --vit_lr_mult, --text_lr_mult"),
     "tokenizer": ("--tokenizer /nowhere", "no tokenizer at /nowhere"),
     "device": ("--device tpu", "--device tpu"),
     "dtype": ("--dtype int8", "--dtype int8"),
