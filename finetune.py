@@ -144,7 +144,7 @@ def main():
         lr=train_cfg.lr,
         betas=(0.9, train_cfg.beta2),
         eps=1e-8,
-        fused=dist_env.device.type != "mps")
+        fused=True)
     scaler = torch.amp.GradScaler(
         dist_env.device.type,
         enabled=dist_env.dtype == torch.float16)

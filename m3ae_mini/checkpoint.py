@@ -28,13 +28,12 @@ LOCKS: list = []                  # open lock files; they lock their folders unt
 def check_run_dir(out: Path, resume: bool) -> None:
     """Raise UserError where `out` holds another run that is not to be resumed, or something
     else."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if (out / "config.json").is_file():
-        require(resume or restarted,
+        require(resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),    # restarted
                 f"{out} holds another run: continue it with --resume, or choose another --out")
     elif out.is_dir():
-        left_by_a_kill = {"lock", "config.json.tmp"}
-        require({file.name for file in out.iterdir()} <= left_by_a_kill,
+        # A run that was killed at its start has left these.
+        require({file.name for file in out.iterdir()} <= {"lock", "config.json.tmp"},
                 f"{out} is not empty and holds no run: choose another --out")
 
 
@@ -125,11 +124,10 @@ def save_weights(path: Path, model: nn.Module, step: int, **more) -> None:
     write_atomic(path, lambda file: torch.save(state, file))
 
 
-def save_checkpoint(out: Path, model: nn.Module, optimizer, scaler, step: int,
-                    best_score: float) -> None:
+def save_checkpoint(out: Path, model: nn.Module, optimizer, scaler, step: int, best: float) -> None:
     """Write last.pt; the one before stays as prev.pt."""
-    save_weights(out / "new.pt", model, step, best=best_score, optimizer=optimizer.state_dict(),
-                 scaler=scaler.state_dict())
+    states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    save_weights(out / "new.pt", model, step, best=best, **states)
     if (out / "last.pt").exists():
         os.replace(out / "last.pt", out / "prev.pt")
     os.replace(out / "new.pt", out / "last.pt")

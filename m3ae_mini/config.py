@@ -182,7 +182,7 @@ class RunConfig:
     tokenizer: str = opt("", "a tokenizer.json, or its folder; else that of the weights or data")
     resume: bool = opt(False, "continue from the run's last checkpoint, if there is one")
     gpus: int = opt(0, "start so many processes, each with a GPU (or part of the CPU)")
-    device: str = opt("auto", "auto, cuda, cpu or mps (mps is untested)")
+    device: str = opt("auto", "auto, cuda or cpu")
     dtype: str = opt("auto", "auto, float32, bfloat16 or float16: type of the matrix products")
     grad_checkpointing: bool = opt(False, "less memory, a third slower: compute layers twice")
     compile: bool = opt(False, "compile the model with torch.compile")
@@ -290,9 +290,8 @@ def preset_values(cls: type, preset: str, task: str = "pretrain",
 # No flags: the scripts take these from the data.
 DERIVED = ("task", "vocab_size", "text_kind", "num_answers", "num_classes", "loss_weights")
 # What --help shows; --help_all shows every flag.
-COMMON = ("data", "out", "resume", "gpus", "device", "dtype", "steps", "epochs", "batch_size",
-          "micro_batch", "lr", "init", "init_image", "init_text", "seed", "mask_ratio", "mlm_ratio",
-          "eval_every")
+COMMON = ("data out resume gpus device dtype steps epochs batch_size micro_batch lr init "
+          "init_image init_text seed mask_ratio mlm_ratio eval_every").split()
 
 
 def make_parser(description: str, configs: tuple, losses: Iterable[str] = ()) -> ArgumentParser:

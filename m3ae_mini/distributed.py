@@ -1,7 +1,6 @@
 """Processes and devices: rank, world size, device, dtype; starting torchrun; stop signals; error
 messages."""
 import ctypes
-import math
 import os
 import re
 import signal
@@ -60,8 +59,7 @@ class DistEnv:
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank,
-                                world_size=world_size)
+        dist.init_process_group(backend, None, timeout, world_size, rank, store)
 
     def autocast(self) -> AbstractContextManager:
         """A context in which matrix products have self.dtype; it does nothing for float32."""
@@ -147,18 +145,16 @@ def launch_torchrun(num_processes: int) -> None:
 
 def pick_device(run_cfg: RunConfig) -> torch.device:
     """The device of this process. UserError where there are fewer GPUs than processes."""
-    kind, local_rank = run_cfg.device, int(os.environ.get("LOCAL_RANK", 0))
-    available = {"cuda": torch.cuda.device_count(), "mps": torch.mps.device_count(),
-                 "cpu": math.inf}
-    if kind == "auto":
-        kind = "cuda" if available["cuda"] else "cpu"
-    require(kind in available, f"--device {kind} is not known: use auto, cuda, cpu or mps")
-    if started_by_torchrun() and available[kind] == 1:
+    num_gpus, local_rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    require(run_cfg.device in ("auto", "cuda", "cpu"), "--device: use auto, cuda or cpu")
+    if run_cfg.device == "cpu" or run_cfg.device == "auto" and not num_gpus:
+        return torch.device("cpu")
+    if started_by_torchrun() and num_gpus == 1:
         local_rank = 0                                     # each process sees its own GPU alone
     wanted = max(local_rank + 1, 0 if started_by_torchrun() else run_cfg.gpus)
-    require(wanted <= available[kind], f"{wanted} GPUs are wanted, {available[kind] or 'none'} "
-            "available: use fewer, or --device cpu")
-    return torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    require(wanted <= num_gpus, f"{wanted} GPUs are wanted, {num_gpus or 'none'} available: "
+            "use fewer, or --device cpu")
+    return torch.device("cuda", local_rank)
 
 
 def pick_dtype(name: str, device: str) -> torch.dtype:
@@ -167,10 +163,9 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
         name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     elif name == "auto":
         cpu_info = Path("/proc/cpuinfo")                   # Linux has it
-        flags = cpu_info.read_text().split() if device == "cpu" and cpu_info.exists() else []
+        flags = cpu_info.read_text().split() if cpu_info.exists() else []
         name = "bfloat16" if {"amx_bf16", "avx512_bf16"} & set(flags) else "float32"
-    known = {"cuda": ("float32", "bfloat16", "float16"), "cpu": ("float32", "bfloat16")}
-    known = known.get(device, ("float32",))
+    known = ["float32", "bfloat16", "float16"][:3 if device == "cuda" else 2]
     require(name in known, f"--device {device} has no --dtype {name}: use auto, {', '.join(known)}")
     return getattr(torch, name)
 

@@ -116,8 +116,8 @@ class Samples:
         image, text, group = self.identities(indices, token_ids)      # (B,) each
         if cfg.task == "irtr":
             noise = uniform(masking.NEGATIVES, size, size)
-            amount = min(FALSE_TEXTS, size)
-            batch["false_text_index"] = masking.sample_negatives(image, text, noise, amount)
+            batch["false_text_index"] = masking.sample_negatives(image, text, noise,
+                                                                 min(FALSE_TEXTS, size))
         if self.label_ids is not None:
             batch[f"{cfg.task}_labels"] = self.label_ids[indices]
         if cfg.itc and cfg.task in ("pretrain", "irtr"):
@@ -326,8 +326,6 @@ def to_device(batch: dict[str, torch.Tensor], device: torch.device,
         stream.wait_event(copied)
         for tensor in batch.values():
             tensor.record_stream(stream)           # made on the copy's stream, used on this one
-    elif device.type != "cpu":
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
     return batch | {"image": normalise(batch["image"])}
 
 

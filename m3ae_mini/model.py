@@ -207,9 +207,9 @@ class Fusion(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         size = cfg.fusion_width, cfg.fusion_heads, 1e-12
-        layers = range(cfg.fusion_layers)
-        self.text_layers = nn.ModuleList(BertLayer(cfg, *size, cross=True) for _ in layers)
-        self.image_layers = nn.ModuleList(BertLayer(cfg, *size, cross=True) for _ in layers)
+        depth = range(cfg.fusion_layers)
+        self.text_layers = nn.ModuleList(BertLayer(cfg, *size, cross=True) for _ in depth)
+        self.image_layers = nn.ModuleList(BertLayer(cfg, *size, cross=True) for _ in depth)
 
     def forward(self, text: Tensor, image: Tensor, text_mask: Tensor, depth: int | None = None,
                 streams: tuple[str, ...] = ("text", "image"),

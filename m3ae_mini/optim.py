@@ -105,8 +105,7 @@ def check_fusion(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
     for what, texts, images in (("one image beside many texts", text, image[:1]),
                                 ("one text beside many images", text[:1], image)):
         try:
-            streams = model.fuse(texts, images, mask[:len(texts)])
-            shapes = [tuple(stream.shape) for stream in streams]
+            shapes = [tuple(x.shape) for x in model.fuse(texts, images, mask[:len(texts)])]
             problem = "" if shapes == [text.shape, image.shape] else f"it returns {shapes}"
         except Exception as error:
             problem = str(error)[:300]
