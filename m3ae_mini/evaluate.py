@@ -217,11 +217,13 @@ TABLE = {
     "mlm_gain_hard": "    gain over a hard negative {mlm_gain_hard:+6.1f} points",
     "itm_acc_random": "  matching, random negatives  {itm_acc_random:6.1%}   chance: 50.0%; by the "
                       "group alone: {group_only:.1%}",
-    "itm_acc_hard": "    hard negatives            {itm_acc_hard:6.1%}   chance, or group: 50.0%",
+    "itm_acc_hard": "    hard negatives            {itm_acc_hard:6.1%}   chance, and by the group "
+                    "alone: 50.0%",
     "mim_loss": "  reconstruction error        {mim_loss:6.3f}   mean patch: {mean_patch:.3f} "
                 "({error_below:+.0%})",
     "mim_gain_random": "    gain over a random text   {mim_gain_random:+6.3f}",
-    "noise_floor": "    noise floor               {noise_floor:6.3f}   the image without noise",
+    "noise_floor": "    noise floor               {noise_floor:6.3f}   the same image "
+                   "without noise",
     "itc_acc": "  contrast, image of a text   {itc_acc:6.1%}   chance, among 32 images: 3.1%"}
 
 

@@ -128,12 +128,10 @@ class Samples:
         # 4. Wrong images: those of ITM, then two kinds that validation alone reads.
         hard_negatives = settings.hard_negatives if settings else self.train_cfg.hard_negatives
         noise = uniform(masking.NEGATIVES, size, 3 * size + 2)
-        itm_noise, random_noise, hard_noise = np.split(noise, [size + 2, 2 * size + 2], axis=1)
-        batch["itm_index"] = masking.sample_itm_pairs(image, text, itm_noise, group, hard_negatives)
-        random_index = masking.sample_negatives(image, text, random_noise, 1)  # (B, 1)
-        hard_index = masking.sample_negatives(image, text, hard_noise, 1, group)  # (B, 1)
-        batch["random_negative_index"] = random_index[:, 0]
-        batch["hard_negative_index"] = hard_index[:, 0]
+        itm, random, hard = np.split(noise, [size + 2, 2 * size + 2], axis=1)
+        batch["itm_index"] = masking.sample_itm_pairs(image, text, itm, group, hard_negatives)
+        batch["random_negative_index"] = masking.sample_negatives(image, text, random, 1)[:, 0]
+        batch["hard_negative_index"] = masking.sample_negatives(image, text, hard, 1, group)[:, 0]
 
         # 5. Masks of patches and words.
         num_patches = (cfg.image_size // cfg.patch_size) ** 2
