@@ -156,7 +156,7 @@ def main():
     # The model as the loop calls it: compiled, in DDP.
     if run_cfg.grad_checkpointing:
         use_grad_checkpointing(model)
-    net = torch.compile(model) if run_cfg.compile else model
+    net = torch.compile(model, dynamic=True) if run_cfg.compile else model
     if dist_env.world_size > 1:
         net = DistributedDataParallel(
             net,
@@ -249,12 +249,16 @@ def mean_image(samples: Samples) -> np.ndarray:
 
 def report(model: M3AE, data: Data, run_cfg: RunConfig, dist_env: DistEnv, step: int) -> None:
     """The test split, once: in metrics.jsonl and in words."""
+    count = min(run_cfg.test_samples, data.test.n)
+    if data.cfg.task == "irtr" and data.ranking.by == "match":
+        dist_env.print(f"the fusion scores up to {count:,} × {count:,} pairs; with --rank itc "
+                       f"--rerank 32 it would be {64 * count:,}")
     metrics = evaluate.task(
         model, data.test, data.labels, dist_env, run_cfg.test_samples, data.ranking)
     if not dist_env.is_main:
         return
     checkpoint.Log(run_cfg.out, math.inf).write(step, "test", **metrics)
-    print(f"\nOn {min(run_cfg.test_samples, data.test.n):,} test samples (step {step:,}):")
+    print(f"\nOn {count:,} test samples (step {step:,}):")
     for name, value in metrics.items():
         if name != "score":
             print(f"  {WORDS.get(name, name):32}{value:7.1%}")

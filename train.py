@@ -115,7 +115,7 @@ def main():
     # The model as the loop calls it: compiled, in DDP.
     if run_cfg.grad_checkpointing:
         use_grad_checkpointing(model)
-    net = torch.compile(model) if run_cfg.compile else model
+    net = torch.compile(model, dynamic=True) if run_cfg.compile else model
     if dist_env.world_size > 1:
         net = DistributedDataParallel(
             net,

@@ -23,6 +23,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)         # CLIP's, of R, G, B in 0 …
 STD = (0.26862954, 0.26130258, 0.27577711)
 VAL_MICRO_BATCH = 32                             # samples of a validation micro-batch, in every run
 VAL_SEED = 0                                       # validation masks are the same in every run
+CROPPERS = ThreadPoolExecutor(4)                   # they start when training crops are taken
 FALSE_TEXTS = 15                              # negatives of each right text in fine-tuned retrieval
 
 
@@ -104,8 +105,8 @@ class Samples:
         # 1. Images, in training perhaps cropped.
         crop = settings is not None and self.train_cfg.min_crop_area < 1
         crop_noise = uniform(masking.CROP, size, 8, 4) if crop else [None] * size
-        for row, n in enumerate(indices):
-            self.read_image(n, images[row], crop_noise[row])
+        read = CROPPERS.map if crop else map                         # same bits, in several threads
+        list(read(self.read_image, indices, images, crop_noise))
 
         # 2. Texts: truncated, between their special tokens, padded.
         token_ids = [self.token_ids(n)[:cfg.max_text_len - 2].astype(np.int64) for n in indices]
@@ -187,8 +188,7 @@ class Samples:
             maskable[row, 1:end] = True
         return ids, starts, maskable
 
-    def identities(self, indices: np.ndarray,
-                   token_ids: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def identities(self, indices: np.ndarray, token_ids: list[np.ndarray]) -> tuple:
         """Which rows share an image, a text, a group: three int (B,), equal where two rows share
         it.
 
@@ -315,8 +315,7 @@ def load(samples: Samples, micro_batches: Iterable[tuple[int, int, np.ndarray]],
             yield loaded._replace(batch=batch)
 
 
-def to_device(batch: dict[str, torch.Tensor], device: torch.device,
-              copied=None) -> dict[str, torch.Tensor]:
+def to_device(batch: dict, device: torch.device, copied=None) -> dict[str, torch.Tensor]:
     """The batch on its device, its image normalised. For a GPU: wait, there, for the event
     `copied`."""
     if device.type == "cuda":
