@@ -196,8 +196,9 @@ class RunConfig:
     def check(self) -> None:
         """Raise UserError where a number makes no sense."""
         for name, value in vars(self).items():
-            least = int(name in ("log_every", "eval_samples", "timeout"))
-            require(isinstance(value, str) or value >= least, f"--{name}: at least {least}")
+            at_least = int(name in ("log_every", "eval_samples", "timeout"))
+            ok = isinstance(value, str) or value >= at_least
+            require(ok, f"--{name} {value}: use {at_least} or more")
 
 
 def fit_micro_batch(model_cfg: ModelConfig, train_cfg: TrainConfig, world_size: int,
@@ -214,16 +215,16 @@ def fit_micro_batch(model_cfg: ModelConfig, train_cfg: TrainConfig, world_size: 
     fitting = [size for size in sizes if batch_size % (size * world_size) == 0]
     if not fitting:
         counts = [n for n in range(1, batch_size + 1) if batch_size % (n * (given or 1)) == 0]
-        micro_batch = f" and --micro_batch {given}" if given else ""
-        raise UserError(f"--batch_size {batch_size}{micro_batch} can't be divided among "
-                        f"{world_size} processes; use {', '.join(map(str, counts)) or 'others'}")
+        asked = f"--batch_size {batch_size}" + f" in steps of --micro_batch {given}" * bool(given)
+        raise UserError(f"{asked} can't be divided among {world_size} processes: "
+                        f"{' or '.join(map(str, counts)) or 'no number of them'} would do")
     micro_batch = train_cfg.micro_batch = fitting[0]
 
     # Wrong images and texts are other rows of the micro-batch.
     matching = model_cfg.task == "pretrain" and (model_cfg.itm or model_cfg.itc)
     matching = matching or model_cfg.task == "irtr"
-    require(micro_batch > 1 or not matching, "--micro_batch 1 has no other row for a wrong image "
-            "or text: use 2, or pre-train with --itm 0 --itc 0")
+    require(micro_batch > 1 or not matching, "--micro_batch 1 leaves no other row for a wrong "
+            "image or text: use 2, or pre-train with --itm 0 --itc 0")
     lines = []
     if micro_batch != preset and not given:
         lines.append(f"--micro_batch {micro_batch} in place of {preset}, as {world_size} processes "

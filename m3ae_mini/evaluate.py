@@ -236,9 +236,9 @@ def pretraining_table(metrics: dict[str, float]) -> str:
     else:
         shown.pop("noise_floor", None)                                        # nothing to compare
     lines = [line.format(**shown) for name, line in TABLE.items() if name in shown]
-    for random, hard in (("mlm_gain_random", "mlm_gain_hard"), ("itm_acc_random", "itm_acc_hard")):
-        if random in shown and hard not in shown:
-            lines.append(f"  no {hard}: the data name no groups, or no group has two pairs")
+    has_random = shown.keys() & {"mlm_gain_random", "itm_acc_random"}
+    if has_random and not shown.keys() & {"mlm_gain_hard", "itm_acc_hard"}:
+        lines.append("  no hard negatives: the data name no groups, or no group has two pairs")
     lines += [f"  {name:27} {value:6.3f}" for name, value in shown.items()    # losses of your own
               if name.endswith("_loss") and name.removesuffix("_loss") not in METRICS]
     return "\n".join(lines)
