@@ -199,7 +199,8 @@ class ITC(nn.Module):
     def scores(self, text: Tensor, image: Tensor) -> Tensor:
         """Features (Q, D), (P, D) -> the score of every pair (Q, P). The scale is at most 100, as
         in CLIP"""
-        with torch.autocast(text.device.type, enabled=False):         # bf16 makes many scores equal
+        device = text.device.type.replace("meta", "cpu")              # meta has no autocast
+        with torch.autocast(device, enabled=False):                   # bf16 makes many scores equal
             return self.log_scale.exp().clamp(max=100) * (text.float() @ image.float().T)
 
 

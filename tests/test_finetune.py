@@ -184,6 +184,78 @@ def test_zero_shot_ranks_by_the_matching_head(packs, pretrained, tmp_path, monke
                     "--out", tmp_path / "x", *tokenizer)
 
 
+@pytest.fixture(scope="module")
+def contrasted(packs, tmp_path_factory):
+    """The folder of a short pre-training with the contrast."""
+    out = tmp_path_factory.mktemp("runs") / "contrasted"
+    with pytest.MonkeyPatch.context() as patch:
+        flags = [*SMALL, "--data", packs["pretrain"], "--out", out, "--steps", 2, "--itc", 1]
+        patch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+        train.main()
+    return out
+
+
+def recalls(out):
+    """The recalls of the report, {t2i_r1: …, i2t_r10: …}."""
+    (line,) = logged(out, "test")
+    found = {name: value for name, value in line.items() if name.startswith(("t2i_r", "i2t_r"))}
+    assert len(found) == 6 and all(0 <= value <= 1 for value in found.values())
+    return found
+
+
+def test_retrieval_keeps_and_trains_the_contrast(packs, contrasted, tmp_path, monkeypatch):
+    begun, fit = [], train.fit
+    monkeypatch.setattr(finetune, "fit", lambda model, *rest: begun.append(
+        {name: tensor.clone() for name, tensor in model.state_dict().items()}) or fit(model, *rest))
+    flags = ["--data", packs["irtr"], "--init", contrasted, "--steps", 2]
+    started(monkeypatch, "irtr", *flags, "--out", tmp_path / "itc", "--rank", "itc")
+    learned, tuned = (torch.load(out / "best.pt", weights_only=True)["model"]
+                      for out in (contrasted, tmp_path / "itc"))
+    names = [name for name in learned if name.startswith("objectives.itc.")]
+    assert len(names) == 3
+    for name in names:
+        assert torch.equal(begun[0][name], learned[name])
+        assert not torch.equal(tuned[name], learned[name])
+    assert all(line["itc_loss"] > 0 and line["irtr_loss"] > 0 for line in logged(tmp_path / "itc"))
+    recalls(tmp_path / "itc")
+
+    # The best candidates ranked again by the fusion; and by the fusion alone.
+    started(monkeypatch, "irtr", *flags, "--out", tmp_path / "again", "--rank", "itc", "--rerank", 3)
+    recalls(tmp_path / "again")
+    started(monkeypatch, "irtr", *flags, "--out", tmp_path / "match")
+    recalls(tmp_path / "match")
+    assert "itc_loss" in logged(tmp_path / "match")[0]
+
+
+def test_ranking_all_candidates_again_equals_matching(packs, contrasted, tmp_path, monkeypatch):
+    flags = ["--data", packs["irtr"], "--init", contrasted, "--zero_shot"]
+    started(monkeypatch, "irtr", *flags, "--out", tmp_path / "match")
+    started(monkeypatch, "irtr", *flags, "--out", tmp_path / "itc", "--rank", "itc", "--rerank", 99)
+    assert recalls(tmp_path / "itc") == pytest.approx(recalls(tmp_path / "match"))
+
+    command = [sys.executable, "finetune.py", "irtr", *SMALL, *flags, "--out", tmp_path / "two",
+               "--rank", "itc", "--rerank", 99, "--gpus", 2]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert recalls(tmp_path / "two") == pytest.approx(recalls(tmp_path / "itc"))
+
+
+def test_ranking_by_a_contrast_that_was_not_learned_is_refused(packs, pretrained, tmp_path,
+                                                               monkeypatch):
+    flags = ["--data", packs["irtr"], "--init", pretrained, "--out", tmp_path / "never"]
+    for more, words in (
+            (["--rank", "itc"], "--rank itc needs the contrast: give an --init that has learned it"),
+            (["--rank", "itc", "--zero_shot"], "--zero_shot is for irtr, with an --init that has"),
+            (["--rank", "cosine"], "--rank cosine: use match or itc"),
+            (["--rerank", 3], "--rerank ranks the best of --rank itc again: give both")):
+        with pytest.raises(UserError, match=words):
+            started(monkeypatch, "irtr", *flags, *more)
+    # --itc 1 trains it from random weights.
+    started(monkeypatch, "irtr", "--data", packs["irtr"], "--init", pretrained, "--steps", 1,
+            "--out", tmp_path / "new", "--rank", "itc", "--itc", 1)
+    recalls(tmp_path / "new")
+
+
 def test_retrieval_scores_every_pair_as_one_by_one(packs, pretrained, tmp_path, monkeypatch):
     """Encoding each once gives the scores that each pair gets by itself; shared captions are all right."""
     caught = []

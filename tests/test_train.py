@@ -1,4 +1,6 @@
 """train.py as users start it: one process and several, what it writes, resuming, what it refuses."""
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -138,6 +140,38 @@ def test_another_loss_is_trained_logged_and_validated(pack, tmp_path, monkeypatc
         assert logged(tmp_path / "run", split)[-1]["length_loss"] > 0
 
 
+def test_a_loss_of_ones_own_alone(pack, tmp_path, monkeypatch):
+    """The three shipped ones are off: its weight has a flag, and it alone chooses best.pt."""
+    monkeypatch.setitem(OBJECTIVES["pretrain"], "length", Length)
+    out, alone = tmp_path / "run", ["--mlm", 0, "--mim", 0, "--itm", 0]
+    started(monkeypatch, *SMALL, "--data", pack, "--out", out, "--steps", 4, "--eval_every", 1,
+            *alone, "--length", 0.5)
+    for line in logged(out):
+        assert {name for name in line if name.endswith("loss")} == {"loss", "length_loss"}
+        assert line["loss"] == pytest.approx(0.5 * line["length_loss"])
+    scores = [line["score"] for line in logged(out, "val")]
+    assert scores == sorted(scores)                          # it is learned, so the last is the best
+    for line in logged(out, "val"):
+        assert line["score"] == pytest.approx(-0.5 * line["length_loss"])
+    assert torch.load(out / "best.pt", weights_only=True)["step"] == 4
+    saved = json.loads((out / "config.json").read_text())
+    assert saved["model"]["loss_weights"] == {"length": 0.5}
+
+    for weight, words in ((0, "--mlm, --mim, --itm, --itc, --length are all 0"),
+                          (-1, "--length -1.0 is a weight: use 0 or more")):
+        with pytest.raises(UserError, match=words):
+            started(monkeypatch, *SMALL, "--data", pack, "--out", tmp_path / "never", *alone,
+                    "--length", weight)
+
+
+def test_a_loss_of_ones_own_can_be_left_out(pack, tmp_path, monkeypatch):
+    monkeypatch.setitem(OBJECTIVES["pretrain"], "length", Length)
+    started(monkeypatch, *SMALL, "--data", pack, "--out", tmp_path / "run", "--steps", 1,
+            "--length", 0)
+    line, = logged(tmp_path / "run")
+    assert "mlm_loss" in line and "length_loss" not in line
+
+
 def test_a_run_leaves_what_it_promises(pack, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     started(monkeypatch, *SMALL, "--data", pack, "--out", out, "--steps", 4,
@@ -259,7 +293,87 @@ def test_every_combination_of_losses_trains(pack, tmp_path, monkeypatch, off):
     assert names == {f"{name}_loss" for name in ("mlm", "mim", "itm") if name not in off}
 
 
+# -------------------------------------------------------------------------------- frozen parts
+
+PARTS = ("vit", "text", "fusion", "head")
+
+
+@pytest.fixture(scope="module")
+def frozen(pack, tmp_path_factory):
+    """{part: what a run with its rate at 0 began with, and its folder}"""
+    base, runs, fit = tmp_path_factory.mktemp("frozen"), {}, train.fit
+    for part in PARTS:
+        begun = {}
+
+        def watched(model, net, optimizer, *rest):
+            begun["state"] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            begun["trained"] = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            begun["parameters"] = dict(model.named_parameters())
+            begun["modules"] = dict(model.named_modules())
+            return fit(model, net, optimizer, *rest)
+
+        printed = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+            patch.setattr(train, "fit", watched)
+            started(patch, *SMALL, "--data", pack, "--out", base / part, "--steps", 3,
+                    f"--{part}_lr_mult", 0)
+        runs[part] = begun | {"out": base / part, "printed": printed.getvalue()}
+    return runs
+
+
+def check_frozen(part, before, out):
+    """The part's weights are those of `before`, bit by bit; each other part has been trained."""
+    after = torch.load(out / "last.pt", weights_only=True)["model"]
+    changed = {optim.part_of(name) for name in before if not torch.equal(before[name], after[name])}
+    assert changed == set(PARTS) - {part}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_rate_of_0_freezes_a_part(part, frozen):
+    run = frozen[part]
+    check_frozen(part, run["state"], run["out"])
+    parameters = {name: p for name, p in run["parameters"].items() if optim.part_of(name) == part}
+    assert not any(p.requires_grad or id(p) in run["trained"] for p in parameters.values())
+    for name, module in run["modules"].items():
+        if hasattr(module, "dropout") and optim.part_of(name) in ("text", "fusion"):
+            assert module.dropout == (0 if optim.part_of(name) == part else 0.1), name
+
+    # The optimizer's state holds the trained parameters alone; the start-up line counts them.
+    saved = torch.load(run["out"] / "last.pt", weights_only=True)["optimizer"]["state"]
+    assert len(saved) == len(run["trained"]) < len(run["parameters"])
+    total = sum(p.numel() for p in run["parameters"].values())
+    trained = sum(p.numel() for p in run["parameters"].values() if id(p) in run["trained"])
+    counts = f"{total / 1e6:.1f} million parameters, {trained / 1e6:.1f} million trained"
+    assert counts in run["printed"]
+
+
+def test_a_part_stays_frozen_under_two_processes(frozen, pack, tmp_path):
+    flags = [*SMALL, "--data", pack, "--steps", 3]
+    together([[*flags, "--out", tmp_path / part, f"--{part}_lr_mult", 0] for part in PARTS], tmp_path)
+    for part in PARTS:
+        check_frozen(part, frozen[part]["state"], tmp_path / part)
+        one, two = torch.tensor(losses(frozen[part]["out"])), torch.tensor(losses(tmp_path / part))
+        assert (one - two).abs().max() < 1e-5
+
+
 # -------------------------------------------------------------------------------- several processes
+
+def together(runs, folder):
+    """Runs of train.py, a list of flags each, one after the other in the same two gloo processes."""
+    script = folder / "several.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+                      "import train\nfrom m3ae_mini import distributed\n"
+                      "def main():\n"
+                      "    for line in open(sys.argv[1]).read().splitlines():\n"
+                      "        sys.argv = ['train.py', *line.split()]\n"
+                      "        train.main()\n"
+                      "distributed.run(main)\n")
+    (folder / "runs.txt").write_text("\n".join(" ".join(map(str, run)) for run in runs))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc-per-node", "2", script, folder / "runs.txt"],
+                          capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-3), ("bfloat16", 0.1), ("float16", 0.1)])
@@ -295,22 +409,10 @@ def test_two_processes_equal_one(pack, tmp_path, monkeypatch):
     losses train under DDP."""
     combinations = ["", "--mlm 0", "--mim 0", "--itm 0",
                     "--mlm 0 --mim 0", "--mlm 0 --itm 0", "--mim 0 --itm 0"]
-    script = tmp_path / "several.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-                      "import train\nfrom m3ae_mini import distributed\n"
-                      "def main():\n"
-                      "    for line in open(sys.argv[1]).read().splitlines():\n"
-                      "        sys.argv = ['train.py', *line.split()]\n"
-                      "        train.main()\n"
-                      "distributed.run(main)\n")
     base = [*SMALL, "--data", pack]
     runs = [[*base, "--out", tmp_path / f"ddp{i}", "--steps", 2 if i else 10, *flags.split()]
             for i, flags in enumerate(combinations)]
-    (tmp_path / "runs.txt").write_text("\n".join(" ".join(map(str, run)) for run in runs))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc-per-node", "2", script, tmp_path / "runs.txt"],
-                          capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    together(runs, tmp_path)
     assert len(list(tmp_path.glob("ddp*/last.pt"))) == len(combinations)
 
     started(monkeypatch, *base, "--out", tmp_path / "one", "--steps", 10)
