@@ -23,8 +23,7 @@ def freeze(model: nn.Module, train_cfg: TrainConfig) -> None:
             parameter.requires_grad_(False)
     for name, module in model.named_modules():
         for field in ("dropout", "p"):                                # ours, nn.Dropout's
-            is_share = isinstance(getattr(module, field, None), float)
-            if is_share and lr_mult_of(name, train_cfg) == 0:
+            if lr_mult_of(name, train_cfg) == 0 and isinstance(getattr(module, field, None), float):
                 setattr(module, field, 0.0)
     require(any(parameter.requires_grad for parameter in model.parameters()),
             "all parts are frozen: one of --vit_lr_mult, --text_lr_mult, --fusion_lr_mult, "
