@@ -103,7 +103,7 @@ def main():
         checkpoint.check_same_settings(out, data.settings)
         launch_torchrun(run_cfg.gpus)
 
-    # This process among the others; the run's folder, opened and locked by rank 0.
+    # Join the process group. Rank 0 opens and locks the run's folder.
     dist_env = DistEnv(run_cfg)
     for line in lines:
         dist_env.print(line)
@@ -113,7 +113,7 @@ def main():
             resume_from = checkpoint.open_run_dir(out, run_cfg.resume)
     resume_from = dist_env.broadcast(resume_from)
 
-    # Weights to start from, and data. Rank 0 goes first: it writes files of first use.
+    # Weights to start from, and data. Rank 0 goes first: it may write packs and token caches.
     cfg, init_weights = weights.read_init_files(cfg, train_cfg, vars(args))
     with dist_env.main_process_first():
         data = load_data(cfg, train_cfg, run_cfg, task_cfg, init_weights)

@@ -64,7 +64,7 @@ def main():
         checkpoint.check_same_settings(out, data.settings)
         launch_torchrun(run_cfg.gpus)
 
-    # This process among the others; the run's folder, opened and locked by rank 0.
+    # Join the process group. Rank 0 opens and locks the run's folder.
     dist_env = DistEnv(run_cfg)
     for line in lines:
         dist_env.print(line)
@@ -74,7 +74,7 @@ def main():
             resume_from = checkpoint.open_run_dir(out, run_cfg.resume)
     resume_from = dist_env.broadcast(resume_from)
 
-    # Weights to start from, and data. Rank 0 goes first: it writes files of first use.
+    # Weights to start from, and data. Rank 0 goes first: it may write packs and token caches.
     cfg, init_weights = weights.read_init_files(cfg, train_cfg, vars(args))
     with dist_env.main_process_first():
         data = load_data(cfg, train_cfg, run_cfg, init_weights)
@@ -189,7 +189,7 @@ def settings_at(step: int, cfg: ModelConfig, train_cfg: TrainConfig) -> Settings
 def fit(model: M3AE, net: torch.nn.Module, optimizer, scaler, train: Samples, validate: Callable,
         step: int, best_score: float, train_cfg: TrainConfig, run_cfg: RunConfig,
         dist_env: DistEnv) -> bool:
-    """THE training loop, of pre-training and of every downstream task -> did it reach the end?
+    """THE training loop, of pre-training and of every downstream task -> True after the last step
 
     model: the plain module; net: the same, compiled and in DDP;
     validate(model, step) -> metrics, with the `score` that chooses best.pt."""
@@ -201,9 +201,9 @@ def fit(model: M3AE, net: torch.nn.Module, optimizer, scaler, train: Samples, va
         return settings_at(step, model.cfg, train_cfg)
 
     num_micro_batches = train_cfg.batch_size // train_cfg.micro_batch // dist_env.world_size
-    micro_batches = training_micro_batches(
+    order = training_micro_batches(
         train, train_cfg, step, dist_env.rank, dist_env.world_size)
-    batches = load(train, micro_batches, train_cfg.seed, dist_env.device, settings_of)
+    micro_batches = load(train, order, train_cfg.seed, dist_env.device, settings_of)
 
     stop_signal, stopping = StopSignal(), False
     num_nonfinite = 0                  # steps in a row whose gradient was not finite
@@ -224,8 +224,8 @@ def fit(model: M3AE, net: torch.nn.Module, optimizer, scaler, train: Samples, va
         model.mask_ratio = settings.mask_ratio
         model.loss_weights = settings.loss_weights
 
-        # Forward and backward, a micro-batch at a time. DDP adds up the gradients at the last one.
-        for i, loaded in enumerate(itertools.islice(batches, num_micro_batches), 1):
+        # Forward and backward, a micro-batch at a time. DDP averages the gradients at the last one.
+        for i, loaded in enumerate(itertools.islice(micro_batches, num_micro_batches), 1):
             dropout_seed = masking.torch_seed(train_cfg.seed, step, loaded.micro_batch_index)
             torch.manual_seed(dropout_seed)
             is_last = i == num_micro_batches
@@ -241,7 +241,7 @@ def fit(model: M3AE, net: torch.nn.Module, optimizer, scaler, train: Samples, va
         scaler.unscale_(optimizer)
         max_norm = train_cfg.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        norm, stopping = stop_signal.sync(norm, dist_env)      # the step's one wait for the device
+        norm, stopping = stop_signal.sync(norm, dist_env)      # one all-reduce, one wait
         if math.isfinite(norm):
             scaler.step(optimizer)
             num_nonfinite = 0
@@ -250,7 +250,7 @@ def fit(model: M3AE, net: torch.nn.Module, optimizer, scaler, train: Samples, va
             num_nonfinite += 1
             config.require(num_nonfinite < MAX_NONFINITE, optim.DIVERGED)
         scaler.update()                # float16: a lower scale after a skipped step
-        optimizer.zero_grad(set_to_none=dist_env.world_size == 1)  # DDP: stay in its buckets
+        optimizer.zero_grad(set_to_none=dist_env.world_size == 1)  # DDP: views of its buckets
         step += 1
         num_steps += 1
         is_end = step == train_cfg.steps

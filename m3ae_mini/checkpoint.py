@@ -26,8 +26,7 @@ LOCKS: list = []                  # open lock files; they lock their folders unt
 # --------------------------------------------------------------------------------------- the folder
 
 def check_run_dir(out: Path, resume: bool) -> None:
-    """Raise UserError where `out` holds another run that is not to be resumed, or something
-    else."""
+    """Raise UserError if `out` holds something that this run must not overwrite."""
     if (out / "config.json").is_file():
         require(resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),    # restarted
                 f"{out} holds another run: continue it with --resume, or choose another --out")
@@ -75,8 +74,7 @@ def saved_settings(out: Path) -> dict | None:
 
 
 def check_same_settings(out: Path, settings: dict[str, dict]) -> None:
-    """Raise UserError where a run that is resumed has other settings; those under "run" may
-    change."""
+    """Raise UserError if a resumed run has other settings. Those under "run" may change."""
     saved, changed = saved_settings(out), []
     with reading(out / "config.json"):
         for part in settings.keys() - {"run"} if saved else ():
@@ -97,8 +95,7 @@ def save_settings(out: Path, settings: dict[str, dict], tokenizer) -> None:
 
 
 def write_atomic(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
-    """Call write(file) on a temporary file, then rename it: a reader finds the old file or the new
-    one.
+    """Call write(file) on a temporary file, then rename it: readers never see half a file.
 
     UserError where the disk is full or may not be written to."""
     temporary = Path(f"{path}.tmp")
@@ -134,8 +131,7 @@ def save_checkpoint(out: Path, model: nn.Module, optimizer, scaler, step: int, b
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint: tensors and plain containers, nothing else. UserError where it is
-    damaged."""
+    """Read a checkpoint: tensors and plain containers only. UserError if it is damaged."""
     with reading(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -144,8 +140,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def load_training_state(path: Path, model: nn.Module, optimizer, scaler) -> tuple[int, float]:
-    """Load a checkpoint into the three -> its step, its best score. UserError where it is another
-    run's."""
+    """Load a checkpoint into the three -> its step, its best score. UserError if it doesn't fit."""
     with reading(path):
         state = load_checkpoint(path)
         model.load_state_dict(state["model"])
@@ -163,8 +158,7 @@ def load_training_state(path: Path, model: nn.Module, optimizer, scaler) -> tupl
 
 
 def latest_valid_checkpoint(out: Path, *names: str) -> Path | None:
-    """The first of the run's checkpoints `names` that is there and whole, or None where there is
-    none.
+    """The first checkpoint of `names` that exists and is whole, or None.
 
     UserError where all that are there are damaged."""
     paths = [out / name for name in names if (out / name).exists()]
@@ -190,8 +184,7 @@ def load_best(out: Path, dist_env: DistEnv) -> dict:
 # ------------------------------------------------------------------------------------------ the log
 
 class Log:
-    """metrics.jsonl: one JSON object a line. Opened at a step, it drops later lines and those of
-    the test."""
+    """metrics.jsonl, one JSON object a line. Opening it at a step drops later and test lines."""
 
     def __init__(self, out: Path | str, step: float):
         self.path = Path(out) / "metrics.jsonl"
@@ -200,8 +193,7 @@ class Log:
         write_atomic(self.path, lambda file: file.write(text.encode()))
 
     def lines(self) -> list[dict]:
-        """The log's lines as dicts; lines that `write` did not write are left out (a power cut
-        tears lines)."""
+        """The log's lines as dicts, without lines that a power cut has torn."""
         text = self.path.read_text(errors="replace") if self.path.is_file() else ""
         return [json.loads(line) for line in text.splitlines() if LINE.fullmatch(line)]
 
@@ -214,6 +206,5 @@ class Log:
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
-    """Metrics in one line, for the terminal; a class's recall, whose name has blanks, is left
-    out."""
+    """Metrics in one line for the terminal, without the recall of each class."""
     return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if " " not in name)

@@ -33,8 +33,7 @@ def require(condition: Any, sentence: str) -> None:
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Whatever goes wrong in this block is the fault of the file that is read: raise UserError
-    naming it."""
+    """If anything fails while this file is read, raise a UserError that names it."""
     try:
         yield
     except UserError:
@@ -134,18 +133,17 @@ class ModelConfig:
 
 @dataclass
 class TrainConfig:
-    """What is learned from, in what order, at which rates. A run that resumes must keep all of
-    it."""
+    """Data, length and learning rates. A resumed run must keep all of these."""
     steps: int = opt(100_000, "optimizer steps")
     epochs: float = opt(0.0, "length in passes over the training samples, in place of --steps")
     train_samples: int = opt(0, "use only so many of the training samples; 0: all")
     batch_size: int = opt(256, "samples a step, over all processes")
-    micro_batch: int = opt(32, "samples of one forward pass; the unit of all randomness")
-    lr: float = opt(1e-5, "peak learning rate; a part's multiple of 0 freezes it")
-    text_lr_mult: float = opt(1.0, "rate of the text encoder, as a multiple of --lr")
-    vit_lr_mult: float = opt(1.0, "rate of the image encoder, as a multiple of --lr")
-    head_lr_mult: float = opt(5.0, "rate of the heads, as a multiple of --lr")
-    fusion_lr_mult: float = opt(5.0, "rate of projections, fusion and poolers, likewise")
+    micro_batch: int = opt(32, "samples of one forward pass of one process")
+    lr: float = opt(1e-5, "peak learning rate")
+    text_lr_mult: float = opt(1.0, "rate of the text encoder, times --lr; 0 freezes it")
+    vit_lr_mult: float = opt(1.0, "rate of the image encoder, times --lr; 0 freezes it")
+    head_lr_mult: float = opt(5.0, "rate of the heads, times --lr; 0 freezes them")
+    fusion_lr_mult: float = opt(5.0, "rate of the rest, times --lr; 0 freezes it")
     warmup: float = opt(0.1, "share of the steps in which the rate rises; then it falls to 0")
     weight_decay: float = opt(0.01, "AdamW's decay of matrices; vectors never decay")
     beta2: float = opt(0.98, "AdamW's second beta; the first is 0.9")
@@ -153,7 +151,7 @@ class TrainConfig:
     mlm_ratio: float = opt(0.15, "share of the text's tokens that is masked")
     whole_word: bool = opt(True, "mask whole words; off: single tokens")
     hard_negatives: float = opt(0.0, "share of ITM's wrong images of the text's own group")
-    min_crop_area: float = opt(1.0, "least share of the area that a training crop keeps; 1: none")
+    min_crop_area: float = opt(1.0, "minimum area of a training crop, as a share; 1: no crops")
     tokenizer_vocab: int = opt(8192, "largest vocabulary of a tokenizer trained on the data")
     init: str = opt("", "start from this run or M³AE checkpoint; none: from random weights")
     init_image: str = opt("", "start the image encoder from this file of CLIP")
@@ -175,8 +173,7 @@ class TrainConfig:
 
 @dataclass
 class RunConfig:
-    """Where a run lives and what it runs on. A run that resumes may change these, but not the
-    data."""
+    """Folders and hardware. A resumed run may change these, but not the data."""
     data: str = opt("phantoms", "a pack, or several with commas between; phantoms are drawn once")
     out: str = opt("runs/pretrain", "the run's folder; finetune.py: runs/TASK")
     tokenizer: str = opt("", "a tokenizer.json, or its folder; else that of the weights or data")
@@ -187,8 +184,8 @@ class RunConfig:
     grad_checkpointing: bool = opt(False, "less memory, a third slower: compute layers twice")
     compile: bool = opt(False, "compile the model with torch.compile")
     log_every: int = opt(20, "steps between two lines of metrics.jsonl")
-    eval_every: int = opt(1000, "steps between two validations; 0: an epoch")
-    save_every: int = opt(1000, "steps between two checkpoints; 0: an epoch")
+    eval_every: int = opt(1000, "steps between two validations; 0: once an epoch")
+    save_every: int = opt(1000, "steps between two checkpoints; 0: once an epoch")
     eval_samples: int = opt(1024, "largest number of validation samples")
     test_samples: int = opt(1_000_000, "largest number of test samples; 0: no report")
     timeout: int = opt(600, "seconds after which a process stops waiting for the others")
@@ -276,8 +273,7 @@ TASKS = {
 
 def preset_values(cls: type, preset: str, task: str = "pretrain",
                   given: dict | None = None) -> dict:
-    """The settings of class `cls` that a preset, its task and the flags given set: {name:
-    value}."""
+    """The fields of `cls` that a preset, its task and the flags set: {name: value}."""
     require(preset in PRESETS, f"--preset {preset} is not known: use {', '.join(PRESETS)}")
     values = dict(PRESETS[preset])
     if task in TASKS[preset]:

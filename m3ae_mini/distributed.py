@@ -1,5 +1,4 @@
-"""Processes and devices: rank, world size, device, dtype; starting torchrun; stop signals; error
-messages."""
+"""Processes, devices, stop signals and error messages."""
 import ctypes
 import os
 import re
@@ -36,8 +35,7 @@ REPEATS = 5.0                          # seconds in which further signals count 
 # ---------------------------------------------------------------------------------------- processes
 
 class DistEnv:
-    """Where this process runs: rank, world_size, is_main (rank 0), device, dtype (of matrix
-    products)."""
+    """Where this process runs: rank, world_size, is_main (rank 0), device, dtype (matmuls)."""
 
     def __init__(self, run_cfg: RunConfig):
         self.rank = int(os.environ.get("RANK", 0))
@@ -82,8 +80,7 @@ class DistEnv:
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """Rank 0 runs the block alone, then the others do. A UserError of rank 0 is raised on every
-        rank."""
+        """Rank 0 runs the block first, then the others. All ranks raise a UserError of rank 0."""
         if not self.is_main:
             error = self.broadcast(None)
             if error:
@@ -104,8 +101,7 @@ class DistEnv:
         return tensor
 
     def reduce_sums(self, sums: dict[str, Tensor]) -> dict[str, Any]:
-        """{name: tensor} summed over all ranks, as floats, with one host read; a missing name
-        counts as 0."""
+        """{name: tensor} summed over all ranks, as floats. A missing name counts as 0."""
         shape = next(iter(sums.values())).shape if sums else None
         names, shape = self.broadcast((sorted(sums), shape))
         rows = [sums.get(name, torch.zeros(shape)).float().to(self.device) for name in names]
@@ -213,8 +209,7 @@ class StopSignal:
         self.save = None
 
     def sync(self, norm: Tensor, dist_env: DistEnv) -> tuple[float, bool]:
-        """The gradient's norm () -> it as a float, and whether any rank was asked to stop: all stop
-        together.
+        """The gradient's norm () -> (the norm as a float, whether any rank got a stop signal)
 
         Both travel in one all-reduce and one host read a step."""
         both = torch.stack([norm / dist_env.world_size, norm.new_full((), self.requested)])
@@ -223,8 +218,7 @@ class StopSignal:
 
 
 def run(main: Callable) -> Any:
-    """Call main(). A mistake of the user's making ends in one sentence and status 2, no
-    traceback."""
+    """Call main(). A UserError ends in one sentence and exit status 2, without a traceback."""
     sentence = None
     try:
         result = main()

@@ -1,5 +1,4 @@
-"""How good is it? Validation metrics of pre-training, trivial baselines, answers and classes,
-retrieval.
+"""Validation metrics, trivial baselines, accuracy of answers and classes.
 
 Metrics are collected as (sum, count) of a micro-batch. They add up over micro-batches and
 processes."""
@@ -85,8 +84,7 @@ def validation_metrics(model: M3AE, batch: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def negatives(batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Each row's own index (B,), and the index of its negative (B,) by kind; its own where it has
-    none."""
+    """Each sample's own index (B,), and the index of its negative (B,) by name."""
     positive_index = torch.arange(len(batch["image"]), device=batch["image"].device)
     return positive_index, {"random": batch["random_negative_index"],
                             "hard": batch["hard_negative_index"]}
@@ -131,8 +129,7 @@ def mim_metrics(model: M3AE, batch: dict, text: Tensor, image: Tensor) -> dict[s
 
 
 def itm_metrics(model: M3AE, batch: dict, text: Tensor, image: Tensor) -> dict[str, Tensor]:
-    """Loss and accuracy of matching, half of the pairs wrong; accuracy against each kind of
-    negative."""
+    """Loss and accuracy of matching, and accuracy against each kind of negative."""
     positive_index, negative_index = negatives(batch)
 
     def predict_match(index):
@@ -151,8 +148,7 @@ def itm_metrics(model: M3AE, batch: dict, text: Tensor, image: Tensor) -> dict[s
 
 
 def itc_metrics(model: M3AE, batch: dict, text: Tensor, image: Tensor) -> dict[str, Tensor]:
-    """Loss of the contrast, and how often the text's own image has the highest score of the
-    rows."""
+    """Loss of ITC, and how often the text's own image has the highest score."""
     out = model.objectives["itc"](model, batch, text, image)
     logits, loss = out["itc_logits"], out["itc_loss"]                 # (B, B), ()
     right = logits.argmax(1) == torch.arange(len(logits), device=logits.device)  # (B,)
@@ -249,8 +245,7 @@ def pretraining_table(metrics: dict[str, float]) -> str:
 @torch.no_grad()
 def task(model: M3AE, samples: Samples, labels: list[str], dist_env: DistEnv, limit: int,
          ranking: Ranking) -> dict[str, float]:
-    """Every metric of a downstream task over at most `limit` samples, each counted once; and
-    `score`.
+    """All metrics of a downstream task over at most `limit` samples, and `score`.
 
     labels: the answer list or the classes. score: accuracy, or the mean of the recalls."""
     model.eval()
@@ -273,8 +268,7 @@ def task(model: M3AE, samples: Samples, labels: list[str], dist_env: DistEnv, li
 
 
 def targets(line: dict, task: str) -> list[str]:
-    """What is right for a sample: the answers, any of which will do ("#" stands between), or the
-    class."""
+    """The right answers of a sample ("#" separates alternatives), or its class."""
     return line["answer"].split("#") if task == "vqa" else [line["label"]]
 
 

@@ -1,5 +1,4 @@
-"""Reads safetensors and torch archives as data. Files come from strangers: nothing in them is ever
-run."""
+"""Reads safetensors and torch archives as data: nothing in a file is ever run."""
 import io
 import json
 import math
@@ -49,16 +48,14 @@ class StoredTensor(NamedTuple):
 
 
 class Inert(dict):
-    """What any other name in a pickle becomes: it takes anything, keeps items and attributes, does
-    nothing."""
+    """Stands for any other name in a pickle: it keeps items and attributes, does nothing."""
     __init__ = __call__ = append = add = lambda self, *args: None
     __setstate__ = lambda self, state: self.update(state if isinstance(state, dict) else {})
     __hash__ = object.__hash__
 
 
 class Unpickler(pickle._Unpickler):
-    """Reads a pickle as data and imports nothing. (The C unpickler reserves the memory that a
-    pickle claims.)"""
+    """Reads a pickle as data and imports nothing. (The C unpickler trusts claimed sizes.)"""
     persistent_load = lambda self, storage: storage    # ("storage", dtype, entry of the archive, …)
     dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: None}      # reserves memory, too
 
@@ -70,8 +67,7 @@ class Unpickler(pickle._Unpickler):
 
 
 def read_torch(path: Path) -> tuple[Any, dict[str, Tensor]]:
-    """A file of torch.save or torch.jit.save -> (its content as data, {dotted name: float32
-    tensor})
+    """A file of torch.save or torch.jit.save -> (its content, {dotted name: float32 tensor})
 
     UserError where it is damaged, is older than PyTorch 1.6, or claims more than it holds."""
     with reading(path), open(path, "rb") as file:

@@ -23,7 +23,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)         # CLIP's, of R, G, B in 0 …
 STD = (0.26862954, 0.26130258, 0.27577711)
 VAL_MICRO_BATCH = 32                             # samples of a validation micro-batch, in every run
 VAL_SEED = 0                                       # validation masks are the same in every run
-CROPPERS = ThreadPoolExecutor(4)                   # they start when training crops are taken
+CROPPERS = ThreadPoolExecutor(4)                   # threads that crop training images
 FALSE_TEXTS = 15                              # negatives of each right text in fine-tuned retrieval
 
 
@@ -46,8 +46,7 @@ class LoadedBatch(NamedTuple):
 # ------------------------------------------------------------------------------------------ samples
 
 class Samples:
-    """One split of one or several packs, as one list, and the batch that any choice of its rows
-    makes.
+    """One split of one or several packs, as one list; `batch` makes a micro-batch of it.
 
     n: number of samples, `limit` at most (0: all), taken at equal distances; num_truncated: number
     of texts longer than max_text_len; label_ids: int64 (n,), the right answer or class of each
@@ -105,7 +104,7 @@ class Samples:
         # 1. Images, in training perhaps cropped.
         crop = settings is not None and self.train_cfg.min_crop_area < 1
         crop_noise = uniform(masking.CROP, size, 8, 4) if crop else [None] * size
-        read = CROPPERS.map if crop else map                         # same bits, in several threads
+        read = CROPPERS.map if crop else map                       # threads: the result is the same
         list(read(self.read_image, indices, images, crop_noise))
 
         # 2. Texts: truncated, between their special tokens, padded.
@@ -137,6 +136,8 @@ class Samples:
         # 5. Masks of patches and words.
         num_patches = (cfg.image_size // cfg.patch_size) ** 2
         batch["mim_noise"] = uniform(masking.MIM_MASK, size, num_patches).astype(np.float32)
+        # Drawn for the longest text, so that the masks do not depend on T. Channel 0 orders the
+        # words, 1 decides between mask, random and same token, 2 draws the random token.
         noise = uniform(masking.MLM_MASK, size, cfg.max_text_len + 1, 3)[:, :ids.shape[1] + 1]
         return batch | self.mask_words(ids, starts, maskable, noise, settings)
 
@@ -167,8 +168,7 @@ class Samples:
         return next(load(self, [(0, 0, np.array([0, 1 % self.n]))], 0, "cpu")).batch
 
     def pad_texts(self, token_ids: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Token ids as the pack has them (2·id + "starts a word") -> ids, starts, maskable, (B, T)
-        each
+        """Token ids as packed (2·id + starts a word) -> ids, starts, maskable, (B, T) each
 
         T is one of four lengths, so that shapes repeat. maskable: no special token, no padding."""
         tokenizer, longest = self.tokenizer, self.cfg.max_text_len
@@ -189,8 +189,7 @@ class Samples:
         return ids, starts, maskable
 
     def identities(self, indices: np.ndarray, token_ids: list[np.ndarray]) -> tuple:
-        """Which rows share an image, a text, a group: three int (B,), equal where two rows share
-        it.
+        """Which samples share an image, a text, a group: three int (B,), equal if shared.
 
         A row without a group is a group of its own."""
         images, groups = [], []
@@ -203,8 +202,7 @@ class Samples:
 
     def mask_words(self, ids: np.ndarray, starts: np.ndarray, maskable: np.ndarray,
                    noise: np.ndarray, settings: Settings | None) -> dict[str, np.ndarray]:
-        """ids, starts, maskable (B, T), noise (B, T+1, 3) -> mlm_ids, mlm_labels (B, T),
-        mlm_positions (M,)"""
+        """ids, starts, maskable (B, T), noise (B, T+1, 3) -> mlm_ids, mlm_labels, mlm_positions"""
         tokenizer, train_cfg = self.tokenizer, self.train_cfg
         mlm_ratio = settings.mlm_ratio if settings else train_cfg.mlm_ratio
         masked = masking.sample_word_mask(starts, maskable, noise[..., 0], mlm_ratio,
@@ -226,8 +224,7 @@ def factorize(keys: Iterable[Hashable]) -> np.ndarray:
 
 
 def crop_box(side: int, min_area: float, noise: np.ndarray | None) -> tuple[int, int, int, int]:
-    """A random crop of a square image, (left, top, right, bottom) in pixels; the whole square
-    without noise.
+    """A random crop of a square image: (left, top, right, bottom) in pixels.
 
     Each row of noise, uniform (8, 4), proposes a box of `min_area` to 1 of the area with an aspect
     of 3/4 to 4/3. The first one that lies within the square is taken, else the whole square."""
@@ -245,8 +242,7 @@ def crop_box(side: int, min_area: float, noise: np.ndarray | None) -> tuple[int,
 
 def training_micro_batches(samples: Samples, train_cfg: TrainConfig, start: int, rank: int = 0,
                            world_size: int = 1) -> Iterator[tuple[int, int, np.ndarray]]:
-    """This rank's micro-batches from step `start` on: (step, micro_batch_index, indices
-    (micro_batch,)).
+    """This rank's micro-batches from step `start`: (step, micro_batch_index, indices (B,)).
 
     Sample n of the one global stream is step · batch_size + its position in the batch. Epochs
     follow each other without a gap; nothing is dropped."""
@@ -254,14 +250,13 @@ def training_micro_batches(samples: Samples, train_cfg: TrainConfig, start: int,
     batch_size, micro_batch = train_cfg.batch_size, train_cfg.micro_batch
     for step in range(start, train_cfg.steps):
         for index in range(rank, batch_size // micro_batch, world_size):
-            stream = step * batch_size + index * micro_batch + np.arange(micro_batch)
-            yield step, index, np.array([order(n // samples.n)[n % samples.n] for n in stream])
+            positions = step * batch_size + index * micro_batch + np.arange(micro_batch)
+            yield step, index, np.array([order(n // samples.n)[n % samples.n] for n in positions])
 
 
 def validation_micro_batches(samples: Samples, limit: int, rank: int = 0,
                              world_size: int = 1) -> Iterator[tuple[int, int, np.ndarray]]:
-    """At most `limit` samples, at equal distances, each once: (VALIDATION, micro_batch_index,
-    indices (B,))."""
+    """At most `limit` samples, evenly spaced: (VALIDATION, micro_batch_index, indices (B,))."""
     count = min(limit, samples.n)
     indices = np.arange(count) * samples.n // count
     for index in range(rank, 1 + (count - 1) // VAL_MICRO_BATCH, world_size):
@@ -272,7 +267,7 @@ def validation_micro_batches(samples: Samples, limit: int, rank: int = 0,
 # --------------------------------------------------------------------------------------- the thread
 
 def load(samples: Samples, micro_batches: Iterable[tuple[int, int, np.ndarray]], seed: int,
-         device: torch.device | str, settings_at: Callable[[int], Settings] | None = None,
+         device: torch.device | str, settings_of: Callable[[int], Settings] | None = None,
          ahead: int = 3) -> Iterator[LoadedBatch]:
     """Yield the micro-batches as tensors on `device`; `image` is float32 (B, 3, S, S), normalised.
 
@@ -283,13 +278,13 @@ def load(samples: Samples, micro_batches: Iterable[tuple[int, int, np.ndarray]],
     cuda = device.type == "cuda"
     stream = torch.cuda.Stream(device) if cuda else None
 
-    def work(step, index, indices, buffer=None, copied=None):
+    def make_batch(step, index, indices, buffer=None, copied=None):
         # Fill a buffer, an old one where it has the right size and its copy has ended.
         if buffer is None or len(buffer) != len(indices):
             buffer = torch.empty(len(indices), 3, side, side, dtype=torch.uint8, pin_memory=cuda)
         elif cuda:
             copied.synchronize()
-        settings = settings_at(step) if settings_at else None
+        settings = settings_of(step) if settings_of else None
         arrays = samples.batch(indices, seed, step, index, buffer.numpy(), settings)
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         batch["image"] = buffer
@@ -304,20 +299,19 @@ def load(samples: Samples, micro_batches: Iterable[tuple[int, int, np.ndarray]],
 
     micro_batches = iter(micro_batches)
     with ThreadPoolExecutor(1) as thread:
-        pending = deque(thread.submit(work, *item) for item in islice(micro_batches, ahead))
+        pending = deque(thread.submit(make_batch, *item) for item in islice(micro_batches, ahead))
         while pending:
             loaded, buffer, copied = pending.popleft().result()
             batch = to_device(loaded.batch, device, copied)
 
             # The buffer is free: the thread fills it again while the caller computes.
             for item in islice(micro_batches, 1):
-                pending.append(thread.submit(work, *item, buffer, copied))
+                pending.append(thread.submit(make_batch, *item, buffer, copied))
             yield loaded._replace(batch=batch)
 
 
 def to_device(batch: dict, device: torch.device, copied=None) -> dict[str, torch.Tensor]:
-    """The batch on its device, its image normalised. For a GPU: wait, there, for the event
-    `copied`."""
+    """Normalise the image, on the device. On a GPU, first wait for the copy."""
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device)
         stream.wait_event(copied)
@@ -330,6 +324,6 @@ def normalise(image: torch.Tensor) -> torch.Tensor:
     """uint8 (B, 3, S, S) -> float32, by CLIP's mean and deviation."""
     image = image.float()
     mean, std = 255 * torch.tensor([MEAN, STD])
-    for channel, m, s in zip(image.unbind(1), mean.tolist(), std.tolist()):  # numbers: no GPU waits
+    for channel, m, s in zip(image.unbind(1), mean.tolist(), std.tolist()):  # no sync
         channel.sub_(m).div_(s)
     return image

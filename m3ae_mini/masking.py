@@ -1,5 +1,4 @@
-"""Which patches, which words, which wrong image: the paper's asymmetric masking, and ITM's
-negatives.
+"""The masks of patches and words, and the negatives of matching.
 
 All functions are pure. Random numbers are a pure function of (seed, purpose, step, micro-batch,
 row), so a run resumes by its step number alone, and the number of processes changes nothing."""
@@ -59,9 +58,11 @@ def sample_word_mask(starts: np.ndarray, maskable: np.ndarray, noise: np.ndarray
     tokens, padding included, and masks nothing in a quarter of short captions.)"""
     if not whole_word:
         starts = np.ones_like(starts)                                         # each token is a word
+    # The tokens of a word share one number, so they are masked together. Words are taken in the
+    # order of their numbers, while fewer than `wanted` tokens have been taken before.
     word = starts.cumsum(axis=1)                                      # (B, T) index of its word
     word_noise = np.take_along_axis(noise, word, axis=1)              # (B, T) one number a word
-    word_noise = np.where(maskable, word_noise, 2.0)                  # (B, T) never the least
+    word_noise = np.where(maskable, word_noise, 2.0)                  # (B, T) 2 sorts last
     before = word_noise[:, None, :] < word_noise[:, :, None]          # (B, T, T)
     before = before.sum(axis=2)                                       # (B, T) tokens taken before
     wanted = np.round(mlm_ratio * maskable.sum(axis=1, keepdims=True))  # (B, 1) tokens to mask
@@ -75,6 +76,7 @@ def corrupt_tokens(ids: np.ndarray, masked: np.ndarray, noise: np.ndarray, mask_
     ids, masked (B, T), noise (B, T, 2) uniform -> ids (B, T). Random tokens come from
     `non_special_ids`."""
     random_ids = non_special_ids[(noise[..., 1] * len(non_special_ids)).astype(np.int64)]  # (B, T)
+    # Below 0.8 the mask token, below 0.9 a random token, else the token itself.
     unchanged_or_random = np.where(noise[..., 0] < 0.9, random_ids, ids)  # (B, T)
     corrupted = np.where(noise[..., 0] < 0.8, mask_id, unchanged_or_random)  # (B, T)
     return np.where(masked, corrupted, ids)
@@ -84,8 +86,7 @@ def corrupt_tokens(ids: np.ndarray, masked: np.ndarray, noise: np.ndarray, mask_
 
 def sample_negatives(image: np.ndarray, text: np.ndarray, noise: np.ndarray, amount: int,
                      group: np.ndarray | None = None) -> np.ndarray:
-    """For every row `amount` other rows that differ from it in image *and* in text: int64 (B,
-    amount).
+    """For each sample `amount` others that differ in image *and* text: int64 (B, amount).
 
     They are drawn without repeats. Rows with too few negatives are padded with their own index.
     image, text: int (B,), equal where two rows share an image or a text; noise: uniform (B, B);
@@ -112,5 +113,5 @@ def sample_itm_pairs(image: np.ndarray, text: np.ndarray, noise: np.ndarray, gro
     hard_index = sample_negatives(image, text, noise[:, 2:], 1, group)[:, 0]  # (B,)
     use_hard = (noise[:, 1] < hard_negatives) & (hard_index != positive_index)  # (B,)
     negative_index = np.where(use_hard, hard_index, random_index)     # (B,)
-    half = np.argsort(noise[:, 0], kind="stable")[:len(image) // 2]   # (B // 2,)
-    return np.where(np.isin(positive_index, half), negative_index, positive_index)
+    swapped = np.argsort(noise[:, 0], kind="stable")[:len(image) // 2]  # (B // 2,)
+    return np.where(np.isin(positive_index, swapped), negative_index, positive_index)

@@ -1,9 +1,8 @@
-"""The backbone of M³AE, in the order data meets it: patches → ViT, tokens → BERT-style encoder,
-both → fusion.
+"""The backbone of M³AE: image encoder (ViT), text encoder (BERT-style), fusion.
 
-Shapes: B rows, L patches of an image, K of them visible, T tokens of a text, N of either, Q
-queries, D the fusion's width, W a module's own width, H heads, P a patch's side, S an image's side.
-Losses: objectives.py."""
+Shapes: B samples, L patches of an image, K of them visible, T tokens of a text, N tokens of either,
+Q queries, D the fusion's width, W a module's own width, H heads, P a patch's side, S an image's
+side; (B, K | L) is (B, K) or (B, L), and () a scalar. Losses: objectives.py."""
 from functools import partial
 
 import torch
@@ -29,8 +28,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None,
                 num_queries: int | None = None) -> Tensor:
-        """x (B, N, W) -> (B, N, W), or (B, num_queries, W): only the first `num_queries` tokens
-        attend."""
+        """x (B, N, W) -> (B, N, W), or (B, num_queries, W) for the first `num_queries` tokens"""
         q, k, v = self.qkv(x).chunk(3, dim=-1)                        # (B, N, W) each
         dropout = self.dropout if self.training else 0.0
         return self.out(attention(q[:, :num_queries], k, v, self.heads, mask, dropout))
@@ -47,8 +45,7 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, other: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, Q, W), other (B, N, W) -> (B, Q, W). mask: False where a token of `other` is
-        padding."""
+        """x (B, Q, W), other (B, N, W) -> (B, Q, W); mask: False at padding of `other`"""
         k, v = self.kv(other).chunk(2, dim=-1)                        # (B, N, W) each
         dropout = self.dropout if self.training else 0.0
         return self.out(attention(self.q(x), k, v, self.heads, mask, dropout))
@@ -60,8 +57,7 @@ class CrossAttention(nn.Module):
 
 
 class ViTBlock(nn.Module):
-    """CLIP's pre-norm block: norm, self-attention, norm, MLP with QuickGELU. Image encoder, pixel
-    decoder."""
+    """CLIP's pre-norm block, with QuickGELU, for image encoder and pixel decoder."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -78,8 +74,7 @@ class ViTBlock(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """BERT's post-norm layer: self-attention, (cross-attention,) MLP with GELU. Text encoder,
-    fusion."""
+    """BERT's post-norm layer, with cross-attention in the fusion."""
 
     def __init__(self, cfg: ModelConfig, width: int, heads: int, eps: float, cross: bool = False):
         super().__init__()
@@ -110,15 +105,13 @@ class BertLayer(nn.Module):
 # ------------------------------------------------------------------------------------ image encoder
 
 def patchify(image: Tensor, size: int) -> Tensor:
-    """image (B, 3, S, S) -> patches (B, L, 3·size²), in reading order, each flattened row, column,
-    channel"""
+    """image (B, 3, S, S) -> patches (B, L, 3·size²), row by row, channels last"""
     x = image.unflatten(3, (-1, size)).unflatten(2, (-1, size))       # (B, 3, S/P, P, S/P, P)
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)       # (B, L, 3·P²)
 
 
 class ViT(nn.Module):
-    """The paper's vision encoder, CLIP's ViT. Given ids_keep, it sees those patches and no
-    others."""
+    """The paper's vision encoder, CLIP's ViT. Given ids_keep, it sees only those patches."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -131,8 +124,7 @@ class ViT(nn.Module):
         self.norm_post = nn.LayerNorm(width, eps=1e-5)
 
     def forward(self, patches: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """patches (B, L, 3·P²), ids_keep (B, K): visible patches, None for all -> (B, 1+K | 1+L,
-        W)"""
+        """patches (B, L, 3·P²), ids_keep (B, K) or None for all -> (B, 1+K | 1+L, W)"""
         # Drop the hidden patches, and the position embeddings that belong to them.
         pos_embed = self.pos_embed[1:]                                # (L, W)
         if ids_keep is not None:
@@ -155,8 +147,7 @@ class ViT(nn.Module):
 # ------------------------------------------------------------------------------------- text encoder
 
 class TextEncoder(nn.Module):
-    """The paper's language encoder, RoBERTa or BERT: word + position + token type, then post-norm
-    layers."""
+    """The paper's language encoder, RoBERTa or BERT."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -192,8 +183,7 @@ class TextEncoder(nn.Module):
 # ------------------------------------------------------------------------------------------- fusion
 
 class Fusion(nn.Module):
-    """The paper's fusion: in each layer text and image attend to the other stream's previous
-    outputs.
+    """The paper's fusion: in each layer both streams attend to the other's previous outputs.
 
     To try another fusion, write another class of this name. The rest of the code asks this of it:
     - forward takes text (B, T, D), image (B, N, D), text_mask (B, T) and returns both streams in
@@ -206,16 +196,14 @@ class Fusion(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        size = cfg.fusion_width, cfg.fusion_heads, 1e-12
-        depth = range(cfg.fusion_layers)
-        self.text_layers = nn.ModuleList(BertLayer(cfg, *size, cross=True) for _ in depth)
-        self.image_layers = nn.ModuleList(BertLayer(cfg, *size, cross=True) for _ in depth)
+        args, layers = (cfg.fusion_width, cfg.fusion_heads, 1e-12), range(cfg.fusion_layers)
+        self.text_layers = nn.ModuleList(BertLayer(cfg, *args, cross=True) for _ in layers)
+        self.image_layers = nn.ModuleList(BertLayer(cfg, *args, cross=True) for _ in layers)
 
     def forward(self, text: Tensor, image: Tensor, text_mask: Tensor, depth: int | None = None,
                 streams: tuple[str, ...] = ("text", "image"),
                 num_queries: int | None = None) -> tuple[Tensor | None, Tensor | None]:
-        """text (B, T, D), image (B, N, D), text_mask (B, T) -> both streams after `depth` layers
-        (None: all).
+        """text (B, T, D), image (B, N, D), text_mask (B, T) -> both, after `depth` layers
 
         The last layer computes only what is read: the streams named in `streams` (the other is
         returned as None), and of those the first `num_queries` tokens. Depth 0 returns both streams
@@ -224,9 +212,11 @@ class Fusion(nn.Module):
         depth = len(self.text_layers) if depth is None else depth
 
         for i in range(depth):
+            # Only the last layer may leave out what nobody reads.
             wanted, queries = ("text", "image"), None
             if i == depth - 1:
                 wanted, queries = streams, num_queries
+            # Both layers read the streams as the previous layer left them.
             new_text = new_image = None
             if "text" in wanted:
                 new_text = self.text_layers[i](text, mask, image, None, queries)  # (B, T | Q, D)
@@ -236,8 +226,7 @@ class Fusion(nn.Module):
         return text, image
 
     def attention_map(self, text: Tensor, image: Tensor, text_mask: Tensor) -> Tensor:
-        """text (B, T, D), image (B, N, D) -> attention of each text token to each image token (B,
-        T, N)
+        """text (B, T, D), image (B, N, D) -> attention of text to image tokens (B, T, N)
 
         Of the last layer, the mean of its heads. For plots."""
         text, image = self(text, image, text_mask, depth=len(self.text_layers) - 1)
@@ -249,8 +238,7 @@ class Fusion(nn.Module):
 # ----------------------------------------------------------------------------------------- backbone
 
 class Backbone(nn.Module):
-    """What all objectives share: two encoders, two projections, fusion, two poolers (paper, section
-    2.1)."""
+    """What all objectives share: encoders, projections, fusion, poolers (paper, section 2.1)."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -272,11 +260,11 @@ class Backbone(nn.Module):
         return self.image_proj(self.vit(patches)) + self.modality[1]  # (B, 1+L, D)
 
     def encode_visible(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode the visible patches alone: image (B, 3, S, S), noise (B, L), the highest of which
-        hide.
+        """Encode the visible patches: image (B, 3, S, S), noise (B, L).
 
-        Returns visible tokens (B, 1+K, D), class token first, and ids_restore (B, L): the position
-        of every patch in [visible ; hidden] (masking.random_masking)."""
+        Patches of the highest noise are hidden. Returns visible tokens (B, 1+K, D), class token
+        first, and ids_restore (B, L): the position of every patch in [visible ; hidden]
+        (masking.random_masking)."""
         patches = patchify(image, self.cfg.patch_size)                # (B, L, 3·P²)
         mask_ratio = self.mask_ratio if self.training else self.cfg.mask_ratio
         ids_keep, ids_restore = random_masking(noise, mask_ratio)     # (B, K), (B, L)
@@ -288,9 +276,8 @@ class Backbone(nn.Module):
         return self.text_proj(self.text(ids, mask)) + self.modality[0]
 
     def fuse(self, text: Tensor, image: Tensor, text_mask: Tensor, **limits) -> tuple:
-        """Both streams after the last fusion layer; shapes and `limits` are those of
-        Fusion.forward."""
-        if limits.get("depth") == 0:                                  # --mim_layer 0: text is None
+        """Fuse text and image; see Fusion.forward for shapes and `limits`."""
+        if limits.get("depth") == 0:                                 # depth 0: MIM passes text=None
             return text, image
         return self.fusion(text, image, text_mask, **limits)
 
@@ -312,8 +299,7 @@ def use_grad_checkpointing(model: nn.Module) -> None:
 
 @torch.no_grad()
 def initialise(model: Backbone) -> None:
-    """Initial values: matrices normal, biases 0, norms 1 and 0; the image encoder as CLIP from
-    scratch.
+    """Initial values: matrices normal, biases 0; the image encoder as CLIP from scratch.
 
     The paper's 0.02 suits its width of 768. A narrower model gets more, so that a sub-layer keeps
     its size beside the residual: at width 128 words were then learned nearly twice as fast (one run

@@ -1,5 +1,4 @@
-"""What M³AE learns from: each objective is one module with its head, its pass through the backbone,
-its loss.
+"""The objectives: each is one module with its head, its forward pass and its loss.
 
 An objective is called with the model, the batch, and the encodings of the whole text and the whole
 image. Those are computed once and shared; one that no objective names in `inputs` is None. An
@@ -30,8 +29,7 @@ class MLM(nn.Module):
         self.decoder = nn.Linear(cfg.fusion_width, cfg.vocab_size)
 
     def forward(self, model: Backbone, batch: dict, text: Tensor | None, image: Tensor) -> dict:
-        """image (B, 1+L, D) -> mlm_loss (), mlm_logits (M, V), mlm_targets (M,) of the masked
-        tokens, row-major
+        """image (B, 1+L, D) -> mlm_loss (), mlm_logits (M, V), mlm_targets (M,)
 
         M may count padding at its end, of target -100: the loader rounds M up to repeat shapes."""
         # Encode the masked text and fuse it with the whole image.
@@ -54,11 +52,10 @@ class MLM(nn.Module):
 
 
 class MIM(nn.Module):
-    """Masked image modelling: restore the hidden patches from the visible quarter and the whole
-    text.
+    """Masked image modelling: restore hidden patches from the visible ones and the text.
 
-    Pixels are low-level: a small Transformer reads the image stream entering fusion layer
-    `mim_layer` (paper, section 2.3)."""
+    Pixels are low-level: a small Transformer reads the image stream after `mim_layer` fusion layers
+    (paper, section 2.3)."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -74,21 +71,21 @@ class MIM(nn.Module):
         self.pred = nn.Linear(width, 3 * cfg.patch_size ** 2)
 
     def forward(self, model: Backbone, batch: dict, text: Tensor, image: Tensor | None) -> dict:
-        """text (B, T, D) -> mim_loss (), mim_pred (B, L, 3·P²), mim_hidden (B, L), 1 where a patch
-        was hidden
+        """text (B, T, D) -> mim_loss (), mim_pred (B, L, 3·P²), mim_hidden (B, L)
 
-        The loss is the squared error: its mean within a patch, then its mean over the hidden
-        patches."""
+        mim_hidden is 1 for a hidden patch. The loss is the squared error: its mean within a patch,
+        then its mean over the hidden patches."""
         # Encode the visible patches, fuse them with the text for `depth` layers, decode them all.
-        image, noise = batch["image"], batch["mim_noise"]
-        visible, ids_restore = model.encode_visible(image, noise)     # (B, 1+K, D), (B, L)
+        pixels, noise = batch["image"], batch["mim_noise"]            # (B, 3, S, S), (B, L)
+        visible, ids_restore = model.encode_visible(pixels, noise)    # (B, 1+K, D), (B, L)
         _, visible = model.fuse(text, visible, batch["text_mask"], depth=self.depth,
                                 streams=("image",))                   # (B, 1+K, D)
         pred = self.decode(visible, ids_restore).float()              # (B, L, 3·P²)
 
         # Only hidden patches count.
-        target = self.target(image, model.cfg)                        # (B, L, 3·P²)
-        hidden = (ids_restore >= visible.shape[1] - 1).float()        # (B, L)
+        target = self.target(pixels, model.cfg)                       # (B, L, 3·P²)
+        num_visible = visible.shape[1] - 1                            # without the class token
+        hidden = (ids_restore >= num_visible).float()                 # (B, L)
         error = (pred - target).square().mean(-1)                     # (B, L)
         loss = (error * hidden).sum() / hidden.sum()
         return {"mim_loss": loss, "mim_pred": pred, "mim_hidden": hidden}
@@ -136,8 +133,7 @@ def sine_cosine_positions(width: int, grid: int) -> Tensor:
 
 
 class ITM(nn.Module):
-    """Image-text matching: half of the texts get another row's image; which ones? (paper, section
-    2.4)"""
+    """Image-text matching: half of the texts get a wrong image (paper, section 2.4)."""
     inputs = ("text", "image")
 
     def __init__(self, cfg: ModelConfig):
@@ -145,22 +141,20 @@ class ITM(nn.Module):
         self.fc = nn.Linear(2 * cfg.fusion_width, 2)
 
     def forward(self, model: Backbone, batch: dict, text: Tensor, image: Tensor) -> dict:
-        """text (B, T, D), image (B, 1+L, D), itm_index (B,): the image of each text -> itm_loss (),
-        itm_logits (B, 2)
+        """text (B, T, D), image (B, 1+L, D) -> itm_loss (), itm_logits (B, 2)
 
-        Class 1 means "they match". A wrong image is a row that is encoded already, so it costs
-        nothing."""
+        itm_index (B,) names the image of each text. Class 1 means "they match". A wrong image is a
+        row that is encoded already, so it costs nothing."""
         index = batch["itm_index"]                                    # (B,)
-        image = image.index_select(0, index)                          # (B, 1+L, D)
-        feature = model.pooled_pair(text, image, batch["text_mask"])  # (B, 2D)
+        paired = image.index_select(0, index)                         # (B, 1+L, D)
+        feature = model.pooled_pair(text, paired, batch["text_mask"])  # (B, 2D)
         logits = self.fc(feature).float()                             # (B, 2)
         match = (index == torch.arange(len(index), device=index.device)).long()  # (B,)
         return {"itm_loss": F.cross_entropy(logits, match), "itm_logits": logits}
 
 
 class ITC(nn.Module):
-    """Image-text contrast: which image of the micro-batch belongs to the text, and which text to
-    it?
+    """Image-text contrast: find the image of each text in the micro-batch, and vice versa.
 
     Not in the paper; ALBEF and CLIP train it. It compares the class tokens of the two encoders,
     before the fusion, so that a million pairs are one matrix product."""
@@ -197,8 +191,7 @@ class ITC(nn.Module):
         return F.normalize(self.image_proj(image[:, 0]).float(), dim=-1)
 
     def scores(self, text: Tensor, image: Tensor) -> Tensor:
-        """Features (Q, D), (P, D) -> the score of every pair (Q, P). The scale is at most 100, as
-        in CLIP"""
+        """Features (Q, D), (P, D) -> scores of all pairs (Q, P), scaled by at most 100"""
         device = text.device.type.replace("meta", "cpu")              # meta has no autocast
         with torch.autocast(device, enabled=False):                   # bf16 makes many scores equal
             return self.log_scale.exp().clamp(max=100) * (text.float() @ image.float().T)
@@ -219,12 +212,10 @@ class ClassifierHead(nn.Module):
 
 
 class VQA(ClassifierHead):
-    """Question answering as classification over the answer list; a label of -1 has no right answer
-    in it."""
+    """Question answering as classification over the answer list; -1: not in the list."""
 
     def forward(self, model: Backbone, batch: dict, text: Tensor, image: Tensor) -> dict:
-        """vqa_labels (B,) -> vqa_logits (B, A) and vqa_loss (): BCE summed over the answers, mean
-        over the rows"""
+        """vqa_labels (B,) -> vqa_logits (B, A), vqa_loss (): BCE, sum over A, mean over B"""
         logits = self.head(model.pooled_pair(text, image, batch["text_mask"])).float()  # (B, A)
         answers = torch.arange(logits.shape[1], device=logits.device)  # (A,)
         target = (batch["vqa_labels"][:, None] == answers).float()    # (B, A) one-hot
@@ -250,8 +241,7 @@ class Retrieval(nn.Module):
         self.fc = nn.Linear(2 * cfg.fusion_width, 1)
 
     def forward(self, model: Backbone, batch: dict, text: Tensor, image: Tensor) -> dict:
-        """false_text_index (B, F) -> irtr_logits (B, 1+F), the right text first, and cross-entropy
-        irtr_loss ()"""
+        """false_text_index (B, F) -> irtr_logits (B, 1+F), right text first, and irtr_loss ()"""
         # Each image with its own text and F texts of other rows.
         false = batch["false_text_index"]                             # (B, F)
         positive_index = torch.arange(len(false), device=false.device)[:, None]  # (B, 1)
@@ -278,8 +268,7 @@ OBJECTIVES = {"pretrain": {"mlm": MLM, "mim": MIM, "itm": ITM, "itc": ITC},
 # ---------------------------------------------------------------------------------------- the model
 
 def loss_weights(cfg: ModelConfig) -> dict[str, float]:
-    """The weight of each objective that is built: its setting, else 1. UserError where all are
-    0."""
+    """The weight of each objective that is built. UserError if all are 0."""
     weights = {name: getattr(cfg, name, cfg.loss_weights.get(name, 1.0))
                for name in OBJECTIVES[cfg.task]}
     require(any(weights.values()), f"the weights --{', --'.join(weights)} are all 0, so nothing is "
@@ -296,17 +285,16 @@ class M3AE(Backbone):
         self.objectives = nn.ModuleDict({name: OBJECTIVES[cfg.task][name](cfg)
                                          for name in self.loss_weights})
         initialise(self)
-        if "mim" in self.objectives:
+        if "mim" in self.objectives:           # as MAE and the release start the decoder
             nn.init.normal_(self.objectives["mim"].mask_token, std=0.02)
             for block in self.objectives["mim"].blocks:
                 nn.init.xavier_uniform_(block.attn.qkv.weight)
 
     def forward(self, batch: dict) -> dict:
-        """A dict of tensors (the loader's, or a golden case's) -> every objective's outputs, and
-        `loss`
+        """batch: tensors from the loader -> every objective's outputs, and `loss`
 
-        `loss` is the weighted sum. With dropout MIM and ITM share one text encoding (two in the
-        release)."""
+        `loss` is the weighted sum. MIM and ITM share one encoding of the text, so also its dropout
+        (the release encodes it twice)."""
         # Encode the whole text and the whole image once, if some objective reads them.
         inputs = {name for objective in self.objectives.values() for name in objective.inputs}
         text = self.encode_text(batch["text_ids"], batch["text_mask"]) if "text" in inputs else None

@@ -1,5 +1,4 @@
-"""Attention, dropout, QuickGELU: the fast paths. Skip this file on a first reading; the names say
-what it does."""
+"""Attention, dropout, QuickGELU: the fast paths. Skip this file on a first reading."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,16 +35,14 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 def fused_is_faster(q: Tensor, dropout: float) -> bool:
-    """CPU SDPA has no fused dropout, and its backward pass is slow in bf16 (tests/README.md,
-    Speed)."""
+    """CPU SDPA has no fused dropout, and is slow in the backward pass in bf16."""
     if q.is_cuda:
         return True
     return not dropout and (q.dtype == torch.float32 or not q.requires_grad)
 
 
 def drop(x: Tensor, share: float, training: bool = True) -> Tensor:
-    """Dropout. On a CPU it draws 16 random bits a number, where F.dropout draws 32: half the
-    time."""
+    """Dropout. On a CPU it draws 16 random bits a number, F.dropout 32: half the time."""
     if x.device.type != "cpu" or not share or not training:
         return F.dropout(x, share, training)
     words = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2 ** 63, None)
@@ -55,6 +52,5 @@ def drop(x: Tensor, share: float, training: bool = True) -> Tensor:
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x·σ(1.702x), the activation of OpenAI's CLIP. Written so, backward keeps one tensor, not
-    two."""
+    """x·σ(1.702x), OpenAI CLIP's activation; so written, backward keeps one tensor."""
     return F.silu(1.702 * x) / 1.702

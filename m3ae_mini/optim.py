@@ -10,8 +10,7 @@ DIVERGED = "no finite gradient in 20 steps: lower --lr, lengthen --warmup, or us
 
 
 def lr_mult_of(name: str, train_cfg: TrainConfig) -> float:
-    """The rate of a parameter's part, as a multiple of --lr; the fusion's part has projections and
-    poolers, too."""
+    """The learning rate of a parameter's part, as a multiple of --lr."""
     part = {"vit": "vit", "text": "text", "objectives": "head"}.get(name.split(".")[0], "fusion")
     return getattr(train_cfg, f"{part}_lr_mult")
 
@@ -60,8 +59,7 @@ def set_lr(optimizer: torch.optim.Optimizer, step: int, train_cfg: TrainConfig) 
 
 
 def epochs_to_steps(train_cfg: TrainConfig, run_cfg: RunConfig, num_samples: int) -> None:
-    """Turn lengths in epochs into steps: --epochs, and --eval_every 0 and --save_every 0, "an
-    epoch"."""
+    """Turn epochs into steps: --epochs, and --eval_every 0, --save_every 0 (once an epoch)."""
     epoch = num_samples / train_cfg.batch_size
     if train_cfg.epochs:
         train_cfg.steps = max(1, round(train_cfg.epochs * epoch))
@@ -78,8 +76,7 @@ def check_model(cfg: ModelConfig, train_cfg: TrainConfig, batch: dict[str, torch
 
 
 def dry_run(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
-    """One step of a copy on the meta device, which has shapes but no numbers, before the first
-    step.
+    """One step of a copy on the meta device (shapes without numbers), before the first step.
 
     It freezes what no loss reads (without ITM, the last layer's image stream): DDP refuses
     parameters that get no gradient. UserError where the fusion does not keep to its contract
@@ -96,8 +93,7 @@ def dry_run(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
 
 @torch.no_grad()
 def check_fusion(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
-    """Retrieval fuses one image with many texts, and one text with many images: try both, on
-    shapes."""
+    """Retrieval fuses one image with many texts, and vice versa: try both, on shapes."""
     mask = batch["text_mask"]                                         # (B, T)
     text = model.encode_text(batch["text_ids"], mask)                 # (B, T, D)
     image = model.encode_image(batch["image"])                        # (B, 1+L, D)

@@ -1,5 +1,4 @@
-"""What was learned, drawn by Pillow as PNG files: reconstructions, attention maps, learning
-curves."""
+"""PNG files, drawn by Pillow: reconstructions, attention maps, learning curves."""
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +33,7 @@ def unpatchify(patches: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 def reconstruct(model: M3AE, batch: dict) -> tuple[Tensor, Tensor]:
-    """A batch -> its images with hidden patches grey, and with hidden patches restored, (B, 3, S,
-    S) each
+    """A batch -> its images with hidden patches grey, and restored, (B, 3, S, S) each
 
     Where the model predicts normalised patches, each gets its true mean and deviation back."""
     size = model.cfg.patch_size
@@ -54,8 +52,7 @@ def reconstruct(model: M3AE, batch: dict) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def reconstructions(model: M3AE, samples: Samples, dist_env: DistEnv, path: Path,
                     count: int = 8) -> None:
-    """Draw `count` samples: original, masked, restored, and the caption with its masked words
-    filled in.
+    """Draw `count` samples: original, masked and restored image, and the caption.
 
     A word is green where the model restored it, red (with the true word behind) where it did
     not."""

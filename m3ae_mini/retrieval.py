@@ -75,8 +75,7 @@ def rerank(model: M3AE, scores: Tensor, texts: Tensor, masks: Tensor, images: Te
 
 
 def match_scores(model: M3AE, texts: Tensor, images: Tensor, masks: Tensor) -> Tensor:
-    """The retrieval head's score of pairs of a text and an image, either may be one beside many:
-    (B,)
+    """The retrieval head's score of pairs; one text or one image may stand beside many: (B,)
 
     In float32: wrong candidates win ties, and bf16 makes many scores equal."""
     fc = model.objectives["irtr"].fc
@@ -91,8 +90,7 @@ def encode_images(model: M3AE, samples: Samples, indices: np.ndarray, dist_env: 
 
 def encode_texts(model: M3AE, samples: Samples, indices: np.ndarray,
                  dist_env: DistEnv) -> tuple[Tensor, Tensor]:
-    """Texts of the samples `indices` (Q,) -> encodings (Q, T, D) and masks (Q, T), T =
-    max_text_len"""
+    """Texts of the samples `indices` (Q,) -> encodings (Q, T, D), masks (Q, T), T the longest"""
     texts, masks = [], []
     for batch in batches_of(samples, indices, dist_env):
         padding = samples.cfg.max_text_len - batch["text_ids"].shape[1]
@@ -104,8 +102,7 @@ def encode_texts(model: M3AE, samples: Samples, indices: np.ndarray,
 
 def matching_scores(model: M3AE, samples: Samples, indices: np.ndarray, texts: Tensor,
                     masks: Tensor, dist_env: DistEnv) -> Tensor:
-    """The retrieval head's score of every text (Q, T, D) with the image of every sample `indices`
-    (P,): (Q, P)"""
+    """The retrieval head's score of every text with every image: (Q, P)"""
     own = np.arange(dist_env.rank, len(indices), dist_env.world_size)        # this process's images
     scores = torch.zeros(len(texts), len(indices), device=dist_env.device)  # (Q, P)
     bar = tqdm(total=len(own) * len(texts), desc="pairs", leave=False, disable=not dist_env.is_main)
@@ -131,8 +128,7 @@ def batches_of(samples: Samples, indices: np.ndarray,
 
 
 def recall(scores: Tensor, right: Tensor, direction: str) -> dict[str, float]:
-    """scores (Q, C) of every candidate for every query, right bool (Q, C) -> {direction_r1, _r5,
-    _r10}
+    """scores (Q, C), right bool (Q, C) -> {direction_r1, direction_r5, direction_r10}
 
     Recall at k is the share of queries with a right candidate among the first k. Wrong candidates
     win ties, and scores that are not numbers: a model that scores all alike finds nothing."""

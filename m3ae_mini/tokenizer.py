@@ -62,8 +62,7 @@ class Tokenizer:
     @classmethod
     def choose(cls, train_cfg: TrainConfig, run_cfg: RunConfig,
                texts: Iterable[str]) -> "Tokenizer":
-        """That of --tokenizer, else this run's, else that of the weights, else one trained on
-        `texts`."""
+        """--tokenizer's, else the run's, else the weights', else one trained on `texts`."""
         init = "" if train_cfg.init == "none" else train_cfg.init
         init_folder = os.path.dirname(os.path.abspath(init)) if init else ""
         folders = [run_cfg.out, train_cfg.init_text, init, init_folder]

@@ -1,5 +1,4 @@
-"""Names of tensors: this model's and the released ones', and how tensors go from one to the
-other."""
+"""The names of tensors here and in released files, and conversion between them."""
 from collections.abc import Iterator
 
 import torch
@@ -62,8 +61,7 @@ def name_table(cfg: ModelConfig) -> Iterator[tuple[str, list[str]]]:
 
 
 def from_official(state: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
-    """Tensors (or gradients) under released names -> {name here: tensor}; what no model uses is
-    left out"""
+    """Tensors (or gradients) under released names -> {name here: tensor}"""
     ours = {}
     for name, released in name_table(cfg):
         if not all(r in state for r in released):

@@ -28,8 +28,7 @@ Sources = dict[str, State]             # {"--init_image ViT-B-16.pt": its tensor
 
 
 def module_of(name: str) -> str:
-    """The part of the model that a tensor belongs to: vit, text, a head (mlm, …), or fusion for the
-    rest."""
+    """The module that a tensor belongs to: vit, text, fusion, or a head (mlm, …)."""
     first, second = f"{name}.".split(".")[:2]
     return {"vit": first, "text": first, "objectives": second}.get(first, "fusion")
 
@@ -37,8 +36,7 @@ def module_of(name: str) -> str:
 # ------------------------------------------------------------------------------------ reading files
 
 def rename_keys(tensors: dict[str, Tensor], path: Path, released: str, anchor: str) -> State:
-    """Tensors under a file's names -> State. `released` replaces the prefix that the name in
-    `anchor` has."""
+    """Tensors under a file's names -> State; `released` replaces the prefix of `anchor`."""
     prefixes = [name.removesuffix(anchor) for name in tensors if name.endswith(anchor)]
     require(len(prefixes) == 1,
             f"{path} has no tensor {anchor}, or several: is it the right kind of file?")
@@ -105,8 +103,7 @@ def infer_config(state: State, path: Path, known: dict) -> dict:
 
 
 def load_clip(path: Path | str, **given) -> tuple[dict, State]:
-    """CLIP's image encoder, from OpenAI's archive or a plain state dict -> (fields of ModelConfig,
-    State)
+    """CLIP's image encoder, OpenAI's archive or a state dict -> (fields of ModelConfig, State)
 
     As in the release, vit_blocks leaves out the last block. Fewer blocks and another image size are
     fine."""
@@ -177,8 +174,7 @@ def load_m3ae(path: Path | str, **given) -> tuple[ModelConfig, State]:
 
 
 def read_init_files(cfg: ModelConfig, train_cfg: TrainConfig, flags: dict) -> tuple:
-    """Read what --init, --init_image and --init_text name -> (cfg with their architecture, {source:
-    State})
+    """Read --init, --init_image, --init_text -> (cfg with their architecture, {source: State})
 
     flags: {setting: value, None where it was not given}; what was given wins over what a file
     tells."""
@@ -227,8 +223,7 @@ def check(cfg: ModelConfig, init_weights: Sources, needed: tuple = ()) -> dict[s
 
 
 def resize_positions(pos_embed: Tensor, num_patches: int) -> Tensor:
-    """Position embedding of a square grid (1+L, W) -> (1+num_patches, W), bicubic; the class
-    token's stays"""
+    """Position embedding (1+L, W) of a square grid -> (1+num_patches, W), bicubic"""
     old, new = math.isqrt(max(1, len(pos_embed)) - 1), math.isqrt(num_patches)
     require(len(pos_embed) - 1 == old ** 2 > 0,
             f"vit.pos_embed has {len(pos_embed)} positions, not one and a square grid's")
@@ -279,8 +274,7 @@ def origin_table(model: M3AE, origin: dict[str, str], notes: list[str]) -> str:
 # ------------------------------------------------------------------------------------------- export
 
 def export() -> None:
-    """python -m m3ae_mini.weights export RUN OUT: writes a run's weights under the released
-    names."""
+    """python -m m3ae_mini.weights export RUN OUT: write weights under released names."""
     require(len(sys.argv) == 4 and sys.argv[1] == "export",
             "usage: python -m m3ae_mini.weights export RUN OUT")
     run_folder, out = sys.argv[2:]
