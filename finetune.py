@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import m3ae_mini                       # before torch: it sets how threads wait
+import m3ae_mini                       # before torch: sets OMP_WAIT_POLICY
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -31,8 +31,8 @@ from m3ae_mini.retrieval import Ranking
 from m3ae_mini.tokenizer import Tokenizer
 from train import fit
 
-MEAN_OF = 2048                         # training images whose mean --blind shows
-WORDS = {                              # metrics in the report
+BLIND_SAMPLES = 2048                         # training images whose mean --blind shows
+METRIC_NAMES = {                              # metrics in the report
     "acc": "accuracy",
     "acc_open": "on open questions",
     "acc_closed": "on closed questions",
@@ -45,24 +45,24 @@ class TaskConfig:
     answers: str = opt(
         "train", "the answer list: train (of the training questions) or all (as released)")
     blind: bool = opt(
-        False, "show the mean image in place of every image, in training and in test")
+        False, "show the mean image instead of every image, in training and in test")
     zero_shot: bool = opt(
-        False, "irtr: rank by what --init has learned, without training")
+        False, "irtr: rank with the weights of --init, without training")
     rank: str = opt(
         "match", "irtr: match (the fusion scores every pair) or itc (the contrast, in seconds)")
     rerank: int = opt(
         0, "irtr: with --rank itc the fusion ranks so many of the best candidates again")
 
     def check(self) -> None:
-        """Raise UserError where a setting is not known or two contradict each other."""
+        """Raise UserError if a setting is not known or two contradict each other."""
         require(self.answers in ("train", "all"), f"--answers {self.answers}: use train or all")
         require(self.rank in ("match", "itc"), f"--rank {self.rank}: use match or itc")
         require(self.rerank == 0 or self.rank == "itc" and self.rerank > 0,
-                "--rerank ranks the best of --rank itc again: give both, --rerank 1 or more")
+                "--rerank needs --rank itc, and a value of 1 or more")
 
 
 class Data(NamedTuple):
-    """What load_data returns."""
+    """Samples, labels and settings of a fine-tuning run."""
     train: Samples
     val: Samples
     test: Samples
@@ -70,7 +70,7 @@ class Data(NamedTuple):
     ranking: Ranking                   # of retrieval's candidates
     tokenizer: Tokenizer
     cfg: ModelConfig                   # with the sizes of vocabulary and label list
-    settings: dict                     # of config.json: a run that resumes must have the same
+    settings: dict                     # written to config.json, compared on resume
 
 
 def main():
@@ -79,7 +79,7 @@ def main():
     parser = config.make_parser(__doc__, configs)
     parser.add_argument("task", choices=("vqa", "cls", "irtr"))
     parser.add_argument("--predict", nargs=2, metavar=("IMAGE", "TEXT"),
-                        help="the likeliest answers of the run --init for an image of your own")
+                        help="the most likely answers of the run --init for this image and text")
     cfg, train_cfg, run_cfg, task_cfg, args = config.parse(parser, configs)
     if args.predict:
         return predict(cfg.task, Path(train_cfg.init), *args.predict)
@@ -88,13 +88,13 @@ def main():
     train_cfg.check()
     run_cfg.check()
     task_cfg.check()
-    require(train_cfg.init, "name the run or checkpoint to start from by --init, or --init none")
+    require(train_cfg.init, "give --init RUN or CHECKPOINT, or --init none for random weights")
 
     # The micro-batch that fits the number of processes.
     lines = config.fit_micro_batch(
         cfg, train_cfg, num_processes(run_cfg), args.micro_batch, checkpoint.saved_settings(out))
 
-    # --gpus N: find mistakes here, in one process; then torchrun takes over and starts N of them.
+    # --gpus N: check everything in this process; then torchrun replaces it and starts N.
     if run_cfg.gpus and not started_by_torchrun():
         pick_device(run_cfg)
         checkpoint.check_run_dir(out, run_cfg.resume)
@@ -153,7 +153,7 @@ def main():
         step, best_score = checkpoint.load_training_state(resume_from, model, optimizer, scaler)
         dist_env.print(f"continuing from {resume_from}, step {step:,}")
 
-    # The model as the loop calls it: compiled, in DDP.
+    # Compile the model and wrap it in DDP.
     if run_cfg.grad_checkpointing:
         use_grad_checkpointing(model)
     net = torch.compile(model, dynamic=True) if run_cfg.compile else model
@@ -189,7 +189,7 @@ def main():
 
 def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
               task_cfg: TaskConfig, init_weights: dict) -> Data:
-    """Open packs and tokenizer, list the labels. UserError where they and the weights don't fit."""
+    """Open packs and tokenizer, list the labels. UserError if they and the weights don't fit."""
     packs = open_packs(run_cfg.data, cfg.image_size, train_cfg.min_crop_area, cfg.task)
     texts = (line["text"] for pack in packs for line in pack.lines("train"))
     tokenizer = Tokenizer.choose(train_cfg, run_cfg, texts)
@@ -206,12 +206,12 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
     need_matching = task_cfg.rank == "match" or task_cfg.rerank
     learned = modules & {"itm", "irtr"} if need_matching else modules & {"itc"}
     require(not task_cfg.zero_shot or cfg.task == "irtr" and learned,
-            "--zero_shot is for irtr, with an --init that has learned what --rank asks for")
+            "--zero_shot is for irtr, with an --init that has the head that --rank uses")
     require(task_cfg.rank == "match" or cfg.itc > 0,
-            "--rank itc needs the contrast: give an --init that has learned it, or --itc 1")
+            "--rank itc needs an ITC head: give an --init trained with --itc, or --itc 1")
     require(saved_labels(Path(train_cfg.init), cfg.task) in (None, labels),
-            f"{train_cfg.init} has learned other answers or classes: start from the run that it "
-            "was started from")
+            f"{train_cfg.init} was trained with other labels: give --init the run that it was "
+            "fine-tuned from")
     weights.check(cfg, init_weights)
 
     # The samples, their labels, and the image that --blind shows.
@@ -238,8 +238,8 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
 
 
 def mean_image(samples: Samples) -> np.ndarray:
-    """The mean of at most MEAN_OF images, at equal distances: uint8 (3, S, S)."""
-    side, count = samples.cfg.image_size, min(MEAN_OF, samples.n)
+    """The mean of at most BLIND_SAMPLES images, evenly spaced: uint8 (3, S, S)."""
+    side, count = samples.cfg.image_size, min(BLIND_SAMPLES, samples.n)
     image, total = np.empty((3, side, side), np.uint8), np.zeros((3, side, side))
     for n in np.arange(count) * samples.n // count:
         samples.read_image(n, image)
@@ -248,11 +248,11 @@ def mean_image(samples: Samples) -> np.ndarray:
 
 
 def report(model: M3AE, data: Data, run_cfg: RunConfig, dist_env: DistEnv, step: int) -> None:
-    """The test split, once: in metrics.jsonl and in words."""
+    """Evaluate on the test split; log and print the metrics."""
     count = min(run_cfg.test_samples, data.test.n)
     if data.cfg.task == "irtr" and data.ranking.by == "match":
-        dist_env.print(f"the fusion scores up to {count:,} × {count:,} pairs; with --rank itc "
-                       f"--rerank 32 it would be {64 * count:,}")
+        dist_env.print(f"scoring up to {count:,} × {count:,} pairs; --rank itc --rerank 32 would "
+                       f"score {64 * count:,}")
     metrics = evaluate.task(
         model, data.test, data.labels, dist_env, run_cfg.test_samples, data.ranking)
     if not dist_env.is_main:
@@ -261,18 +261,18 @@ def report(model: M3AE, data: Data, run_cfg: RunConfig, dist_env: DistEnv, step:
     print(f"\nOn {count:,} test samples (step {step:,}):")
     for name, value in metrics.items():
         if name != "score":
-            print(f"  {WORDS.get(name, name):32}{value:7.1%}")
+            print(f"  {METRIC_NAMES.get(name, name):32}{value:7.1%}")
 
 
 # --------------------------------------------------------------------------------------- prediction
 
 @torch.no_grad()
 def predict(task: str, run_dir: Path, image_path: str, text: str) -> None:
-    """Print the five likeliest answers of a fine-tuned run, and plot where the text attends."""
+    """Print the five most likely answers of a fine-tuned run, and plot where the text attends."""
     # The run.
     labels = saved_labels(run_dir, task)
     require(labels,
-            f"{run_dir} is no run of finetune.py {task} that saw images: give one by --init")
+            f"{run_dir} is not a run of finetune.py {task} without --blind: give one with --init")
     tokenizer = Tokenizer.load(run_dir)
     cfg, state = weights.load_m3ae(run_dir)
     model = M3AE(cfg).eval()
@@ -281,7 +281,7 @@ def predict(task: str, run_dir: Path, image_path: str, text: str) -> None:
     # The image.
     try:
         image = square(open_image(Path(image_path)), cfg.image_size).convert("RGB")
-    except Exception as error:         # Pillow's formats raise all kinds on a damaged file
+    except Exception as error:         # Pillow raises many types on a damaged file
         raise UserError(f"{image_path} can't be read as an image ({error})") from None
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)       # (3, S, S)
 
@@ -289,7 +289,7 @@ def predict(task: str, run_dir: Path, image_path: str, text: str) -> None:
     (token_ids, _), = tokenizer.encode([clean_text(text)])
     longest = cfg.max_text_len - 2
     require(0 < len(token_ids) <= longest,
-            f"the text has {len(token_ids)} tokens, but 1 to {longest} can be read: write another")
+            f"the text has {len(token_ids)} tokens: use 1 to {longest}")
     ids = torch.tensor([[tokenizer.cls_id, *token_ids, tokenizer.sep_id]])  # (1, T)
 
     # The answers.

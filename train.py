@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import m3ae_mini                       # before torch: it sets how threads wait
+import m3ae_mini                       # before torch: sets OMP_WAIT_POLICY
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -34,12 +34,12 @@ MAX_NONFINITE = 20                  # steps in a row without a finite gradient b
 
 
 class Data(NamedTuple):
-    """What load_data returns."""
+    """Samples and settings of a pre-training run."""
     train: Samples
     val: Samples
     tokenizer: Tokenizer
     cfg: ModelConfig                   # with the size of the tokenizer's vocabulary
-    settings: dict                     # of config.json: a run that resumes must have the same
+    settings: dict                     # written to config.json, compared on resume
 
 
 def main():
@@ -55,7 +55,7 @@ def main():
     lines = config.fit_micro_batch(
         cfg, train_cfg, num_processes(run_cfg), args.micro_batch, checkpoint.saved_settings(out))
 
-    # --gpus N: find mistakes here, in one process; then torchrun takes over and starts N of them.
+    # --gpus N: check everything in this process; then torchrun replaces it and starts N.
     if run_cfg.gpus and not started_by_torchrun():
         pick_device(run_cfg)
         checkpoint.check_run_dir(out, run_cfg.resume)
@@ -112,7 +112,7 @@ def main():
         step, best_score = checkpoint.load_training_state(resume_from, model, optimizer, scaler)
         dist_env.print(f"continuing from {resume_from}, step {step:,}")
 
-    # The model as the loop calls it: compiled, in DDP.
+    # Compile the model and wrap it in DDP.
     if run_cfg.grad_checkpointing:
         use_grad_checkpointing(model)
     net = torch.compile(model, dynamic=True) if run_cfg.compile else model
@@ -150,7 +150,7 @@ def main():
 
 def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
               init_weights: dict) -> Data:
-    """Open the packs and the tokenizer. UserError where they and the first weights don't fit."""
+    """Open the packs and the tokenizer. UserError if they and the first weights don't fit."""
     packs = open_packs(run_cfg.data, cfg.image_size, train_cfg.min_crop_area)
     captions = (line["text"] for pack in packs for line in pack.lines("train"))
     tokenizer = Tokenizer.choose(train_cfg, run_cfg, captions)
@@ -176,8 +176,8 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
 def settings_at(step: int, cfg: ModelConfig, train_cfg: TrainConfig) -> Settings:
     """The settings of a training step. Edit this to change one of them during training.
 
-    It must be a pure function of the step: the loader, which works ahead, asks it, and so does the
-    loop. Validation uses the configured values. Mask more and more patches, from 50 %:
+    It must be a pure function of the step: the loader thread calls it ahead of the loop.
+    Validation uses the configured values. A mask ratio that rises from 0.5 to 0.75:
     mask_ratio=0.5 + 0.25 * step / train_cfg.steps."""
     return Settings(
         mask_ratio=cfg.mask_ratio,
@@ -191,8 +191,9 @@ def fit(model: M3AE, net: torch.nn.Module, optimizer, scaler, train: Samples, va
         dist_env: DistEnv) -> bool:
     """THE training loop, of pre-training and of every downstream task -> True after the last step
 
-    model: the plain module; net: the same, compiled and in DDP;
-    validate(model, step) -> metrics, with the `score` that chooses best.pt."""
+    model: the module; net: the same module, compiled and in DDP; train: training samples;
+    validate(model, step) -> metrics; the highest `score` is saved as best.pt; step, best_score:
+    where to start. UserError after MAX_NONFINITE steps without a finite gradient."""
     out = Path(run_cfg.out)
     log = checkpoint.Log(out, step) if dist_env.is_main else None
 
@@ -269,8 +270,7 @@ def fit(model: M3AE, net: torch.nn.Module, optimizer, scaler, train: Samples, va
             sums, num_steps, num_skipped = {}, 0, 0
             clock = time.perf_counter()
 
-        # Validate and save, while the clock stands still. A signal in a validation, which may take
-        # long, saves before the rest of it.
+        # Validate and save; the speed excludes this time. A signal during validation saves at once.
         def save() -> None:
             if dist_env.is_main:
                 checkpoint.save_checkpoint(out, model, optimizer, scaler, step, best_score)
@@ -309,7 +309,7 @@ def report(model: M3AE, data: Data, run_cfg: RunConfig, dist_env: DistEnv) -> No
     if not dist_env.is_main:
         return
 
-    # Phantoms can be drawn without their noise: the best that could be reconstructed.
+    # Phantoms without noise give the noise floor: the error of a perfect reconstruction.
     all_phantoms = all(pack.meta["name"] == "phantoms" for pack in test.packs)
     draw_clean = phantoms.draw_clean if all_phantoms else None
     metrics |= evaluate.baselines(

@@ -49,7 +49,7 @@ def open_run_dir(out: Path, resume: bool) -> Path | None:
             LOCKS.append(open(out / "lock", "w"))
             fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another run is at work in {out}: wait, or choose another --out") from None
+        raise UserError(f"another run uses {out}: wait, or choose another --out") from None
     except OSError as error:
         raise UserError(f"{out} can't be written ({error.strerror}): use another --out") from None
     atexit.register(remove_unused_run_dir, out)
@@ -65,7 +65,7 @@ def remove_unused_run_dir(out: Path) -> None:
 
 
 def saved_settings(out: Path) -> dict | None:
-    """The settings in a run's config.json, or None where there is none."""
+    """The settings in a run's config.json, or None if there is none."""
     path = out / "config.json"
     if not path.is_file():
         return None
@@ -97,7 +97,7 @@ def save_settings(out: Path, settings: dict[str, dict], tokenizer) -> None:
 def write_atomic(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
     """Call write(file) on a temporary file, then rename it: readers never see half a file.
 
-    UserError where the disk is full or may not be written to."""
+    UserError if the disk is full or may not be written to."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -107,8 +107,8 @@ def write_atomic(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:            # the latter is torch.save's for a full disk
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} can't be written ({reason}): what was saved before is whole; make "
-                        "room, then --resume, or choose another folder") from None
+        raise UserError(f"{path} can't be written ({reason}): earlier files are intact; free some "
+                        "space, then --resume, or choose another folder") from None
     finally:
         temporary.unlink(missing_ok=True)                  # a full disk needs the room
 
@@ -135,7 +135,7 @@ def load_checkpoint(path: Path) -> dict:
     with reading(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        require(not damaged, f"{path} is damaged: its entry {damaged} does not have its check sum")
+        require(not damaged, f"{path} is damaged: entry {damaged} does not match its checksum")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -160,7 +160,7 @@ def load_training_state(path: Path, model: nn.Module, optimizer, scaler) -> tupl
 def latest_valid_checkpoint(out: Path, *names: str) -> Path | None:
     """The first checkpoint of `names` that exists and is whole, or None.
 
-    UserError where all that are there are damaged."""
+    UserError if all that are there are damaged."""
     paths = [out / name for name in names if (out / name).exists()]
     for path in paths:
         try:

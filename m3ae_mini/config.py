@@ -40,7 +40,7 @@ def reading(path: str | Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(
-            f"{path} can't be read: is the path right, the file whole and of the right kind? "
+            f"{path} can't be read: is it the right path, a complete file of the right type? "
             f"({type(error).__name__}: {str(error)[:200]})") from error
 
 
@@ -72,7 +72,7 @@ class ModelConfig:
     fusion_width: int = opt(768, "width of the fusion")
     fusion_layers: int = opt(6, "layers of the fusion")
     fusion_heads: int = opt(12, "attention heads of the fusion")
-    mim_layer: int = opt(3, "pixels are decoded after so many fusion layers; -1: after all")
+    mim_layer: int = opt(3, "decode pixels after this many fusion layers; -1: after all")
     decoder_width: int = opt(384, "width of the pixel decoder")
     decoder_layers: int = opt(4, "blocks of the pixel decoder")
     decoder_heads: int = opt(6, "attention heads of the pixel decoder")
@@ -94,7 +94,7 @@ class ModelConfig:
         return cls(**{**preset_values(cls, name), **changes})
 
     def check(self) -> None:
-        """Raise UserError where a setting is out of range or two contradict each other."""
+        """Raise UserError if a setting is out of range or two contradict each other."""
         # Names and sizes.
         require(self.task in ("pretrain", "vqa", "cls", "irtr"), f"--task {self.task} is not known")
         require(self.text_kind in ("roberta", "bert"), "--text_kind: use roberta or bert")
@@ -116,10 +116,10 @@ class ModelConfig:
         num_patches = (self.image_size // self.patch_size) ** 2
         num_visible = int(num_patches * (1 - self.mask_ratio))
         require(0 <= self.mask_ratio < 1 and 0 < num_visible < num_patches,
-                f"--mask_ratio {self.mask_ratio}: hide one of the {num_patches} patches, show one")
+                f"--mask_ratio {self.mask_ratio}: mask 1 of {num_patches} patches, show 1")
         longest = self.text_max_positions - 2 * (self.text_kind == "roberta")
         require(3 <= self.max_text_len <= longest,
-                f"--max_text_len {self.max_text_len}: use 3 to {longest}, by --text_max_positions")
+                f"--max_text_len {self.max_text_len}: use 3 to {longest} (--text_max_positions)")
 
         # Dropout, losses, heads.
         require(0 <= self.dropout < 1 and 0 <= self.attn_dropout < 1,
@@ -135,8 +135,8 @@ class ModelConfig:
 class TrainConfig:
     """Data, length and learning rates. A resumed run must keep all of these."""
     steps: int = opt(100_000, "optimizer steps")
-    epochs: float = opt(0.0, "length in passes over the training samples, in place of --steps")
-    train_samples: int = opt(0, "use only so many of the training samples; 0: all")
+    epochs: float = opt(0.0, "length in passes over the training samples, instead of --steps")
+    train_samples: int = opt(0, "use at most this many training samples; 0: all")
     batch_size: int = opt(256, "samples a step, over all processes")
     micro_batch: int = opt(32, "samples of one forward pass of one process")
     lr: float = opt(1e-5, "peak learning rate")
@@ -144,22 +144,22 @@ class TrainConfig:
     vit_lr_mult: float = opt(1.0, "rate of the image encoder, times --lr; 0 freezes it")
     head_lr_mult: float = opt(5.0, "rate of the heads, times --lr; 0 freezes them")
     fusion_lr_mult: float = opt(5.0, "rate of the rest, times --lr; 0 freezes it")
-    warmup: float = opt(0.1, "share of the steps in which the rate rises; then it falls to 0")
-    weight_decay: float = opt(0.01, "AdamW's decay of matrices; vectors never decay")
+    warmup: float = opt(0.1, "share of the steps with linear warm-up; linear decay follows")
+    weight_decay: float = opt(0.01, "AdamW's weight decay; vectors have none")
     beta2: float = opt(0.98, "AdamW's second beta; the first is 0.9")
-    grad_clip: float = opt(0.0, "largest norm of the gradient; 0: no clipping")
+    grad_clip: float = opt(0.0, "maximum norm of the gradient; 0: no clipping")
     mlm_ratio: float = opt(0.15, "share of the text's tokens that is masked")
     whole_word: bool = opt(True, "mask whole words; off: single tokens")
-    hard_negatives: float = opt(0.0, "share of ITM's wrong images of the text's own group")
+    hard_negatives: float = opt(0.0, "share of ITM's negatives that are of the text's own group")
     min_crop_area: float = opt(1.0, "minimum area of a training crop, as a share; 1: no crops")
-    tokenizer_vocab: int = opt(8192, "largest vocabulary of a tokenizer trained on the data")
+    tokenizer_vocab: int = opt(8192, "maximum vocabulary of a tokenizer trained on the data")
     init: str = opt("", "start from this run or M³AE checkpoint; none: from random weights")
     init_image: str = opt("", "start the image encoder from this file of CLIP")
     init_text: str = opt("", "start the text encoder from this folder of RoBERTa or BERT")
-    seed: int = opt(0, "all randomness follows from it")
+    seed: int = opt(0, "random seed")
 
     def check(self) -> None:
-        """Raise UserError where a number makes no sense."""
+        """Raise UserError if a number makes no sense."""
         at_least_one = ("steps", "batch_size", "micro_batch", "tokenizer_vocab")
         limits = {"warmup": 1, "mlm_ratio": 1, "hard_negatives": 1, "min_crop_area": 1,
                   "beta2": 0.9999, "seed": 2 ** 63 - 1}
@@ -178,20 +178,20 @@ class RunConfig:
     out: str = opt("runs/pretrain", "the run's folder; finetune.py: runs/TASK")
     tokenizer: str = opt("", "a tokenizer.json, or its folder; else that of the weights or data")
     resume: bool = opt(False, "continue from the run's last checkpoint, if there is one")
-    gpus: int = opt(0, "start so many processes, each with a GPU (or part of the CPU)")
+    gpus: int = opt(0, "number of processes to start, each with a GPU (or part of the CPU)")
     device: str = opt("auto", "auto, cuda or cpu")
     dtype: str = opt("auto", "auto, float32, bfloat16 or float16: type of the matrix products")
-    grad_checkpointing: bool = opt(False, "less memory, a third slower: compute layers twice")
+    grad_checkpointing: bool = opt(False, "recompute layers in the backward pass: saves memory")
     compile: bool = opt(False, "compile the model with torch.compile")
     log_every: int = opt(20, "steps between two lines of metrics.jsonl")
     eval_every: int = opt(1000, "steps between two validations; 0: once an epoch")
     save_every: int = opt(1000, "steps between two checkpoints; 0: once an epoch")
-    eval_samples: int = opt(1024, "largest number of validation samples")
-    test_samples: int = opt(1_000_000, "largest number of test samples; 0: no report")
+    eval_samples: int = opt(1024, "maximum number of validation samples")
+    test_samples: int = opt(1_000_000, "maximum number of test samples; 0: no report")
     timeout: int = opt(600, "seconds after which a process stops waiting for the others")
 
     def check(self) -> None:
-        """Raise UserError where a number makes no sense."""
+        """Raise UserError if a number makes no sense."""
         for name, value in vars(self).items():
             at_least = int(name in ("log_every", "eval_samples", "timeout"))
             ok = isinstance(value, str) or value >= at_least
@@ -202,34 +202,35 @@ def fit_micro_batch(model_cfg: ModelConfig, train_cfg: TrainConfig, world_size: 
                     given: int | None, saved: dict | None) -> list[str]:
     """Set the micro-batch for `world_size` processes -> lines to print about it
 
-    given: --micro_batch, None where it was not given; saved: config.json of a run that goes on,
+    given: --micro_batch, None if it was not given; saved: config.json of a run that goes on,
     which keeps its own. Else it is the preset's, or the largest below it that divides.
-    UserError where batch, micro-batch and number of processes do not fit each other."""
+    UserError if batch, micro-batch and number of processes do not fit each other."""
     batch_size, preset = train_cfg.batch_size, train_cfg.micro_batch
     if given is None and saved is not None:
         given = saved.get("train", {}).get("micro_batch", preset)
-    sizes = [given] if given else range(preset, 0, -1)
-    fitting = [size for size in sizes if batch_size % (size * world_size) == 0]
-    if not fitting:
-        counts = [n for n in range(1, batch_size + 1) if batch_size % (n * (given or 1)) == 0]
-        asked = f"--batch_size {batch_size}" + f" in steps of --micro_batch {given}" * bool(given)
-        raise UserError(f"{asked} can't be divided among {world_size} processes: "
-                        f"{' or '.join(map(str, counts)) or 'no number of them'} would do")
-    micro_batch = train_cfg.micro_batch = fitting[0]
 
-    # Wrong images and texts are other rows of the micro-batch.
+    # Wrong images and texts are other rows of the micro-batch: matching needs two at least.
     matching = model_cfg.task == "pretrain" and (model_cfg.itm or model_cfg.itc)
     matching = matching or model_cfg.task == "irtr"
-    require(micro_batch > 1 or not matching, "--micro_batch 1 leaves no other row for a wrong "
-            "image or text: use 2, or pre-train with --itm 0 --itc 0")
+    require(given != 1 or not matching, "--micro_batch 1 leaves no other row for a wrong image or "
+            "text: use 2, or pre-train with --itm 0 --itc 0")
+    sizes = [given] if given else range(preset, 1 if matching else 0, -1)
+    counts = [n for n in range(1, batch_size + 1)
+              if any(batch_size % (n * size) == 0 for size in sizes)]
+    asked = f"--batch_size {batch_size}" + f" in steps of --micro_batch {given}" * bool(given)
+    require(world_size in counts, f"{asked} can't be divided among {world_size} processes: "
+            f"{' or '.join(map(str, counts)) or 'no number of them'} would do")
+    micro_batch = next(size for size in sizes if batch_size % (size * world_size) == 0)
+    train_cfg.micro_batch = micro_batch
+
     lines = []
     if micro_batch != preset and not given:
-        lines.append(f"--micro_batch {micro_batch} in place of {preset}, as {world_size} processes "
+        lines.append(f"--micro_batch {micro_batch} instead of {preset}, as {world_size} processes "
                      f"share a batch of {batch_size}; one process with --micro_batch {micro_batch} "
                      "has the same losses")
     if matching and micro_batch < FEW_NEGATIVES:
-        lines.append(f"warning: a micro-batch of {micro_batch} offers few wrong images and texts; "
-                     f"--batch_size {FEW_NEGATIVES * world_size} gives {FEW_NEGATIVES} rows each")
+        lines.append(f"warning: --micro_batch {micro_batch} offers few wrong images and texts: use "
+                     f"{FEW_NEGATIVES}, with a --batch_size of n × {FEW_NEGATIVES * world_size}")
     return lines
 
 
@@ -300,7 +301,7 @@ def make_parser(description: str, configs: tuple, losses: Iterable[str] = ()) ->
                             formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--help_all", action="help", help="show every flag, with its presets")
     parser.add_argument("--preset", default="tiny", choices=list(PRESETS), metavar="NAME",
-                        help="tiny: minutes on a laptop; small: thousands of pairs; base: paper")
+                        help="tiny: minutes on a laptop; small: thousands of pairs; base: paper's")
     for cls in configs:
         group = parser.add_argument_group(cls.__name__, cls.__doc__) if show_all else parser
         for f in [f for f in fields(cls) if f.name not in DERIVED]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .config import RunConfig, UserError, require
 
-# What torch says in a RuntimeError where it is no bug, and what a user should read instead.
+# Errors of torch that are not bugs, as patterns, and what to tell the user instead.
 OUT_OF_MEMORY = ("out of memory: continue with --grad_checkpointing --resume, or start anew with a "
                  "smaller --micro_batch")
 PEER_IS_GONE = ("another process of this run has ended or hangs: look at its messages, then "
@@ -28,8 +28,8 @@ OLD_DRIVER = ("the GPU or its driver is too old for this build of torch: update 
 KNOWN_ERRORS = {
     "MemoryError|out of memory|can't allocate|ALLOC_FAILED": OUT_OF_MEMORY,
     "driver.{0,40} too old|no kernel image": OLD_DRIVER,
-    "[Tt]imed out|[Tt]imeout|[Cc]onnection (closed|reset)|NCCL (error|communicator)": PEER_IS_GONE}
-REPEATS = 5.0                          # seconds in which further signals count as the first one's
+    "(?i)timed? ?out|connection .*(closed|reset)|broken pipe|NCCL (error|comm)": PEER_IS_GONE}
+REPEAT_SECONDS = 5.0                     # seconds in which further signals count as the first one's
 
 
 # ---------------------------------------------------------------------------------------- processes
@@ -113,12 +113,12 @@ def started_by_torchrun() -> bool:
 
 
 def num_processes(run_cfg: RunConfig) -> int:
-    """How many processes this run has, or will have. UserError where srun started several alone."""
+    """How many processes this run has, or will have. UserError if srun started several alone."""
     if started_by_torchrun():
         return int(os.environ["WORLD_SIZE"])
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or "1"
-    require(tasks == "1", f"srun started {tasks} tasks that know nothing of each other: let srun "
-            "start torchrun, one task a node (README, Scaling)")
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")    # of srun; a batch script has none
+    require(tasks == "1", f"srun started {tasks} independent tasks: let srun start torchrun, one "
+            "task per node (README, Scale)")
     require(not run_cfg.gpus or sys.platform != "win32",
             "--gpus needs Linux or macOS: leave it out on Windows")
     return max(1, run_cfg.gpus)
@@ -140,15 +140,15 @@ def launch_torchrun(num_processes: int) -> None:
 # ------------------------------------------------------------------------------------------ devices
 
 def pick_device(run_cfg: RunConfig) -> torch.device:
-    """The device of this process. UserError where there are fewer GPUs than processes."""
+    """The device of this process. UserError if there are fewer GPUs than processes."""
     num_gpus, local_rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
     require(run_cfg.device in ("auto", "cuda", "cpu"), f"--device {run_cfg.device} is not known")
     if run_cfg.device == "cpu" or run_cfg.device == "auto" and not num_gpus:
         return torch.device("cpu")
-    if started_by_torchrun() and num_gpus == 1:
+    if started_by_torchrun() and num_gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
         local_rank = 0                                     # each process sees its own GPU alone
     wanted = max(local_rank + 1, 0 if started_by_torchrun() else run_cfg.gpus)
-    require(wanted <= num_gpus, f"{wanted} GPUs are wanted, {num_gpus or 'none'} available: "
+    require(wanted <= num_gpus, f"{wanted} GPUs are needed, {num_gpus or 'none'} available: "
             "use fewer, or --device cpu")
     return torch.device("cuda", local_rank)
 
@@ -179,8 +179,8 @@ def keep_freed_memory() -> None:
 class StopSignal:
     """SIGTERM and SIGINT ask the run to finish its step and save a checkpoint.
 
-    A second signal stops at once. But batch systems, and Ctrl-C, signal torchrun and every rank,
-    and torchrun passes its own on: under torchrun repeats within some seconds count as one."""
+    A second signal stops at once. Under torchrun signals within REPEAT_SECONDS count as one: batch
+    systems and Ctrl-C signal torchrun and all ranks, and torchrun forwards its own."""
 
     def __init__(self):
         self.requested = False                             # on this rank; `sync` asks all
@@ -191,7 +191,7 @@ class StopSignal:
 
     def on_signal(self, number: int, frame: Any) -> None:
         if self.requested:
-            patience = REPEATS if started_by_torchrun() else 0.0
+            patience = REPEAT_SECONDS if started_by_torchrun() else 0.0
             if time.monotonic() - self.time >= patience:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
@@ -235,7 +235,7 @@ def run(main: Callable) -> Any:
             raise
         if not known:
             traceback.print_exc()
-            leave(1)
+            exit_process(1)
         sentence = known[0]
     if sentence is None:
         if dist.is_initialized():
@@ -245,12 +245,11 @@ def run(main: Callable) -> Any:
     print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
     if sentence == PEER_IS_GONE:
         time.sleep(1)                                    # let torchrun find the ended process first
-    leave(2)
+    exit_process(2)
 
 
-def leave(status: int) -> None:
-    """End this process. Among others without ceremony: they may wait in a collective, and taking
-    leave of the process group would wait for them."""
+def exit_process(status: int) -> None:
+    """Exit with `status`. With several ranks, skip the clean-up: it would wait for the others."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         print(end="", flush=True)
         os._exit(status)

@@ -67,10 +67,9 @@ def score(metrics: dict[str, float], weights: dict[str, float]) -> float:
 def validation_metrics(model: M3AE, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """All metrics of one micro-batch -> {name: (sum, count)}
 
-    The cross-modal gains ask whether each modality uses the other: the same hidden words are
-    restored with the right image, with a random wrong one and with a hard negative (a wrong image
-    of the same group); the same hidden patches with the right text and with a random wrong one.
-    Rows without a negative don't count."""
+    The cross-modal gains show whether each modality uses the other: how much accuracy falls, or
+    error grows, if the other modality is swapped for that of a random or a hard negative. Rows
+    without a negative don't count."""
     text = model.encode_text(batch["text_ids"], batch["text_mask"])   # (B, T, D)
     image = model.encode_image(batch["image"])                        # (B, 1+L, D)
     metrics: dict[str, Tensor] = {}
@@ -163,12 +162,12 @@ METRICS = {"mlm": mlm_metrics, "mim": mim_metrics, "itm": itm_metrics, "itc": it
 def baselines(train: Samples, test: Samples, limit: int, device: torch.device,
               draw_clean: Callable[[list[dict], int], np.ndarray] | None = None
               ) -> dict[str, float]:
-    """Trivial baselines on at most `limit` test samples, which understand nothing.
+    """Trivial baselines on at most `limit` test samples -> {name: value}
 
-    most_frequent_token: the share of the most frequent token among the masked ones. group_only:
-    matching accuracy against random negatives of one who sees only the image's group. mean_patch:
-    error of the mean normalised patch at each position of the training images. noise_floor: error
-    of the images that draw_clean(indices) -> (B, 3, S, S) draws without noise."""
+    most_frequent_token: share of the most frequent token among the masked tokens.
+    group_only: matching accuracy, against random negatives, of a guess from the group alone.
+    mean_patch: error of the mean training patch (normalised) at each position.
+    noise_floor: error of the images without noise, draw_clean(lines, S) -> uint8 (B, S, S)."""
     cfg = test.cfg
     mean_patch, count = 0, 0
     for loaded in load(train, validation_micro_batches(train, BASELINE_SAMPLES), VAL_SEED, device):
@@ -194,7 +193,7 @@ def baselines(train: Samples, test: Samples, limit: int, device: torch.device,
             clean = MIM.target(clean.to(target), cfg, like=batch["image"])  # (B, L, 3·P²)
             add(sums, {"noise_floor": sum_and_count((clean - target).square().mean(-1), hidden)})
 
-        # Matching: one who knows the group says "no" to a wrong image of another group, else "yes".
+        # Matching from the group alone: "no" if the groups differ, else "yes".
         group = np.array([test.line(n).get("group", "") for n in loaded.indices])
         index = batch["random_negative_index"].cpu().numpy()          # (B,)
         accuracy = torch.from_numpy((1 + (group != group[index])) / 2)  # (B,)
@@ -205,7 +204,7 @@ def baselines(train: Samples, test: Samples, limit: int, device: torch.device,
     return {"most_frequent_token": max(tokens.values()) / tokens.total()} | found
 
 
-# The report: for each metric there is, its line; a gain is missing where no row has a negative.
+# The report: one line per metric. A metric that counted no sample is left out.
 TABLE = {
     "mlm_acc": "  masked tokens, accuracy     {mlm_acc:6.1%}   most frequent token: "
                "{most_frequent_token:.1%}",
@@ -234,7 +233,7 @@ def pretraining_table(metrics: dict[str, float]) -> str:
     lines = [line.format(**shown) for name, line in TABLE.items() if name in shown]
     has_random = shown.keys() & {"mlm_gain_random", "itm_acc_random"}
     if has_random and not shown.keys() & {"mlm_gain_hard", "itm_acc_hard"}:
-        lines.append("  no hard negatives: the data name no groups, or no group has two pairs")
+        lines.append("  no hard negatives: the data have no groups, or no group has two pairs")
     lines += [f"  {name:27} {value:6.3f}" for name, value in shown.items()    # losses of your own
               if name.endswith("_loss") and name.removesuffix("_loss") not in METRICS]
     return "\n".join(lines)

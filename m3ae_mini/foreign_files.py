@@ -12,14 +12,14 @@ from torch import Tensor
 
 from .config import reading, require
 
-# As safetensors call them, and as pickles do. Tensors of other types are no weights: not read.
+# Names in safetensors and in pickles. Tensors of other types are skipped.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "torch.DoubleStorage": torch.float64, "torch.FloatStorage": torch.float32,
           "torch.HalfStorage": torch.float16, "torch.BFloat16Storage": torch.bfloat16}
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file -> {name: float32 tensor}. UserError where it is damaged.
+    """A safetensors file -> {name: float32 tensor}. UserError if it is damaged.
 
     The format: the header's length, the header in JSON, the tensors without gaps."""
     tensors, end_of_last = {}, 0
@@ -30,7 +30,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             start, end = entry["data_offsets"]
             data = bytearray(file.read(end - start))
             require(start == end_of_last and len(data) == end - start,
-                    f"{path} can't be read: tensor {name} claims bytes that are not its own")
+                    f"{path} can't be read: the data range of tensor {name} is invalid")
             end_of_last = end
             if entry["dtype"] in DTYPES:
                 numbers = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]])
@@ -69,11 +69,11 @@ class Unpickler(pickle._Unpickler):
 def read_torch(path: Path) -> tuple[Any, dict[str, Tensor]]:
     """A file of torch.save or torch.jit.save -> (its content, {dotted name: float32 tensor})
 
-    UserError where it is damaged, is older than PyTorch 1.6, or claims more than it holds."""
+    UserError if it is damaged, is older than PyTorch 1.6, or claims more than it holds."""
     with reading(path), open(path, "rb") as file:
         require(zipfile.is_zipfile(file),
-                f"{path} can't be read: it is no whole zip archive; if PyTorch < 1.6 wrote it, "
-                "load and save it again there")
+                f"{path} can't be read: it is not a complete zip archive; if PyTorch < 1.6 "
+                "wrote it, load it and save it with a newer PyTorch")
         archive = zipfile.ZipFile(file)
         unpacked = sum(info.file_size for info in archive.infolist())
         require(unpacked < 10 * Path(path).stat().st_size,
@@ -90,9 +90,9 @@ def read_torch(path: Path) -> tuple[Any, dict[str, Tensor]]:
             if (entry, dtype) not in storages:
                 data = bytearray(archive.read(f"{folder}/{entry}"))
                 storages[entry, dtype] = torch.frombuffer(data, dtype=dtype).float()
-            # Else a few numbers could be viewed as endlessly many.
+            # Without this, a view of stride 0 could expand a small file without limit.
             require(math.prod(shape) <= len(storages[entry, dtype]),
-                    f"{path}: tensor {name} claims more numbers than the file has")
+                    f"{path}: tensor {name} is larger than its data")
             tensors[name] = storages[entry, dtype].as_strided(shape, stride, offset)
     return content, tensors
 

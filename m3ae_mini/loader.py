@@ -48,10 +48,10 @@ class LoadedBatch(NamedTuple):
 class Samples:
     """One split of one or several packs, as one list; `batch` makes a micro-batch of it.
 
-    n: number of samples, `limit` at most (0: all), taken at equal distances; num_truncated: number
+    n: number of samples, `limit` at most (0: all), taken evenly spaced; num_truncated: number
     of texts longer than max_text_len; label_ids: int64 (n,), the right answer or class of each
     sample, set by the script that knows them; constant_image: uint8 (3, S, S), shown in place of
-    every image where it is set (--blind)."""
+    every image if it is set (--blind)."""
 
     def __init__(self, packs: list, split: str, tokenizer, cfg: ModelConfig, train_cfg: TrainConfig,
                  limit: int = 0):
@@ -91,7 +91,7 @@ class Samples:
         """The micro-batch of samples `indices` (B,): a dict of arrays.
 
         Every task: text_ids, text_mask (B, T); a task's labels (B,) or false_text_index (B, F);
-        with --itc image_id, text_id (B,), equal where two rows share an image or a text.
+        with --itc image_id, text_id (B,), equal if two rows share an image or a text.
         Pre-training: mlm_ids, mlm_labels (B, T), mlm_positions (M,), mim_noise (B, L), itm_index,
         random_negative_index, hard_negative_index (B,). Fills images, uint8 (B, 3, S, S). Random
         numbers follow from seed, step, micro_batch_index and row. settings: those of the training
@@ -125,7 +125,7 @@ class Samples:
         if cfg.task != "pretrain":
             return batch
 
-        # 4. Wrong images: those of ITM, then two kinds that validation alone reads.
+        # 4. Pairs of ITM; for validation a random and a hard negative per row.
         hard_negatives = settings.hard_negatives if settings else self.train_cfg.hard_negatives
         noise = uniform(masking.NEGATIVES, size, 3 * size + 2)
         itm, random, hard = np.split(noise, [size + 2, 2 * size + 2], axis=1)

@@ -38,7 +38,7 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
 def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
     """noise (B, L) -> ids_keep (B, K), ids_restore (B, L), as in MAE
 
-    The K = int(L·(1 - mask_ratio)) patches of least noise stay visible, in the order of their
+    The K = int(L·(1 - mask_ratio)) patches of lowest noise stay visible, in the order of their
     noise. ids_restore[b, l] is the position of patch l in [visible ; hidden]."""
     ids_shuffle = noise.argsort(dim=1, stable=True)                   # (B, L)
     ids_restore = ids_shuffle.argsort(dim=1)                          # (B, L)
@@ -89,7 +89,7 @@ def sample_negatives(image: np.ndarray, text: np.ndarray, noise: np.ndarray, amo
     """For each sample `amount` others that differ in image *and* text: int64 (B, amount).
 
     They are drawn without repeats. Rows with too few negatives are padded with their own index.
-    image, text: int (B,), equal where two rows share an image or a text; noise: uniform (B, B);
+    image, text: int (B,), equal if two rows share an image or a text; noise: uniform (B, B);
     group: int (B,), if given only rows of the same group count (hard negatives); amount: at most
     B."""
     allowed = (image[:, None] != image) & (text[:, None] != text)     # (B, B)

@@ -79,7 +79,7 @@ def dry_run(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
     """One step of a copy on the meta device (shapes without numbers), before the first step.
 
     It freezes what no loss reads (without ITM, the last layer's image stream): DDP refuses
-    parameters that get no gradient. UserError where the fusion does not keep to its contract
+    parameters that get no gradient. UserError if the fusion does not keep to its contract
     (Fusion.forward)."""
     with torch.device("meta"):
         meta_model = type(model)(model.cfg).to("meta")

@@ -53,7 +53,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        """path: a tokenizer.json, or a folder that holds one. UserError where there is none."""
+        """path: a tokenizer.json, or a folder that holds one. UserError if there is none."""
         path = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else str(path)
         require(os.path.isfile(path), f"no tokenizer at {path}: give a tokenizer.json or folder")
         with reading(path):
@@ -73,7 +73,7 @@ class Tokenizer:
 
         # Embeddings mean nothing under another tokenizer's ids.
         require(not (init or train_cfg.init_text),
-                f"{train_cfg.init_text or init} has no tokenizer.json: give its own by --tokenizer")
+                f"{train_cfg.init_text or init} has no tokenizer.json: give it with --tokenizer")
         return cls.train(texts, train_cfg.tokenizer_vocab)
 
     @classmethod

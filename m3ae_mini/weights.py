@@ -43,7 +43,7 @@ def rename_keys(tensors: dict[str, Tensor], path: Path, released: str, anchor: s
     prefix = re.compile(f"^{re.escape(prefixes[0])}")
     released_to_file = {prefix.sub(released, name): name for name in tensors}
 
-    # Deeper than any model: the file tells how deep it is.
+    # No model is deeper, so this renames all layers of the file.
     deep = ModelConfig(vit_blocks=99, text_layers=99, fusion_layers=99, decoder_layers=99)
     with reading(path):
         released_tensors = {r: tensors[name] for r, name in released_to_file.items()}
@@ -88,7 +88,7 @@ def infer_config(state: State, path: Path, known: dict) -> dict:
     for width in [field for field in found if field.endswith("_width")]:
         heads = width.replace("width", "heads")
         require(heads in known or found[width] % 64 == 0,
-                f"{path} does not tell the heads of a width of {found[width]}: give --{heads}")
+                f"{path} gives no number of heads for width {found[width]}: give --{heads}")
         found[heads] = known.get(heads, found[width] // 64)
 
     # The task, and the losses of pre-training.
@@ -118,13 +118,13 @@ def load_clip(path: Path | str, **given) -> tuple[dict, State]:
 def load_text(path: Path | str, **given) -> tuple[dict, State]:
     """A Hugging Face folder of RoBERTa or BERT -> (fields of ModelConfig, State)"""
     require(Path(path).is_dir(),
-            f"there is no folder {path}: give one with config.json and model.safetensors")
+            f"{path} is not a folder: give one with config.json and model.safetensors")
     config_file = Path(path, "config.json")
     with reading(config_file):
         config = dict(json.loads(config_file.read_bytes())) if config_file.exists() else {}
         known = {"text_heads": int(config["num_attention_heads"])} if config else given
     require(known.get("text_heads"),
-            f"{path} has no config.json that tells how many heads: give --text_heads")
+            f"{path} has no config.json with the number of heads: give --text_heads")
 
     # The tensors; old files call a norm's weight and bias gamma and beta.
     safetensors = Path(path, "model.safetensors")
@@ -176,7 +176,7 @@ def load_m3ae(path: Path | str, **given) -> tuple[ModelConfig, State]:
 def read_init_files(cfg: ModelConfig, train_cfg: TrainConfig, flags: dict) -> tuple:
     """Read --init, --init_image, --init_text -> (cfg with their architecture, {source: State})
 
-    flags: {setting: value, None where it was not given}; what was given wins over what a file
+    flags: {setting: value, None if it was not given}; what was given wins over what a file
     tells."""
     heads = {name: v for name, v in flags.items() if name.endswith("_heads") and v is not None}
     found, init_weights = {}, {}
@@ -258,7 +258,7 @@ def load_pretrained(model: M3AE, init_weights: Sources) -> tuple[dict[str, str],
         if unused:
             groups = Counter(re.split(r"\.\d+\.|\.(?:weight|bias)$", name)[0] for name in unused)
             listed = ", ".join(f"{group} ({count})" for group, count in groups.items())
-            notes.append(f"{source}: not used, this model has no place for them: {listed}")
+            notes.append(f"{source}: not used by this model: {listed}")
     return origin, notes
 
 
