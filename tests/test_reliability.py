@@ -224,7 +224,7 @@ def test_two_runs_in_one_folder(pack, tmp_path):
     assert ended(forked(*flags, "--resume", said=tmp_path / "said")) == 2
     os.kill(first, signal.SIGKILL)
     ended(first)
-    assert "another run is at work in" in (tmp_path / "said").read_text()
+    assert "another run uses" in (tmp_path / "said").read_text()
 
 
 def test_damage_is_named_and_the_other_checkpoint_taken(pack, tmp_path, monkeypatch, capsys):

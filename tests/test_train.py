@@ -205,7 +205,7 @@ def test_no_metric_against_hard_negatives_where_the_data_name_no_groups(tmp_path
         assert not [name for name in line if "hard" in name]
         assert {"mlm_gain_random", "itm_acc_random"} <= line.keys()
     _, report = capsys.readouterr().out.split("On 8 test samples")
-    assert report.count("no hard negatives: the data name no groups") == 1
+    assert report.count("no hard negatives: the data have no groups") == 1
     assert "over a hard negative" not in report and "gain over a random image" in report
 
 
@@ -321,10 +321,16 @@ def frozen(pack, tmp_path_factory):
     return runs
 
 
+def part_of(name):
+    """The part whose rate a parameter has."""
+    rates = TrainConfig(vit_lr_mult=1, text_lr_mult=2, fusion_lr_mult=3, head_lr_mult=4)
+    return ("vit", "text", "fusion", "head")[int(optim.lr_mult_of(name, rates)) - 1]
+
+
 def check_frozen(part, before, out):
     """The part's weights are those of `before`, bit by bit; each other part has been trained."""
     after = torch.load(out / "last.pt", weights_only=True)["model"]
-    changed = {optim.part_of(name) for name in before if not torch.equal(before[name], after[name])}
+    changed = {part_of(name) for name in before if not torch.equal(before[name], after[name])}
     assert changed == set(PARTS) - {part}
 
 
@@ -332,11 +338,11 @@ def check_frozen(part, before, out):
 def test_a_rate_of_0_freezes_a_part(part, frozen):
     run = frozen[part]
     check_frozen(part, run["state"], run["out"])
-    parameters = {name: p for name, p in run["parameters"].items() if optim.part_of(name) == part}
+    parameters = {name: p for name, p in run["parameters"].items() if part_of(name) == part}
     assert not any(p.requires_grad or id(p) in run["trained"] for p in parameters.values())
     for name, module in run["modules"].items():
-        if hasattr(module, "dropout") and optim.part_of(name) in ("text", "fusion"):
-            assert module.dropout == (0 if optim.part_of(name) == part else 0.1), name
+        if hasattr(module, "dropout") and part_of(name) in ("text", "fusion"):
+            assert module.dropout == (0 if part_of(name) == part else 0.1), name
 
     # The optimizer's state holds the trained parameters alone; the start-up line counts them.
     saved = torch.load(run["out"] / "last.pt", weights_only=True)["optimizer"]["state"]
@@ -473,8 +479,8 @@ REFUSED = {
     "dtype": ("--dtype int8", "--dtype int8"),
 }
 if not torch.cuda.is_available():
-    REFUSED["no gpu"] = ("--device cuda", "1 GPUs are wanted, none available")
-    REFUSED["too many gpus"] = ("--device cuda --gpus 2 --batch_size 8", "2 GPUs are wanted")
+    REFUSED["no gpu"] = ("--device cuda", "1 GPUs are needed, none available")
+    REFUSED["too many gpus"] = ("--device cuda --gpus 2 --batch_size 8", "2 GPUs are needed")
 
 
 @pytest.mark.parametrize("flags, words", REFUSED.values(), ids=REFUSED.keys())
