@@ -185,28 +185,29 @@ class StopSignal:
     def __init__(self):
         self.requested = False                             # on this rank; `sync` asks all
         self.time = 0.0                                    # of the first signal
-        self.save: Callable | None = None                  # in a long pause: saves at once
+        self.save: Callable = lambda: None                 # in a validation: saves at once
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
 
     def on_signal(self, number: int, frame: Any) -> None:
         if self.requested:
-            patience = REPEAT_SECONDS if started_by_torchrun() else 0.0
-            if time.monotonic() - self.time >= patience:
+            if time.monotonic() - self.time >= (REPEAT_SECONDS if started_by_torchrun() else 0):
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
         self.requested, self.time = True, time.monotonic()
-        if self.save:
-            self.save()
-            self.time = time.monotonic()
+        self.save()
+        self.time = time.monotonic()
 
     @contextmanager
     def saving_at_once(self, save: Callable) -> Iterator[None]:
-        """In this block, a validation, the first signal calls save() before the block goes on."""
+        """In this block, a validation, the first signal calls save() before the block goes on. A
+        signal that came in the step before it does so, too."""
         self.save = save
+        if self.requested:
+            save()
         yield
-        self.save = None
+        self.save = lambda: None
 
     def sync(self, norm: Tensor, dist_env: DistEnv) -> tuple[float, bool]:
         """The gradient's norm () -> (the norm as a float, whether any rank got a stop signal)
