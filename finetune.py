@@ -91,8 +91,9 @@ def main():
     require(train_cfg.init, "give --init RUN or CHECKPOINT, or --init none for random weights")
 
     # The micro-batch that fits the number of processes.
+    saved = checkpoint.saved_settings(out) if run_cfg.resume else None
     lines = config.fit_micro_batch(
-        cfg, train_cfg, num_processes(run_cfg), args.micro_batch, checkpoint.saved_settings(out))
+        cfg, train_cfg, num_processes(run_cfg), args.micro_batch, saved)
 
     # --gpus N: check everything in this process; then torchrun replaces it and starts N.
     if run_cfg.gpus and not started_by_torchrun():

@@ -70,7 +70,7 @@ def saved_settings(out: Path) -> dict | None:
     if not path.is_file():
         return None
     with reading(path):
-        return dict(json.loads(path.read_text()))
+        return {part: dict(values) for part, values in json.loads(path.read_text()).items()}
 
 
 def check_same_settings(out: Path, settings: dict[str, dict]) -> None:
