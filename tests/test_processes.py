@@ -4,7 +4,7 @@ gone.
 Runs are forks of this process, which has torch loaded. `--long` starts torchrun itself, 20 times,
 and a save that takes longer than torchrun waits by default."""
 import os
-import runpy
+import re
 import signal
 import socket
 import subprocess
@@ -75,7 +75,7 @@ def test_every_preset_fits(preset, task, world_size):
     assert not [n for n in larger if batch_size % (n * world_size) == 0]
     assert world_size > 1 or size == wanted and not lines
 
-    says = [line for line in lines if line.startswith(f"--micro_batch {size} in place of {wanted}")]
+    says = [line for line in lines if re.match(f"--micro_batch {size} .*{wanted}", line)]
     assert len(says) == (size != wanted)
     warned = [line for line in lines if line.startswith("warning: ")]
     assert len(warned) == (size < FEW_NEGATIVES and task in MATCHING)
@@ -84,7 +84,7 @@ def test_every_preset_fits(preset, task, world_size):
     # One process with that flag has the same micro-batches.
     one, lines = fitted(preset, task, 1, given=size)
     assert (one.batch_size, one.micro_batch) == (batch_size, size)
-    assert not [line for line in lines if "in place of" in line]
+    assert not [line for line in lines if line.startswith("--micro_batch")]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -92,13 +92,14 @@ def test_every_preset_fits(preset, task, world_size):
 def test_few_negatives_are_warned_of(task, given):
     """And the flags that the warning names mend it."""
     _, lines = fitted("tiny", task, 8, given, batch_size=32)
-    warned = [line for line in lines if line.startswith("warning: --micro_batch 4 offers few")]
+    warned = [line for line in lines if line.startswith("warning: --micro_batch 4 ")]
     assert len(warned) == (task in MATCHING)
     if warned:
-        assert warned[0].endswith(": use 8, with a --batch_size of n × 64")
-        for size in None, 8:
-            train_cfg, lines = fitted("tiny", task, 8, size, batch_size=192)
-            assert train_cfg.micro_batch == 8 and not [line for line in lines if "few" in line]
+        assert re.search(": use 8, .*--batch_size .*64$", warned[0])
+        for size, rows in (None, 24), (8, 8):
+            train_cfg, lines = fitted("tiny", task, 8, size, batch_size=3 * 64)
+            assert train_cfg.micro_batch == rows
+            assert not [line for line in lines if line.startswith("warning")]
 
 
 def test_few_negatives_matter_to_matching_alone():
@@ -111,12 +112,12 @@ def test_few_negatives_matter_to_matching_alone():
 def test_a_micro_batch_that_is_given_must_divide(task):
     train_cfg, lines = fitted("tiny", task, 4, 16, batch_size=64)
     assert train_cfg.micro_batch == 16 and not lines
-    with pytest.raises(UserError, match="^--batch_size 64 in steps of --micro_batch 32 can't be "
-                       "divided among 4 processes: 1 or 2 would do$"):
+    with pytest.raises(UserError, match="^--batch_size 64 .*--micro_batch 32 .*4 processes: "
+                       "1 or 2 would do$"):
         fitted("tiny", task, 4, 32, batch_size=64)
     with pytest.raises(UserError, match="--micro_batch 48 .*: no number of them would do$"):
         fitted("tiny", task, 1, 48, batch_size=64)
-    with pytest.raises(UserError, match=r"^--batch_size 64 can't be divided among 3 processes: "):
+    with pytest.raises(UserError, match="^--batch_size 64 .*3 processes: 1 or 2 or 4 or "):
         fitted("tiny", task, 3, batch_size=64)
 
 
@@ -141,8 +142,8 @@ def test_a_run_that_goes_on_keeps_its_own():
         train_cfg, lines = fitted("tiny", "pretrain", world_size, saved=saved)
         assert train_cfg.micro_batch == 16 and not lines
     for world_size in 3, 8:
-        with pytest.raises(UserError, match="--micro_batch 16 can't be divided among "
-                           f"{world_size} processes: 1 or 2 or 4 would do$"):
+        with pytest.raises(UserError, match=f"--micro_batch 16 .*{world_size} processes: "
+                           "1 or 2 or 4 would do$"):
             fitted("tiny", "pretrain", world_size, saved=saved)
     train_cfg, _ = fitted("tiny", "pretrain", 2, given=8, saved=saved)     # refused later, by name
     assert train_cfg.micro_batch == 8
@@ -247,7 +248,7 @@ def test_another_folder_of_a_run_is_named_first(pack, tmp_path):
     assert ended(fork(training(*flags, "--gpus", 4), said)) == 2
     assert "holds another run: continue it with --resume" in said.read_text()
     assert ended(fork(training(*flags, "--gpus", 4, "--resume"), said)) == 2
-    assert said.read_text().endswith("among 4 processes: 1 or 2 would do\n")
+    assert said.read_text().endswith("4 processes: 1 or 2 would do\n")
 
 
 def test_what_torchrun_is_started_with(monkeypatch):
@@ -367,16 +368,14 @@ def waiting_validation(folder):
 @pytest.mark.parametrize("gpus", [0, 2])
 @pytest.mark.parametrize("when", ["in the validation", "in the step before it"])
 def test_a_signal_in_a_validation_saves_at_once(pack, tmp_path, gpus, when):
-    """The checkpoint has the step before it while the validation still runs. Where the run may end
-    it, it is logged and the step saved with its score."""
-    sync = distributed.StopSignal.sync
+    """The checkpoint has the step before it while the validation still runs. If the run may end it,
+    its score is saved, too."""
+    sync, steps = distributed.StopSignal.sync, []
     early = when == "in the step before it"
 
     def signalled(self, norm, dist_env):
-        [name] = [name for name in ("steps", "go") if name == "steps"]
-        with open(tmp_path / f"{name}{dist_env.rank}", "a") as file:
-            file.write(".")
-        if early and (tmp_path / f"steps{dist_env.rank}").stat().st_size == 3:
+        steps.append(1)
+        if early and len(steps) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return sync(self, norm, dist_env)
 
@@ -402,9 +401,8 @@ def test_a_signal_in_a_validation_saves_at_once(pack, tmp_path, gpus, when):
     finally:
         (tmp_path / "go").touch()
     assert ended(pid) == 0, (tmp_path / "said").read_text()
-    assert checkpoint.load_checkpoint(out / "last.pt")["step"] == 3
-    (line,) = logged(out, "val")
-    assert checkpoint.load_checkpoint(out / "last.pt")["best"] == pytest.approx(line["score"])
+    line, state = logged(out, "val")[0], checkpoint.load_checkpoint(out / "last.pt")
+    assert state["step"] == (3 if early else 4) and state["best"] == pytest.approx(line["score"])
 
 
 @pytest.mark.parametrize("rank, seconds, stops", [
@@ -441,7 +439,7 @@ def test_a_slow_save_in_a_validation_is_not_stopped_by_its_own_signal(monkeypatc
     with stop_signal.saving_at_once(save):
         stop_signal.on_signal(signal.SIGTERM, None)
         stop_signal.on_signal(signal.SIGTERM, None)
-    assert saved == [1035.0] and stop_signal.save is None
+    assert saved == [1035.0]
 
 
 # ------------------------------------------------------------------------------------------- errors
@@ -551,7 +549,7 @@ def test_srun_without_torchrun_is_one_sentence(pack, tmp_path, monkeypatch, caps
         distributed.run(train.main)
     said = capsys.readouterr().err
     assert status.value.code == 2 and said.count("\n") == 1
-    assert said.startswith("train.py: srun started 4 tasks that know nothing of each other: let ")
+    assert re.match("train.py: srun started 4 .* let srun start torchrun, one task ", said)
     assert not (tmp_path / "run").exists()
 
 
@@ -578,11 +576,11 @@ def test_a_process_that_sees_its_own_gpu_alone(monkeypatch):
 
     # Four processes on a machine with one GPU, or with two.
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    with pytest.raises(UserError, match="^4 GPUs are wanted, 1 available: use fewer, or "):
+    with pytest.raises(UserError, match="^4 GPUs are .*, 1 available: use fewer, or "):
         distributed.pick_device(RunConfig())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    with pytest.raises(UserError, match="^4 GPUs are wanted, 2 available: use fewer, or "):
+    with pytest.raises(UserError, match="^4 GPUs are .*, 2 available: use fewer, or "):
         distributed.pick_device(RunConfig())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert distributed.pick_device(RunConfig()) == torch.device("cuda", 3)
