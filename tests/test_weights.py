@@ -148,7 +148,7 @@ def test_configuration_by_hand(tmp_path):
 
     narrow = replace(CFG, text_width=96, text_heads=3)
     path = saved(path, {"state_dict": released(narrow)})
-    with pytest.raises(UserError, match="m3ae.ckpt .*width of 96.*--text_heads"):
+    with pytest.raises(UserError, match="m3ae.ckpt .*width 96.*--text_heads"):
         load_m3ae(path)
     assert load_m3ae(path, text_heads=3, mim_layer=1, max_text_len=14)[0] == narrow
 
@@ -437,7 +437,7 @@ def test_nothing_is_run(tmp_path, where):
 
 @pytest.mark.parametrize("load", [load_clip, load_text, load_m3ae])
 def test_no_such_file(tmp_path, load):
-    with pytest.raises(UserError, match="nowhere.* can't be read|no folder .*nowhere"):
+    with pytest.raises(UserError, match="nowhere.* can't be read|nowhere is not a folder"):
         load(tmp_path / "nowhere")
 
 
@@ -461,7 +461,7 @@ def test_flipped_bit(tmp_path):
 
 def test_a_file_of_before_pytorch_1_6(tmp_path):
     torch.save({"state_dict": released()}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match="old.ckpt .*PyTorch < 1.6.*load and save it again"):
+    with pytest.raises(UserError, match="old.ckpt .*PyTorch < 1.6.*save it with a newer"):
         load_m3ae(tmp_path / "old.ckpt")
 
 
