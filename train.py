@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import m3ae_mini                       # before torch: it sets how threads wait
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm

@@ -1,9 +1,10 @@
-"""Damaged and hostile files: a reader that is fed one reads it cleanly or ends in the project's own error. It
-does not crash, hang, swallow memory, run code or write where it should not; and what a check sum covers is
-never taken in silence. 504 mutations, 10,002 with `--long`; each follows from its kind and number alone."""
+"""Damaged and hostile files: a reader reads them cleanly or ends in the project's own error. It does
+not crash, hang, swallow memory, run code or write where it should not; and damage that a check sum covers
+is never taken silently. 504 mutations, 10,002 with `--long`; each follows from its kind and number alone."""
 import ast
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import os
@@ -29,8 +30,9 @@ import finetune
 import train
 from data import Row, medicat, prepare
 from data.pack import Pack
-from m3ae_mini import M3AE, loop, weights
-from m3ae_mini.config import ModelConfig, RunConfig, TrainConfig, UserError, parse
+from data.write_pack import write_pack
+from m3ae_mini import M3AE, checkpoint, optim, weights
+from m3ae_mini.config import ModelConfig, RunConfig, TrainConfig, UserError, make_parser, parse
 from m3ae_mini.loader import Samples, load, validation_micro_batches
 from m3ae_mini.tokenizer import Tokenizer
 from test_loader import CAPTIONS, bert_tokenizer
@@ -171,6 +173,13 @@ def evil_archive():
 
 # -------------------------------------------------------------------------------- files, and who reads them
 
+def configs(flags):
+    """The three configurations that train.py makes of its flags."""
+    classes = ModelConfig, TrainConfig, RunConfig
+    *made, _ = parse(make_parser("", classes), classes, flags)
+    return made
+
+
 class Target:
     """Files in a folder, whole, and a way to read them: `read(name, changed)` after file `name` was mutated,
     where changed is {file: its bytes}. It raises UserError or returns False where it takes nothing of it."""
@@ -198,7 +207,7 @@ class Target:
                 self.put(file, self.whole[file])
 
     def put(self, file, data):
-        """In the place of the old one, which may still be mapped."""
+        """Replace a file, unlinked first: the old one may still be mapped."""
         (self.folder / file).unlink(missing_ok=True)
         (self.folder / file).write_bytes(data)
 
@@ -209,14 +218,14 @@ class Packs(Target):
 
     def __init__(self, tmp):
         rows = [Row(split, tmp / "0.png", f"{caption} {split}", answer=caption.split()[1], closed=n % 2 == 0,
-                    label="ab"[n % 2], group=f"kind {n % 2}")
+                    label="ab"[n % 2], group=f"group {n % 2}")
                 for split in ("train", "val", "test") for n, caption in enumerate(CAPTIONS[:8])]
         for n in range(4):
             shape = (16, 16) if n else (16, 16, 3)
             pixels = np.random.default_rng(n).integers(0, 256, shape, dtype=np.uint8)
             Image.fromarray(pixels).save(tmp / f"{n}.png")
         rows = [row._replace(image=tmp / f"{n % 4}.png") for n, row in enumerate(rows)]
-        prepare.pack(rows, tmp / "pack", "test", "vqa", 16, root=tmp, workers=1)
+        write_pack(rows, tmp / "pack", "test", "vqa", 16, root=tmp, workers=1)
         Tokenizer.train(CAPTIONS, 300).backend.save(str(tmp / "tokenizer.json"))
         self.folder = tmp / "pack"
         self.text = self.everything()
@@ -239,28 +248,31 @@ class Packs(Target):
         changed = {name: data}
         if name in json.loads(self.whole["meta.json"])["files"] and draw.random() < 0.5:
             meta = json.loads(self.whole["meta.json"])
-            meta["files"][name] = {"bytes": len(data), "sha256": prepare.hashlib.sha256(data).hexdigest()}
+            meta["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             changed["meta.json"] = json.dumps(meta).encode()
         return changed
 
     def everything(self):
         """All that training, fine-tuning and the sheet of --show take from the pack."""
-        flags = [*SMALL, "--data", str(self.folder), "--tokenizer", str(self.folder.parent), "--min_crop_area", "0.9"]
-        cfg, train_cfg, run_cfg, _ = parse("", argv=flags)
-        samples, _, tokenizer, cfg = train.prepare(cfg, train_cfg, run_cfg, {})
-        packs, texts = samples.packs, []
+        flags = [*SMALL, "--data", str(self.folder), "--tokenizer", str(self.folder.parent),
+                 "--min_crop_area", "0.9"]
+        cfg, train_cfg, run_cfg = configs(flags)
+        data = train.load_data(cfg, train_cfg, run_cfg, {})
+        packs, texts = data.train.packs, []
         for split in ("train", "val", "test"):
-            samples = Samples(packs, split, tokenizer, cfg, train_cfg)
-            for _, _, numbers, batch in load(samples, validation_micro_batches(samples, 64), 0, "cpu", crop=True):
-                assert 0 <= batch["text_ids"].min() and batch["text_ids"].max() < cfg.vocab_size
-                texts += [samples.line(n)["text"] for n in numbers] + batch["text_ids"].tolist()
+            samples = Samples(packs, split, data.tokenizer, data.cfg, train_cfg)
+            micro_batches = validation_micro_batches(samples, 64)
+            for loaded in load(samples, micro_batches, 0, "cpu", lambda step: train.settings_at(
+                    step, data.cfg, train_cfg)):
+                ids = loaded.batch["text_ids"]
+                assert 0 <= ids.min() and ids.max() < data.cfg.vocab_size
+                texts += [samples.line(n)["text"] for n in loaded.indices] + ids.tolist()
         for task in ("vqa", "cls"):
-            asked = finetune.TaskConfig()
-            given = parse("", (ModelConfig, TrainConfig, RunConfig), argv=flags)
-            given[0].task = task
-            train_samples, *_, choices, _, _ = finetune.prepare(*given[:3], asked, {})
-            next(load(train_samples, validation_micro_batches(train_samples, 64), 0, "cpu"))
-            texts.append(choices)
+            task_cfg, (cfg, train_cfg, run_cfg) = finetune.TaskConfig(), configs(flags)
+            cfg.task = task
+            data = finetune.load_data(cfg, train_cfg, run_cfg, task_cfg, {})
+            next(load(data.train, validation_micro_batches(data.train, 64), 0, "cpu"))
+            texts.append(data.labels)
         print(texts, packs[0].fingerprint())
         prepare.contact_sheet(packs[0])
         return texts
@@ -288,17 +300,16 @@ class Resumed(Target):
     archive_only = False
 
     def __init__(self, tmp):
-        self.flags = [*SMALL, "--vit_width", "8", "--text_width", "8", "--fusion_width", "8",
-                      "--decoder_width", "8", "--out", str(tmp / "run"), "--steps", "9", "--resume"]
-        *self.configs, _ = parse("", argv=self.flags)
-        self.configs[0].vocab_size = 50
-        self.place = distributed.DistEnv(self.configs[2])
-        pack = [Row("train", Grey(n), f"{caption}") for n, caption in enumerate(CAPTIONS[:4])]
-        prepare.pack(pack, tmp / "pack", "test", "pretrain", 16, workers=1)
-        self.settings = {"model": vars(self.configs[0]), "train": vars(self.configs[1]), "data": {}}
-        checkpoint.open_run_dir(self.configs[2], self.settings, self.place)
-        model = M3AE(self.configs[0])
-        optimizer = torch.optim.AdamW(optim.param_groups(model, self.configs[1]), lr=1.0, foreach=False)
+        flags = [*SMALL, "--vit_width", "8", "--text_width", "8", "--fusion_width", "8",
+                 "--decoder_width", "8", "--steps", "9"]
+        self.cfg, self.train_cfg, _ = configs(flags)
+        self.cfg.vocab_size = 50
+        self.settings = {"model": vars(self.cfg), "train": vars(self.train_cfg), "data": {}}
+        checkpoint.open_run_dir(tmp / "run", resume=True)
+        checkpoint.LOCKS.pop().close()
+        checkpoint.save_settings(tmp / "run", self.settings, Tokenizer.train(CAPTIONS, 300))
+        model = M3AE(self.cfg)
+        optimizer = torch.optim.AdamW(optim.param_groups(model, self.train_cfg), lr=1.0, foreach=False)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         for step in 1, 2:
             for parameter in model.parameters():
@@ -307,7 +318,8 @@ class Resumed(Target):
             checkpoint.save_checkpoint(tmp / "run", model, optimizer, scaler, step, 0.5)
             checkpoint.Log(tmp / "run", step).write(step, "train", loss=1.0)
         self.known = [checkpoint.load_checkpoint(tmp / "run" / name) for name in ("prev.pt", "last.pt")]
-        (tmp / "run" / "lock").unlink()
+        for name in "lock", "tokenizer.json":                # no part of this target
+            (tmp / "run" / name).unlink()
         super().__init__(tmp / "run")
 
     def mutated(self, name, data, draw):
@@ -319,26 +331,18 @@ class Resumed(Target):
         return {name: bytes_mutated(data, draw) if self.archive_only else signed(data, draw)}
 
     def read(self, name, changed):
-        checkpoint = checkpoint.open_run_dir(self.configs[2], self.settings, self.place)
+        path = checkpoint.open_run_dir(self.folder, resume=True)
         checkpoint.LOCKS.pop().close()
+        checkpoint.check_same_settings(self.folder, self.settings)
         checkpoint.Log(self.folder, 1).lines()
-        model = M3AE(self.configs[0])
-        optimizer = torch.optim.AdamW(optim.param_groups(model, self.configs[1]), lr=1.0)
+        model = M3AE(self.cfg)
+        optimizer = torch.optim.AdamW(optim.param_groups(model, self.train_cfg), lr=1.0)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        step, best = checkpoint.load_training_state(checkpoint, model, optimizer, scaler)
+        step, best = checkpoint.load_training_state(path, model, optimizer, scaler)
         assert 0 <= step
         if self.archive_only:
             state, (known,) = model.state_dict(), [known for known in self.known if known["step"] == step]
             assert all(torch.equal(state[key], known["model"][key]) for key in known["model"])
-
-
-class Grey:
-    """An image drawn by its number."""
-    def __init__(self, number):
-        self.number = number
-
-    def __call__(self, size):
-        return Image.new("L", (size, size), self.number)
 
 
 class Weights(Target):
@@ -439,7 +443,7 @@ class Annotations(Target):
         """The images, one pixel each, wherever the readers look for them."""
         images = [f"medicat/release/figures/p{i}_{i}.png" for i in range(4)]
         images += [f"medpix/images/{split}{i}.png" for split in ("train", "dev", "test") for i in (1, 2)]
-        images += [f"melinda/melindan_images/{i}.png" for i in (1, 2)]
+        images += [f"melinda/melinda_images/{i}.png" for i in (1, 2)]
         images += [f"slake/imgs/a/{i}.jpg" for i in (1, 2)]
         images += [f"table/{i}.png" for i in range(6)] + [f"csv/{i}.png" for i in range(4)]
         images += [f"released/{split}/images/synpic3.jpg" for split in ("train", "val", "test")]
@@ -527,7 +531,7 @@ SEEN = []
 
 
 def watch(folder):
-    """Note whatever runs a program, connects, or opens a file for writing outside of `folder`, in SEEN."""
+    """Note in SEEN what runs a program, connects, or opens a file for writing outside of `folder`."""
     def hook(event, arguments):
         if event in FORBIDDEN:
             SEEN.append((event, str(arguments)[:200]))

@@ -324,7 +324,7 @@ def test_a_folder_that_may_only_be_read(pack, tmp_path):
 
 # -------------------------------------------------------------------------------- several processes
 
-def test_a_signal_to_one_rank_stops_all_ranks(pack, tmp_path):
+def test_one_process_is_asked_to_stop_and_all_do(pack, tmp_path):
     flags = ["--data", pack, "--steps", 300, "--out", tmp_path / "run", "--test_samples", 0]
 
     def stop_rank_1(rank):
@@ -346,7 +346,7 @@ def test_a_mistake_that_rank_0_finds_ends_all_ranks_with_its_sentence(pack, tmp_
         assert "is not empty and holds no run" in (tmp_path / f"said{rank}").read_text()
 
 
-def test_a_bad_gradient_of_one_rank_skips_the_step_on_all(pack, tmp_path):
+def test_a_bad_gradient_of_one_process_skips_the_step_on_all(pack, tmp_path):
     def spoiled(rank):
         fit, calls = train.fit, []
 
@@ -371,7 +371,7 @@ def test_a_bad_gradient_of_one_rank_skips_the_step_on_all(pack, tmp_path):
 
 
 @pytest.mark.parametrize("act", [die, lambda: time.sleep(600)], ids=["dies", "hangs"])
-def test_a_rank_that_is_missing(pack, tmp_path, act):
+def test_a_process_that_is_missing(pack, tmp_path, act):
     """The other rank ends within --timeout, in one sentence."""
     pids = together(tmp_path, "--data", pack, "--steps", 300, "--out", tmp_path / "run", "--timeout", 3,
                     "--save_every", 1, prepare=lambda rank: rank and at_step(3, act))
@@ -385,7 +385,7 @@ def test_a_rank_that_is_missing(pack, tmp_path, act):
     assert weights(tmp_path / "run")["step"] == 2
 
 
-def test_it_resumes_with_another_number_of_processes(pack, tmp_path):
+def test_it_goes_on_with_another_number_of_processes(pack, tmp_path):
     """One process, then two, then one: the same losses to 1e-5, dropout on."""
     flags = ["--data", pack, "--steps", 9, "--save_every", 1, "--test_samples", 0]
     assert ended(forked(*flags, "--out", tmp_path / "whole")) == 0
@@ -398,7 +398,7 @@ def test_it_resumes_with_another_number_of_processes(pack, tmp_path):
     assert whole.shape == (9, 3) and (whole - parts).abs().max() < 1e-5
 
 
-def test_torchrun_restarts_the_group(pack, tmp_path):
+def test_torchrun_starts_the_group_anew(pack, tmp_path):
     """With --max-restarts a worker that is killed, twice, restarts the group, which resumes by itself and
     ends with the weights of a group that was left alone; torchrun says which worker it was."""
     flags = ["--data", pack, "--steps", 8, "--save_every", 1, "--test_samples", 0]
