@@ -25,10 +25,10 @@ GROUPS = (
     {"config"},
     {"ops", "masking", "tokenizer", "foreign_files", "weight_names"},
     {"model", "loader"},
-    {"objectives"},
+    {"objectives", "labels"},
     {"distributed"},
-    {"checkpoint", "optim", "evaluate", "plots"},
-    {"weights"},
+    {"checkpoint", "optim", "retrieval", "plots"},
+    {"weights", "evaluate"},
     {"__init__"})
 
 
