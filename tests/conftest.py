@@ -9,6 +9,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)         # on tensors this small a second thread only waits for a busy core
 
 
+# These files hold the unchanged model: a right edit may fail them. Elsewhere single tests are marked.
+RELEASE = ("test_golden", "test_model", "test_masking", "test_weights", "test_itc", "test_edits",
+           "test_readme", "test_ablate", "test_bench")
+
+
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="10 times the kills, 20 times the mutations, "
                      "every invariant of edited models")
@@ -17,7 +22,13 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "invariants: holds for any model; run it after an edit")
-    config.addinivalue_line("markers", "release: holds the unchanged model; a right edit may break it")
+    config.addinivalue_line("markers", "release: holds the unchanged model; a right edit may fail it")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in RELEASE:
+            item.add_marker("release")
 
 
 @pytest.fixture

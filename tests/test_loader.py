@@ -107,6 +107,7 @@ def test_words_start_where_the_tokenizer_split_them(kind, tmp_path):
     assert words[1:] == ["large", "pneumothorax", ",", "left", "."] and words[0] == ""
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("kind", ["roberta", "bert"])
 def test_whole_words_are_hidden_on_both_kinds(kind, tmp_path):
     tokenizer = Tokenizer.train(CAPTIONS, 262) if kind == "roberta" else Tokenizer(bert_tokenizer(CAPTIONS))
@@ -265,6 +266,7 @@ def test_validation_counts_each_sample_once(made, world, tmp_path):
     assert len(set(limited)) == 40 and limited.max() > 60
 
 
+@pytest.mark.release
 def test_wrong_images_differ_in_image_and_caption(tmp_path, made):
     """Rows that share an image or a caption are never given to each other."""
     tokenizer = made[2]

@@ -285,6 +285,7 @@ def test_validation_and_report_mask_as_configured_whatever_the_schedule(pack, tm
     assert logged(tmp_path / "run", "test") == [first]
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("off", ["", "mlm", "mim", "itm", "mlm mim", "mlm itm", "mim itm"])
 def test_every_combination_of_losses_trains(pack, tmp_path, monkeypatch, off):
     flags = [flag for name in off.split() for flag in (f"--{name}", 0)]
@@ -470,7 +471,6 @@ REFUSED = {
     "vocab": ("--tokenizer_vocab 0", "--tokenizer_vocab 0: use 1 to"),
     "seed": ("--seed -1", "--seed -1: use 0 to"),
     "two lengths": ("--epochs 3", "--steps and --epochs both set the length"),
-    "no loss": ("--mlm 0 --mim 0 --itm 0", "are all 0, so nothing is learned: set one above 0"),
     "no rate": ("--lr 0", "--lr 0 .* --vit_lr_mult 0, --text_lr_mult 0, --fusion_lr_mult 0 or --head_lr_mult 0"),
     "all frozen": ("--vit_lr_mult 0 --text_lr_mult 0 --fusion_lr_mult 0 --head_lr_mult 0",
                    "all parts are frozen: one of --vit_lr_mult, --text_lr_mult"),
@@ -490,6 +490,13 @@ def test_bad_input_is_refused_in_one_sentence(pack, tmp_path, monkeypatch, flags
     assert "\n" not in str(error.value)
     checkpoint.remove_unused_run_dir(tmp_path / "run")       # as the end of the process does
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.release
+def test_no_loss_at_all_is_refused(pack, tmp_path, monkeypatch):
+    test_bad_input_is_refused_in_one_sentence(
+        pack, tmp_path, monkeypatch, "--mlm 0 --mim 0 --itm 0",
+        "are all 0, so nothing is learned: set one above 0")
 
 
 def test_a_folder_that_holds_something_else(pack, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """Which design choices matter? The tiny model with one change, pre-trained and fine-tuned.
 
     python tests/experiments/ablate.py                          every row that is shipped
-    python tests/experiments/ablate.py no_mim contrastive       some of them
+    python tests/experiments/ablate.py no_mim mask_schedule     some of them
     python tests/experiments/ablate.py mine.diff                your own, as `git diff` wrote it
 
 A row is a flag of train.py, or a file ablations/NAME.diff, whose first line says what it changes.
