@@ -179,7 +179,7 @@ def settings_at(step: int, cfg: ModelConfig, train_cfg: TrainConfig) -> Settings
 
     It must be a pure function of the step: the loader thread calls it ahead of the loop.
     Validation uses the configured values. A mask ratio that rises from 0.5 to 0.75:
-    mask_ratio=0.5 + 0.25 * step / train_cfg.steps."""
+    mask_ratio=0.5 + 0.25 * step / (train_cfg.steps - 1), rounded to whole patches."""
     return Settings(
         mask_ratio=cfg.mask_ratio,
         mlm_ratio=train_cfg.mlm_ratio,

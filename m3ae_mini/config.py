@@ -220,8 +220,8 @@ def fit_micro_batch(model_cfg: ModelConfig, train_cfg: TrainConfig, world_size: 
     asked = f"--batch_size {batch_size}" + f" in steps of --micro_batch {given}" * bool(given)
     require(world_size in counts, f"{asked} can't be divided among {world_size} processes: "
             f"{' or '.join(map(str, counts)) or 'no number of them'} would do")
-    micro_batch = next(size for size in sizes if batch_size % (size * world_size) == 0)
-    train_cfg.micro_batch = micro_batch
+    fitting = [m for m in sizes if batch_size % (m * world_size) == 0]
+    micro_batch = train_cfg.micro_batch = fitting[0]
 
     lines = []
     if micro_batch != preset and not given:

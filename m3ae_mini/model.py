@@ -190,8 +190,8 @@ class Fusion(nn.Module):
       the same shapes. Padding, where text_mask is 0, must not change any other output, and no row
       of the batch may change another.
     - Either side may have a batch of 1 beside many: retrieval scores one image with many texts.
-    - depth, streams and num_queries only save work, so it may ignore them and return both streams
-      whole. (Without depth, pixels are decoded after the last layer.)
+    - It must accept depth, streams and num_queries, but may ignore them and return both streams
+      whole: they only save work. (Without depth, pixels are decoded after the last layer.)
     - attention_map may be left out: then `finetune.py --predict` draws none."""
 
     def __init__(self, cfg: ModelConfig):

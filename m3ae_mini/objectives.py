@@ -84,8 +84,7 @@ class MIM(nn.Module):
 
         # Only hidden patches count.
         target = self.target(pixels, model.cfg)                       # (B, L, 3·P²)
-        num_visible = visible.shape[1] - 1                            # without the class token
-        hidden = (ids_restore >= num_visible).float()                 # (B, L)
+        hidden = (ids_restore >= visible.shape[1] - 1).float()        # (B, L)
         error = (pred - target).square().mean(-1)                     # (B, L)
         loss = (error * hidden).sum() / hidden.sum()
         return {"mim_loss": loss, "mim_pred": pred, "mim_hidden": hidden}

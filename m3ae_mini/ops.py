@@ -13,8 +13,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None =
     q, k, v = (split_heads(x, heads) for x in (q, k, v))              # (B, H, Q | N, W/H)
     if fused_is_faster(q, dropout):
         # The fused kernel wants equal batches; an expanded tensor takes no memory.
-        batch = max(len(q), len(k))
-        q, k, v = (x.expand(batch, -1, -1, -1) for x in (q, k, v))
+        q, k, v = (x.expand(max(len(q), len(k)), -1, -1, -1) for x in (q, k, v))
         x = F.scaled_dot_product_attention(q, k, v, mask, dropout)    # (B, H, Q, W/H)
     else:
         x = drop(attention_weights(q, k, mask), dropout) @ v          # (B, H, Q, W/H)

@@ -84,11 +84,11 @@ def dry_run(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
     with torch.device("meta"):
         meta_model = type(model)(model.cfg).to("meta")
     meta_batch = {name: tensor.to("meta") for name, tensor in batch.items()}
+    check_fusion(meta_model, meta_batch)
     meta_model(meta_batch)["loss"].backward()
     for parameter, meta_parameter in zip(model.parameters(), meta_model.parameters(), strict=True):
         if meta_parameter.grad is None:
             parameter.requires_grad_(False)
-    check_fusion(meta_model.eval(), meta_batch)
 
 
 @torch.no_grad()
@@ -97,11 +97,12 @@ def check_fusion(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
     mask = batch["text_mask"]                                         # (B, T)
     text = model.encode_text(batch["text_ids"], mask)                 # (B, T, D)
     image = model.encode_image(batch["image"])                        # (B, 1+L, D)
+    wanted = [tuple(text.shape), tuple(image.shape)]
     for what, texts, images in (("one image beside many texts", text, image[:1]),
                                 ("one text beside many images", text[:1], image)):
         try:
             shapes = [tuple(x.shape) for x in model.fuse(texts, images, mask[:len(texts)])]
-            problem = "" if shapes == [text.shape, image.shape] else f"it returns {shapes}"
+            problem = "" if shapes == wanted else f"it returns {shapes}, not {wanted}"
         except Exception as error:
             problem = str(error)[:300]
         require(not problem, f"Fusion.forward fails with {what}, which retrieval needs (see its "

@@ -56,6 +56,8 @@ def reconstructions(model: M3AE, samples: Samples, dist_env: DistEnv, path: Path
 
     A word is green where the model restored it, red (with the true word behind) where it did
     not."""
+    if not {"mim", "mlm"} & model.objectives.keys():
+        return                                                        # nothing was reconstructed
     model.eval()
     spread = np.arange(count) * samples.n // count
     batch = next(load(samples, [(0, 0, spread)], VAL_SEED, dist_env.device)).batch

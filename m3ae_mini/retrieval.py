@@ -30,8 +30,7 @@ def retrieval_metrics(model: M3AE, samples: Samples, dist_env: DistEnv, limit: i
     and the processes share the images. By "itc" all scores are one matrix product; then the fusion
     runs for the `rerank` best candidates of each query (as in ALBEF)."""
     # The images and the texts among the samples, each once.
-    parts = [part for _, _, part in validation_micro_batches(samples, limit)]
-    indices = np.concatenate(parts)                                   # (n,)
+    indices = np.concatenate([n for _, _, n in validation_micro_batches(samples, limit)])  # (n,)
     token_ids = [samples.token_ids(n)[:samples.cfg.max_text_len - 2] for n in indices]
     image_id, text_id, _ = samples.identities(indices, token_ids)     # (n,) each
     _, first_image = np.unique(image_id, return_index=True)           # (P,)
