@@ -1,7 +1,7 @@
-"""Data sets as they lie on disk. One small file reads each; prepare.py packs what it yields.
+"""Data sets as published. One small file reads each; prepare.py packs what it yields.
 
 A reader is a module with one function, `rows(root, task)`, that yields a Row for every (image,
-text) pair. `root` is what the user gave as --root; `task` is "pretrain", "vqa", "cls" or "irtr".
+text) pair. `root` is the user's --root; `task` is "pretrain", "vqa", "cls" or "irtr".
 This file holds what the readers share. `location` is always a file and a line in it, for errors.
 """
 import csv
@@ -24,19 +24,19 @@ class Row(NamedTuple):
     split: str                   # "train", "val" or "test"
     image: Source                # where its pixels come from
     text: str                    # caption, or question
-    answer: str | None = None    # visual question answering; "#" stands between alternatives
+    answer: str | None = None    # visual question answering; "#" separates alternatives
     closed: bool | None = None   # is it a closed question (yes/no or a choice)?
     label: str | None = None     # classification
-    group: str | None = None     # kind of image (modality, body part): for hard negatives
+    group: str | None = None     # modality, body part: hard negatives are of the same group
     skip: str | None = None      # why this row is not packed; it is counted and listed instead
 
 
 # ------------------------------------------------------------------------------------ reading files
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a text file with their ends. UserError where it is missing or not UTF-8."""
+    """The lines of a text file with their ends. UserError if it is missing or not UTF-8."""
     try:
-        # utf-8-sig: spreadsheets like to write a byte order mark, which is no part of the text.
+        # utf-8-sig: spreadsheets like to write a byte order mark, which is not part of the text.
         with open(path, encoding="utf-8-sig", newline="") as file:
             yield from file
     except OSError as error:
@@ -100,7 +100,7 @@ def _parse_json(text: str, path: Path, line: int) -> Any:
             why = error.msg
         else:
             deep = isinstance(error, RecursionError)
-            why = "too deep" if deep else "a number of thousands of digits"
+            why = "too deep" if deep else "a number with too many digits"
         raise UserError(f"{path}, line {line}: not valid JSON ({why}): correct the file") from None
 
 
@@ -122,7 +122,7 @@ def plain_value(value: Any, key: str, location: str) -> str | bool | None:
 
 
 def text_list(record: dict, key: str, location: str) -> list[str]:
-    """The list of texts under a key; empty where it is null or missing."""
+    """The list of texts under a key; empty if it is null or missing."""
     values = record.get(key) or []
     require(isinstance(values, list), f"{location}: the {key} are not a list of texts")
     return [str(plain_value(value, key, location) or "") for value in values]

@@ -48,8 +48,8 @@ def question_row(split: str, image: Path, record: dict, location: str,
                  group: str | None = None) -> Row:
     """The row of a record with "question", "answer" (text or a number) and "answer_type".
 
-    A "#" in the answer becomes a blank: in a pack it stands between alternatives. UserError
-    where answer_type is not OPEN or CLOSED, in any case, with or without blanks around it.
+    A "#" in the answer becomes a blank: in a pack it separates alternatives. UserError if
+    answer_type is not OPEN or CLOSED (in any case, with or without blanks around it).
     """
     answer_type = str(record["answer_type"]).strip().upper()
     require(answer_type in ("OPEN", "CLOSED"),

@@ -1,4 +1,4 @@
-"""From an image file to the bytes of a pack: decoded, resized, cut to a square.
+"""From an image file to the bytes of a pack: decoded, resized, cropped to a square.
 
 open_image decodes a file, square resizes it, store_image makes the bytes that images.bin holds.
 store_images does this for many images, in several processes.
@@ -27,15 +27,15 @@ DECODE_BATCH = 16   # images that a process decodes per task
 # ---------------------------------------------------------------------------------------- one image
 
 def open_image(path: Path) -> Image.Image:
-    """Decodes an image file as it is meant to be seen -> mode L (grey) or RGB.
+    """Decode an image file as it is meant to be seen -> mode L (grey) or RGB.
 
     The EXIF rotation is applied. Grey of more than 8 bits is stretched: its minimum becomes 0,
     its maximum 255. Transparency is drawn over black. The rest is converted; colour of 16 bits
     keeps its upper 8.
 
-    Raises what Pillow raises on a damaged or truncated file, and on more than 89 megapixels.
-    ValueError on several images in one file, and on 16-bit grey with transparency, of which
-    Pillow reads only 8 bits.
+    Pillow's errors if the file is damaged, truncated or has more than 89 megapixels. ValueError
+    if it holds several images, or 16-bit grey with transparency, of which Pillow reads only 8
+    bits.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")   # odd tags: no pixel depends on them
@@ -72,11 +72,11 @@ def _stretch_to_8_bits(values: np.ndarray) -> Image.Image:
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
-    """Resizes the shorter side to `size` pixels (bicubic) and cuts out the centre square.
+    """Resize the shorter side to `size` pixels (bicubic), then crop the centre: (size, size).
 
     These are torchvision's rules, with which the released models were trained: the longer side
     is rounded down, the crop begins at round((longer - size) / 2), halves to the even number.
-    ValueError where the resized image would have more than 89 megapixels.
+    ValueError if the resized image would have more than 89 megapixels.
     """
     shorter = min(image.size)
     width, height = (size * side // shorter for side in image.size)
@@ -101,7 +101,7 @@ def store_image(source: Source, size: int) -> bytes:
 def store_images(sources: list[Source], size: int, workers: int | None) -> Iterator[bytes | str]:
     """For each source, in order: the bytes of store_image, or why it cannot be read (str).
 
-    workers: number of processes; None: one per core. UserError where one of them is killed.
+    workers: number of processes; None: one per core. UserError if one of them is killed.
     """
     starts = range(0, len(sources), DECODE_BATCH)
     batches = (sources[start:start + DECODE_BATCH] for start in starts)
@@ -129,6 +129,7 @@ def store_images(sources: list[Source], size: int, workers: int | None) -> Itera
 
 
 def _store_batch(sources: list[Source], size: int) -> list[bytes | str]:
+    """What store_images yields for one batch; runs in a process of its own."""
     results: list[bytes | str] = []
     for source in sources:
         try:

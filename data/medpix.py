@@ -16,7 +16,7 @@ def rows(root: Path, task: str) -> Iterator[Row]:
     """`root` is the folder MedPix-2-0 or the clone that holds it.
 
     For "cls" the class is the part of the body (Location Category, five of them). For "irtr"
-    the pairs are all those of its own splits.
+    all pairs of the published splits are used.
     """
     require(task != "vqa",
             "medpix has nothing for the task vqa: choose --task pretrain, cls or irtr")

@@ -11,8 +11,7 @@ from m3ae_mini.config import require
 
 
 def rows(root: Path, task: str) -> Iterator[Row]:
-    """The class is `p_meth_label`, the coarse kind of the method by which participants were
-    detected: seven classes."""
+    """The class is `p_meth_label`, the coarse method of participant detection (seven classes)."""
     require(task == "cls", f"melinda has nothing for the task {task}: choose --task cls")
 
     for split, name in ("train", "train"), ("val", "dev"), ("test", "test"):

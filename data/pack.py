@@ -1,6 +1,6 @@
-"""Reads a pack: a folder of images and texts, ready for training. write_pack.py makes it.
+"""Read a pack: a folder of images and texts, ready for training. write_pack.py makes it.
 
-    meta.json       version, counts, names of labels and groups, rows skipped by reason, check sums
+    meta.json       version, counts, names of labels and groups, rows skipped by reason, checksums
     images.bin      uint8: an image is one plane of size × size if it is grey, else three (R, G, B)
     offsets.npy     where each image begins in images.bin, and where the last one ends
     samples.jsonl   one line per (image, text) pair: train, then val, then test
@@ -39,11 +39,10 @@ PHANTOM_SOURCE = re.compile(r"Phantom\(seed=\d{1,9}, number=\d{1,9}\)")
 
 
 class Pack:
-    """A pack, open for reading. It may be damaged or come from a stranger.
+    """A pack opened for reading. It may be damaged or untrusted.
 
-    Opening it checks all that can be known without reading images and texts: version, file
-    sizes, and that every index and offset lies within its file. The rest is checked as it is
-    read. UserError names the damaged file.
+    Opening checks version, file sizes, indices and offsets, but reads no images or texts. Those
+    are checked when read. UserError names the damaged file.
 
     folder: Path; meta: the dict of meta.json; size: side of an image in pixels;
     samples: SAMPLE_DTYPE (N,), mapped from disk; split: {"train": range of its samples, …}.
@@ -65,13 +64,13 @@ class Pack:
         self._text_file = open(self.folder / "samples.jsonl", "rb")
 
     def _damaged(self, name: str, what: str) -> str:
-        """The sentence that says what is wrong with a file of the pack."""
+        """UserError text: which file of the pack is damaged, and how."""
         return f"{self.folder}/{name} {what}: the pack is damaged, prepare it again"
 
     # --------------------------------------------------------------------------------------- checks
 
     def _read_meta(self) -> int:
-        """Reads meta.json -> number of samples."""
+        """Read meta.json -> number of samples."""
         path = self.folder / "meta.json"
         require(path.is_file(), f"there is no pack at {self.folder}: make one with "
                                 f"python -m data.prepare NAME --root DIR --out {self.folder}")
@@ -94,19 +93,20 @@ class Pack:
                      and min(counts) >= 0 and 0 < self.size < 2 ** 15
                      and REQUIRED_FILES <= self.files.keys())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            what = f"is not what was written ({repr(error)[:200]})"
+            what = f"is not valid ({repr(error)[:200]})"
             raise UserError(self._damaged("meta.json", what)) from None
-        require(sound, self._damaged("meta.json", "holds a number or a name that cannot be right"))
+        require(sound, self._damaged("meta.json", "holds an invalid number or name"))
 
-        # Samples lie in the order of SPLITS.
+        # Samples are in the order of SPLITS.
         ends = np.cumsum([0, *counts])
         self.split = {split: range(ends[i], ends[i + 1]) for i, split in enumerate(SPLITS)}
         return sum(counts)
 
     def _check_file_sizes(self) -> None:
+        """Check that each file exists and has the size given in meta.json."""
         for name, (size, _) in self.files.items():
             path = self.folder / name
-            inside = "/" not in name   # a stranger's pack may name files elsewhere
+            inside = "/" not in name   # an untrusted pack may name files elsewhere
             found = path.stat().st_size if inside and path.is_file() else 0
             require(found == size, self._damaged(name, f"has {found} bytes instead of {size}"))
 
@@ -117,11 +117,11 @@ class Pack:
             sound = array.dtype == dtype and array.ndim == 1 and length in (None, len(array))
         except Exception:   # numpy raises many types on a damaged header
             sound = False
-        require(sound, self._damaged(name, "does not hold the numbers that belong there"))
+        require(sound, self._damaged(name, "has the wrong type or length"))
         return array
 
     def _check_tables(self) -> None:
-        """Checks that samples.npy and offsets.npy point only at what is there."""
+        """Check that samples.npy and offsets.npy point only at what exists."""
         # An image has one plane or three, and together they fill images.bin.
         lengths = np.diff(self.offsets)
         right_lengths = np.isin(lengths, (self.size ** 2, 3 * self.size ** 2)).all()
@@ -129,11 +129,11 @@ class Pack:
                 and self.offsets[-1] == self.files["images.bin"][0],
                 self._damaged("offsets.npy", "does not fit images.bin"))
 
-        # Group -1 stands for none.
+        # Group -1 means none.
         bounds = {"image": (0, len(lengths)), "group": (-1, len(self.meta["groups"]))}
         for name, (least, end) in bounds.items():
             inside = (least <= self.samples[name]) & (self.samples[name] < end)
-            require(inside.all(), self._damaged("samples.npy", f"names a {name} that is not there"))
+            require(inside.all(), self._damaged("samples.npy", f"refers to a missing {name}"))
 
         # Lines follow one another from the start of samples.jsonl to its end.
         starts = self.samples["line"]
@@ -142,22 +142,21 @@ class Pack:
                 self._damaged("samples.npy", "does not fit samples.jsonl"))
 
     def verify(self) -> None:
-        """Reads every byte and compares check sums. UserError names the first damaged file."""
+        """Read every byte and compare checksums. UserError names the first damaged file."""
         for name, (_, sha256) in self.files.items():
             with open(self.folder / name, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
-            what = "does not have the check sum it was written with"
-            require(found == sha256, self._damaged(name, what))
+            require(found == sha256, self._damaged(name, "does not match its checksum"))
 
     def fingerprint(self) -> str:
-        """A short text that tells this pack from any other, made from its check sums."""
+        """A short text that identifies this pack, made from its checksums."""
         sums = json.dumps({name: sha256 for name, (_, sha256) in sorted(self.files.items())})
         return hashlib.sha256(sums.encode()).hexdigest()[:16]
 
     # --------------------------------------------------------------------------------------- images
 
     def read_image(self, index: int, out: np.ndarray) -> None:
-        """Reads an image into out, uint8 (3, S, S). A grey one is copied to all channels."""
+        """Read an image into out, uint8 (3, S, S). A grey one is copied to all channels."""
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
         flat = out.reshape(-1)[:end - start]
         with self._lock:
@@ -178,6 +177,7 @@ class Pack:
         return self._read_lines(range(len(self.samples)) if split is None else self.split[split])
 
     def _read_lines(self, rows: range) -> Iterator[dict]:
+        """The dicts of these rows. UserError if a line is not valid."""
         text_end = self.files["samples.jsonl"][0]
         starts = [*self.samples["line"][rows.start:rows.stop + 1].tolist(), text_end]
         for row, start, end in zip(rows, starts, starts[1:]):
@@ -185,12 +185,12 @@ class Pack:
                 self._text_file.seek(start)
                 raw = self._text_file.read(end - start)
             line = self._parse_line(raw)
-            what = f"is not what was written, in line {row + 1}"
+            what = f"is not valid in line {row + 1}"
             require(line is not None, self._damaged("samples.jsonl", what))
             yield line
 
     def _parse_line(self, raw: bytes) -> dict | None:
-        """The dict of a line, or None where it is not one that write_pack writes."""
+        """The dict of a line, or None if write_pack writes no such line."""
         try:
             line = json.loads(raw)
             known = all(KEY_TYPES.get(key) is type(value) for key, value in line.items())
@@ -230,19 +230,19 @@ class Pack:
         return self.folder / f"tokens.{hashlib.sha256(key).hexdigest()[:16]}.npy"
 
     def _cached_tokens(self, path: Path) -> np.ndarray | None:
-        """The table that _encode_texts made, or None with a warning where it is damaged."""
+        """The table that _encode_texts made, or None with a warning if it is damaged."""
         count = len(self.samples)
         with contextlib.suppress(UserError):
             table = self._map_array(path.name, np.uint32)
             fits = len(table) > count + 2 and table[count] == len(table) - count - 2
             if fits and zlib.crc32(table[:-1]) == table[-1]:
                 return table
-        print(f"warning: {path} is damaged or of an older version: it is made again",
+        print(f"warning: {path} is damaged or of an older version: it is rebuilt",
               file=sys.stderr)
         return None
 
     def _encode_texts(self, tokenizer) -> np.ndarray:
-        """Offsets (N+1,), tokens (n,) and their check sum in one table, uint32 (N + n + 2,)."""
+        """Offsets (N+1,), tokens (n,) and their checksum in one table, uint32 (N + n + 2,)."""
         lengths, parts = [0], []
         lines = self.lines()
         while texts := [line["text"] for line in islice(lines, 4096)]:
@@ -254,7 +254,7 @@ class Pack:
 
 
 def _save_if_possible(path: Path, table: np.ndarray) -> None:
-    """Writes a .npy file atomically. If the disk is full or read-only, nothing is left there."""
+    """Write a .npy file atomically. If the disk is full or read-only, nothing is left there."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
         try:

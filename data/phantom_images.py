@@ -1,4 +1,4 @@
-"""Draws the images of the phantoms with numpy: a canvas, and four drawings of an anatomy on it.
+"""Draw the images of the phantoms with numpy: a canvas, and four drawings of an anatomy on it.
 
 Coordinates are the body's: x to the image's right, y down, the image spanning -1 … 1. As on a
 light box, the patient's right is on the image's left. Grey values run from 0 (black) to 1 (white).
@@ -13,11 +13,11 @@ SIDES = {"right": -1, "left": 1}   # of the patient: the sign of x
 
 
 class Finding(NamedTuple):
-    """One abnormality. The texts tell its name, size, side and zone, and nothing of the rest."""
+    """One abnormality. The texts give its name, size, side and zone, and nothing else."""
     name: str
     size: str
     side: str
-    zone: str | None   # None where it fills its side
+    zone: str | None   # None if it fills its side
     x: float
     y: float
     radius: float
@@ -84,11 +84,11 @@ class Canvas:
         return np.clip(0.5 - shape / max(self.pixel, blur), 0, 1)
 
     def fill(self, shape: np.ndarray, grey: float | np.ndarray, blur: float = 0.0) -> None:
-        """Paints a shape in one grey value, or in those of an array (S, S)."""
+        """Paint a shape in one grey value, or in those of an array (S, S)."""
         self.image += self.cover(shape, blur) * (grey - self.image)
 
     def lesion(self, f: Finding, grey: float, rim: float | None = None) -> None:
-        """Paints a finding as a disk, with a ring of grey value `rim` around it if given."""
+        """Paint a finding as a disk, with a ring of grey value `rim` around it if given."""
         edge = self.ellipse(f.x, f.y, f.radius * f.stretch, f.radius / f.stretch, f.tilt)
         if rim is not None:
             self.fill(edge, rim)

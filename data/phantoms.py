@@ -1,9 +1,9 @@
-"""The embedded data set: images like radiology's, drawn with numpy, with texts.
+"""The embedded data set: radiology-like images drawn with numpy, with texts.
 
-Everything is a pure function of (seed, number). A scene says what is to be seen: the kind of
-image and up to two findings. phantom_images.py draws it at any size; here are the scenes, and
-the captions, questions and classes made from them. What a text says of a finding (what, how
-large, on which side, in which zone) is random, so only looking at the image tells.
+Everything is a pure function of (seed, number). A scene is the content of an image: its group
+and up to two findings. phantom_images.py draws it at any size; this file makes the scenes, and
+their captions, questions and classes. What a text says of a finding (its name, size, side and
+zone) is random, so only the image shows it.
 """
 import math
 import re
@@ -23,7 +23,7 @@ COUNTS = {"train": 24000, "val": 1024, "test": 2048}      # images for "pretrain
 LABELLED = {"train": 600, "val": 400, "test": 1000}       # images for "vqa" and "cls"
 RANGES = {"pretrain": 0, "irtr": 0, "vqa": 1, "cls": 2}   # tasks of one range share their images
 
-# What can be found in which group (kind of image).
+# The findings of each group.
 FINDINGS = {
     "chest x-ray": ("nodule", "cavity", "effusion", "pneumothorax"),
     "abdominal ct": ("cyst", "calcification", "abscess"),
@@ -51,10 +51,10 @@ SCENE, ANATOMY, NOISE, CAPTION, QUESTIONS = range(5)
 # ------------------------------------------------------------------------------------------- scenes
 
 class Scene(NamedTuple):
-    """All that is to be seen in image `number` of data set `seed`."""
+    """The content of image `number` of data set `seed`."""
     seed: int
     number: int
-    group: str                       # kind of image: a key of FINDINGS
+    group: str                       # a key of FINDINGS
     findings: tuple[Finding, ...]
 
 
@@ -160,7 +160,7 @@ PLACES = {
     "anterior": ("anterior liver", "anterior hepatic "),
     "posterior": ("posterior liver", "posterior hepatic "),
 }
-# Now and then in place of a finding's name.
+# Sometimes used instead of a finding's name.
 SYNONYMS = {
     ("chest x-ray", "nodule"): "round opacity", ("chest x-ray", "cavity"): "cavitary lesion",
     ("abdominal ct", "cyst"): "hypodense lesion",
@@ -182,7 +182,7 @@ def sentence(text: str) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """One of many phrasings. Half of them do not tell the kind of image."""
+    """A random caption. Half of the captions don't name the group."""
     rng = generator(scene.seed, scene.number, CAPTION)
     clauses = []
     for f in sorted(scene.findings, key=lambda f: rng.random()):
@@ -225,7 +225,7 @@ YES_NO = {True: "yes", False: "no"}
 
 
 def questions(scene: Scene) -> Iterator[tuple[str, str, bool]]:
-    """Two to four (question, answer, closed). A question alone tells little of its answer."""
+    """Two to four (question, answer, closed) of a scene; the question reveals little."""
     rng = generator(scene.seed, scene.number, QUESTIONS)
     group, findings = scene.group, scene.findings
     modality, region, unit = ABOUT[group]
@@ -244,7 +244,7 @@ def questions(scene: Scene) -> Iterator[tuple[str, str, bool]]:
     a_name = f"an {name}" if name[0] in "aeiou" else f"a {name}"
     yield pick(rng, PRESENCE).format(a_name), YES_NO[present], True
 
-    # Number: the commoner ones are asked about less, so that 0, 1 and 2 come equally often.
+    # Number: the more frequent ones are asked about less, so that 0, 1 and 2 come equally often.
     share = (NORMAL, SINGLE, 1 - NORMAL - SINGLE)[len(findings)]
     if rng.random() < NORMAL / share:
         yield pick(rng, NUMBER), str(len(findings)), False
@@ -265,11 +265,11 @@ def questions(scene: Scene) -> Iterator[tuple[str, str, bool]]:
 
 def rows(root: Path | None, task: str, counts: dict[str, int] | None = None,
          seed: int = 0) -> Iterator[Row]:
-    """The rows of `task`; `root` is not read. counts: images of each split; None: COUNTS, or
-    LABELLED for "vqa" and "cls".
+    """The rows of one task; `root` is unused.
 
-    A split has a million numbers of its own. So no image is in two splits, labelled ones are
-    never those of pre-training, and a split stays the same whatever the size of the others.
+    counts: images per split; None: COUNTS, or LABELLED for "vqa" and "cls". Each split of a
+    range in RANGES has its own million image numbers. So splits never share an image, "vqa" and
+    "cls" share none with pre-training, and the size of one split does not change another.
     """
     require(task in RANGES,
             f"the phantoms have no task {task}: choose --task {', '.join(RANGES)}")
@@ -279,7 +279,7 @@ def rows(root: Path | None, task: str, counts: dict[str, int] | None = None,
     for i, split in enumerate(("train", "val", "test")):
         first = (3 * RANGES[task] + i) * 10 ** 6
         scenes = (make_scene(seed, number) for number in count(first))
-        if task == "cls":   # one class an image
+        if task == "cls":   # one class per image
             scenes = (scene for scene in scenes if len(scene.findings) < 2)
 
         for scene in islice(scenes, counts.get(split, 0)):

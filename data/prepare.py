@@ -1,4 +1,4 @@
-"""Packs a data set: every image is decoded, resized and stored once, so training need not.
+"""Pack a data set: every image is decoded, resized and stored once, so training need not.
 
     python -m data.prepare medpix --root MedPix-2-0 --out packs/medpix
     python -m data.prepare --show packs/medpix
@@ -31,10 +31,10 @@ TASKS = ("pretrain", "vqa", "cls", "irtr")
 # ------------------------------------------------------------------------------------ opening packs
 
 def open_packs(names: str, size: int, crop: float, task: str = "pretrain") -> list[Pack]:
-    """Opens the packs that --data names, separated by commas.
+    """Open the packs that --data names, separated by commas.
 
     Their images have `size` pixels, or more if crops are taken (crop < 1), else UserError. The
-    name "phantoms" stands for the embedded data set, which is packed for `task` on first use.
+    name "phantoms" means the embedded data set, which is packed for `task` on first use.
     """
     packs = []
     for name in names.split(","):
@@ -47,7 +47,7 @@ def open_packs(names: str, size: int, crop: float, task: str = "pretrain") -> li
 
 
 def phantom_pack(size: int, task: str) -> Path:
-    """The folder of the phantoms' pack, in packs/. It is written if it is not there."""
+    """The folder of the phantoms' pack, in packs/. It is written if it does not exist."""
     folder = Path(f"packs/phantoms-{task}-{size}")
     if not folder.exists():
         try:
@@ -61,12 +61,12 @@ def phantom_pack(size: int, task: str) -> Path:
 # -------------------------------------------------------------------------------------- leaving out
 
 def mark_excluded(rows: Iterable[Row], folder: Path) -> Iterator[Row]:
-    """Marks the rows to be skipped: those whose image is also in `folder`. UserError if none is.
+    """Yield the rows, with those skipped whose image is also in `folder`. UserError if none is.
 
     An image is known by its file's stem, or by what follows the last underscore of it:
     "MPX1007_synpic46719.png" of MedPix is "synpic46719.jpg" of VQA-RAD.
     """
-    require(folder.is_dir(), f"there is no folder {folder}: correct --exclude")
+    require(folder.is_dir(), f"{folder} is not a folder: correct --exclude")
     stems = {file.stem for file in folder.rglob("*")}
     found = False
     for row in rows:
@@ -81,7 +81,7 @@ def mark_excluded(rows: Iterable[Row], folder: Path) -> Iterator[Row]:
 # -------------------------------------------------------------------------------- looking at a pack
 
 def contact_sheet(pack: Pack, count: int = 24, columns: int = 6, cell: int = 208) -> Image.Image:
-    """Draws `count` samples, evenly spaced from the pack's first to its last, with their texts.
+    """Draw `count` samples, evenly spaced from the pack's first to its last, with their texts.
 
     cell: width of a column in pixels.
     """
@@ -118,11 +118,11 @@ def contact_sheet(pack: Pack, count: int = 24, columns: int = 6, cell: int = 208
 
 
 def print_summary(meta: dict, out: Path, seconds: float) -> None:
-    """Prints what a new pack holds and how long it took."""
+    """Print what a new pack holds and how long it took."""
     megabytes = sum(file["bytes"] for file in meta["files"].values()) / 1e6
     print(f"{out}: {meta['images']:,} images of {meta['size']} x {meta['size']}, "
           f"{megabytes:,.1f} MB, {seconds:.1f} s "
-          f"({1000 * seconds / meta['images']:.1f} ms an image)")
+          f"({1000 * seconds / meta['images']:.1f} ms per image)")
     print("samples: " + ", ".join(f"{count:,} {split}" for split, count in meta["samples"].items()))
     if meta["skipped"]:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in meta["skipped"].items())
@@ -132,7 +132,7 @@ def print_summary(meta: dict, out: Path, seconds: float) -> None:
 # --------------------------------------------------------------------------------- the command line
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0, 2 for a mistake of the user's, 130 when interrupted."""
+    """Return the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
     try:
         run(command_line().parse_args(arguments))
     except UserError as error:
@@ -150,25 +150,26 @@ def main(arguments: list[str] | None = None) -> int:
 def command_line() -> argparse.ArgumentParser:
     """The parser of all flags."""
     parser = argparse.ArgumentParser(prog="python -m data.prepare",
-                                     description="Packs a data set, shows a pack, or checks one.")
+                                     description="Pack a data set, show a pack, or check one.")
     add = parser.add_argument
     add("name", nargs="?", choices=READERS, metavar="NAME", help=", ".join(READERS))
     add("--root", type=Path, help="the data set's folder, or the table")
     add("--out", type=Path, help="the pack to write; with --show, the PNG")
     add("--size", type=positive, default=288,
-        help="side of the stored squares in pixels; more than training uses leaves room for crops "
-             "(default: 288)")
+        help="side of the stored images in pixels; a larger side than --image_size needs random "
+             "crops (default: 288)")
     add("--task", choices=TASKS, default="pretrain",
-        help="what it is packed for: pre-training, questions, classes, retrieval")
+        help="task to pack for: pre-training, questions, classes, retrieval")
     add("--exclude", type=Path, metavar="FOLDER",
         help="leave out the images that are also in FOLDER, known by their files' names (the part "
              "after the last underscore is enough)")
     add("--allow_missing", action="store_true",
-        help="go on where more than 5 %% of the images are missing or unreadable")
+        help="continue if more than 5 %% of the images are missing or unreadable")
     add("--overwrite", action="store_true", help="replace the pack if there is one")
     add("--workers", type=positive, help="processes that decode (default: one per core)")
-    add("--show", type=Path, metavar="PACK", help="draw a sheet of what was packed")
-    add("--verify", type=Path, metavar="PACK", help="read every check sum of a pack")
+    add("--show", type=Path, metavar="PACK", help="draw a contact sheet of a pack")
+    add("--verify", type=Path, metavar="PACK",
+        help="compare all files of a pack with their checksums")
     return parser
 
 
@@ -180,7 +181,7 @@ def positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Shows, verifies or writes a pack. UserError on flags that cannot be right."""
+    """Show, verify or write a pack. UserError if the flags are not valid."""
     if args.show:
         folder = os.path.abspath(args.show)   # gives "." a name
         out = args.out or Path(os.path.relpath(f"{folder}.png"))
@@ -188,7 +189,7 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.verify:
         Pack(args.verify).verify()
-        print(f"{args.verify} is whole: every check sum is right")
+        print(f"{args.verify} is intact: all checksums match")
         return
 
     # Check the flags before any work is done.
@@ -197,8 +198,8 @@ def run(args: argparse.Namespace) -> None:
     require(args.size ** 2 <= Image.MAX_IMAGE_PIXELS,
             f"--size {args.size} is too large: use at most {int(Image.MAX_IMAGE_PIXELS ** 0.5)}")
     require(args.root is not None or args.name == "phantoms",
-            f"{args.name} needs --root, the folder in which it lies")
-    require(args.root is None or args.root.exists(), f"there is no {args.root}: correct --root")
+            f"{args.name} needs --root, the data set's folder")
+    require(args.root is None or args.root.exists(), f"{args.root} does not exist: correct --root")
 
     # Read the annotations, then write the pack.
     began = time.perf_counter()
@@ -213,11 +214,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def save_sheet(sheet: Image.Image, out: Path) -> None:
-    """Writes a contact sheet. UserError where that fails."""
+    """Write a contact sheet. UserError if that fails."""
     try:
         sheet.save(out)
     except (OSError, ValueError) as error:
-        raise UserError(f"{out} cannot be written ({error}): give a .png by --out") from None
+        raise UserError(f"{out} cannot be written ({error}): give a .png with --out") from None
     print(f"wrote {out}")
 
 

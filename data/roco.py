@@ -4,8 +4,8 @@
     {train,validation|val,test}/radiology/images/ROCO_00001.jpg
 
 MedICaT has sentences of the papers that mention an image of ROCO. They become further texts of
-the image if the two files that join them are there: ROCO's list of links, and MedICaT's
-`roco_files`, in ROCO's folder or in medicat/release beside it.
+the image if the two files that join them exist: ROCO's list of links, and MedICaT's
+`roco_files`, in ROCO's folder or in medicat/release next to it.
 
     {train,validation|val,test}/radiology/dlinks.txt         ROCO_00001 … …/PMC123.tar.gz fig.jpg
     roco_files/roco_{train,val,test}_references.jsonl        {"roco_image_id": "PMC123_fig.jpg", …}
@@ -47,6 +47,7 @@ def rows(root: Path, task: str) -> Iterator[Row]:
 
 
 def _row(split: str, folder: Path, name: str, text: str) -> Row:
+    """The row of an image and one of its texts."""
     return Row(split, folder / "images" / f"{name}.jpg", text, skip=too_short(text))
 
 
@@ -74,7 +75,7 @@ def _retrieval_pairs(split: str, folder: Path, captions: list[tuple[str, str]]) 
 
 
 def _mentions(root: Path, folder: Path, split: str) -> dict[str, list[str]]:
-    """{image's name: sentences that mention it}, empty if one of the two files is not there."""
+    """{image's name: sentences that mention it}, empty if one of the two files is missing."""
     links = folder / "dlinks.txt"
     candidates = [parent / "roco_files" / f"roco_{split}_references.jsonl"
                   for parent in (root, root.parent / "medicat" / "release")]

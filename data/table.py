@@ -4,12 +4,11 @@
     a/1.png,Normal chest.,val
 
 Columns: image (or picture, path, file), relative to the table's folder; text (or caption,
-question). Further ones, where you have them: answer (spelt as in data.answers; "#" stands
-between alternatives), closed (is it a yes/no question or a choice?), label, group (the kind of
-image), patient, split.
+question). Optional: answer (spelt as in data.answers; "#" separates alternatives), closed (is
+it a yes/no question or a choice?), label, group (modality, body part), patient, split.
 
-Without splits a hash of the patient decides, or of the image's name where there is no patient:
-one in ten goes to test, one in ten to val, the others to train, the same way each time.
+Without a split column, a hash of the patient (or of the image's path) decides: 10 % test, 10 %
+val, 80 % train. The result is the same every time.
 """
 import os
 from pathlib import Path
@@ -74,7 +73,7 @@ def _fields(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _first(fields: dict[str, str], names: tuple[str, ...], location: str) -> str:
-    """The field of the one column among `names` that is there."""
+    """The field of the one column among `names` that the table has."""
     found = [name for name in names if name in fields]
     require(found, f"{location}: no column {names[0]} (or {', '.join(names[1:])}) among "
                    f"{', '.join(fields)}")
@@ -84,6 +83,7 @@ def _first(fields: dict[str, str], names: tuple[str, ...], location: str) -> str
 
 
 def _split(fields: dict[str, str], patient: str, location: str) -> str:
+    """The split given, else one by a hash of the patient."""
     name = fields.get("split")
     if name:
         require(name.lower() in SPLITS,
@@ -94,7 +94,7 @@ def _split(fields: dict[str, str], patient: str, location: str) -> str:
 
 
 def _answer(fields: dict[str, str]) -> str | None:
-    """Each alternative normalised. "A" may be a choice and no article: it stays."""
+    """Each alternative normalised. "A" may be a choice, not an article: it stays."""
     if "answer" not in fields:
         return None
     parts = [part.strip() for part in fields["answer"].split("#")]
@@ -102,6 +102,7 @@ def _answer(fields: dict[str, str]) -> str | None:
 
 
 def _closed(fields: dict[str, str], location: str) -> bool | None:
+    """Is the question closed? None if the table does not say."""
     word = fields.get("closed", "").lower()
     require(not word or word in CLOSED,
             f"{location}: closed is '{word}', it must be true or false")

@@ -24,7 +24,7 @@ CATEGORIES = "Modality", "Plane", "Organ"   # as in the paper, which leaves abno
 
 
 def rows(root: Path, task: str) -> Iterator[Row]:
-    """Answers are normalised (data.answers). Where several are right, they stay one answer,
+    """Answers are normalised (data.answers). If several are right, they stay one answer,
     each normalised, joined by "#". No file says which questions are closed: `closed` is None."""
     require(task == "vqa", f"vqa_med_2019 has nothing for the task {task}: choose --task vqa")
 

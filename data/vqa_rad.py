@@ -1,7 +1,7 @@
 """VQA-RAD (Lau et al., Scientific Data 2018): clinicians' questions on radiology images.
 
     {trainset,testset}.json    a list of {"qid": 1, "image_name": "synpic54610.jpg", …}
-    valset.json                the same, where there is one
+    valset.json                the same, optional
     images/synpic54610.jpg
 """
 import sys
@@ -22,9 +22,9 @@ def rows(root: Path, task: str) -> Iterator[Row]:
     A tenth of the training questions is held out as validation, unless there is a valset.json
     with questions of its own. (The valset.json released with M³AE is a copy of testset.json.)
 
-    For pre-training, a question with its answer is a caption. Those of the test set are left
-    out. 14 of them stand in the released trainset.json, too: they stay training questions, but
-    are no captions.
+    Training questions and their answers become captions for pre-training. Questions of the test
+    set do not. 14 of them are also in the released trainset.json: they are used for training as
+    questions, but not as captions.
     """
     require(task in ("vqa", "pretrain"),
             f"vqa_rad has nothing for the task {task}: choose --task vqa or pretrain")
@@ -70,7 +70,7 @@ def _is_copy(valset: Path, validation: list[tuple[str, dict]],
 
 
 def _identity(record: dict) -> str:
-    """The qid alone would do in the released files; others may count anew from 1."""
+    """The qid alone would do in the released files; others may count from 1 again."""
     return f"{record['qid']} {record['image_name']}"
 
 

@@ -1,4 +1,4 @@
-"""Writes a pack: filters the rows of a reader, decodes every image once, writes the files.
+"""Write a pack: filter the rows of a reader, decode every image once, write the files.
 
 write_pack does it all; the other functions are its stages. pack.py describes the files.
 """
@@ -27,18 +27,18 @@ MAX_BAD_SHARE = 0.05   # of the images: if more are missing or unreadable, no pa
 def write_pack(rows: Iterable[Row], out: Path | str, name: str, task: str, size: int, *,
                root: Path | None = None, workers: int | None = None,
                allow_missing: bool = False, overwrite: bool = False) -> dict:
-    """Writes the pack `out`, its images of `size` × `size` pixels, and returns its meta.json.
+    """Write the pack `out` with images of `size` × `size` pixels -> its meta.json
 
-    With `root`, images outside that folder are refused. UserError where `out` exists (unless
-    it is a pack and `overwrite` is set) or cannot be written, where more than 5 % of the images
-    are missing or unreadable (unless `allow_missing`), and where no training row is left.
-    Whatever goes wrong, nothing half-written stays. Only a SIGKILL leaves a folder OUT.tmp-….
+    root: images outside this folder are refused. UserError if `out` exists (unless it is a pack
+    and `overwrite` is set) or cannot be written, if more than 5 % of the images are missing or
+    unreadable (unless `allow_missing`), or if no training row is left. On an error nothing is
+    left behind; after a SIGKILL a folder OUT.tmp-PID.
     """
     out = Path(out)
     require(overwrite or not out.exists(),
             f"{out} exists already: choose another --out, or replace it with --overwrite")
     require(not out.exists() or (out / "meta.json").is_file(),
-            f"{out} is no pack, so --overwrite does not touch it: choose another --out")
+            f"{out} is not a pack, so --overwrite does not touch it: choose another --out")
 
     # Missing images are found now: decoding may take hours.
     kept, skipped = filter_rows(rows, task)
@@ -74,7 +74,7 @@ def write_pack(rows: Iterable[Row], out: Path | str, name: str, task: str, size:
         with HashedFile(folder / "skipped.jsonl", files) as file:
             file.write(b"".join(map(json_line, skipped)))
 
-        # meta.json comes last: it holds the check sums of all other files.
+        # meta.json comes last: it holds the checksums of all other files.
         meta = {"version": PACK_VERSION, "name": name, "task": task, "size": size,
                 "images": len(image_index), "samples": samples, "labels": labels,
                 "groups": groups, "skipped": reasons, "files": files}
@@ -86,8 +86,7 @@ def write_pack(rows: Iterable[Row], out: Path | str, name: str, task: str, size:
 # ------------------------------------------------------------------------------- which rows, images
 
 def filter_rows(rows: Iterable[Row], task: str) -> tuple[list[Row], list[dict]]:
-    """Rows worth packing (train, val, test; texts cleaned), and an entry of skipped.jsonl for
-    each of the others.
+    """Rows to pack, in the order train, val, test, with clean texts -> (rows, skipped entries)
 
     For "pretrain" and "irtr" a pair that occurs twice within a split counts once. Questions and
     classes stay as published: the training split of VQA-RAD repeats 465 questions.
@@ -149,7 +148,7 @@ class BadImages(dict):
         self.limit = total if allow_missing else MAX_BAD_SHARE * total
 
     def check(self) -> None:
-        """UserError where more images are bad than is allowed."""
+        """UserError if more images are bad than allowed."""
         source, (reason, detail) = next(iter(self.items()), (None, (None, None)))
         require(len(self) <= self.limit,
                 f"{len(self):,} of {self.total:,} images cannot be packed, the first is {source} "
@@ -162,7 +161,7 @@ class BadImages(dict):
 def write_images(folder: Path, files: dict[str, dict],
                  results: Iterable[tuple[Source, bytes | str]],
                  bad: BadImages) -> dict[Source, int]:
-    """Writes images.bin and offsets.npy -> the index of each image that could be read.
+    """Write images.bin and offsets.npy -> the index of each image that could be read.
 
     results: pairs of a source and what store_images yields for it.
     """
@@ -185,7 +184,7 @@ def write_images(folder: Path, files: dict[str, dict],
 def write_samples(folder: Path, files: dict[str, dict], rows: list[Row],
                   image_index: dict[Source, int], labels: list[str], groups: list[str],
                   root: Path | None) -> None:
-    """Writes the rows twice: as numbers to samples.npy, and as lines to samples.jsonl."""
+    """Write the rows twice: as numbers to samples.npy, and as lines to samples.jsonl."""
     table = np.zeros(len(rows), dtype=SAMPLE_DTYPE)                   # (N,)
     label_index = {label: i for i, label in enumerate(labels)}
     group_index = {group: i for i, group in enumerate(groups)}
@@ -203,7 +202,7 @@ def write_samples(folder: Path, files: dict[str, dict], rows: list[Row],
         line["source"] = os.path.relpath(row.image, root) if is_file else str(row.image)
         lines.append(json_line(line))
 
-        # The same as numbers; -1 stands for unknown.
+        # The same as numbers; -1 means unknown.
         table["image"][i] = image_index[row.image]
         table["text"][i] = text_index.setdefault(row.text, len(text_index))
         table["label"][i] = label_index.get(row.label, -1)
@@ -226,7 +225,7 @@ def json_line(entry: dict) -> bytes:
 
 class HashedFile:
     """A file to write to, hashed as it is written. On success it is flushed to the disk, and
-    files[name] gets its size and check sum."""
+    files[name] gets its size and checksum."""
 
     def __init__(self, path: Path, files: dict[str, dict]):
         self.name = path.name
@@ -252,10 +251,9 @@ class HashedFile:
 
 @contextmanager
 def atomic_dir(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder beside `out`, renamed to `out` when the block succeeds, else removed.
+    """A temporary folder next to `out`, renamed to `out` when the block succeeds, else removed.
 
-    UserError where it cannot be written, and where another pack has appeared at `out` in the
-    meantime (unless `overwrite`).
+    UserError if it cannot be written, or if `out` was created meanwhile (unless `overwrite`).
     """
     target = out.resolve()   # follows a link, and gives "." a name
     temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
@@ -265,8 +263,8 @@ def atomic_dir(out: Path, overwrite: bool) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         if target.exists():
-            require(overwrite, f"{out} has appeared while this pack was prepared, and is left as "
-                               "it is: choose another --out, or replace it with --overwrite")
+            require(overwrite, f"{out} was created meanwhile and is not replaced: choose another "
+                               "--out, or replace it with --overwrite")
             target.rename(replaced)
         temporary.rename(target)
     except OSError as error:
@@ -280,8 +278,8 @@ def atomic_dir(out: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _warn_of_leftovers(out: Path, target: Path) -> None:
-    """Names the folders that a killed preparation of the same pack has left."""
-    advice = {"tmp": "remove it", "old": f"remove it, or, where {out} is gone, rename it back"}
+    """Name the folders that a killed preparation of the same pack has left."""
+    advice = {"tmp": "remove it", "old": f"remove it, or, if {out} is gone, rename it back"}
     for suffix, mend in advice.items():
         for folder in target.parent.glob(f"{glob.escape(target.name)}.{suffix}-*"):
             print(f"prepare: {folder} belongs to another preparation: if that one was killed, "

@@ -287,7 +287,7 @@ class Packs(Target):
         if name.startswith("tokens"):
             assert texts == self.text
         elif len(changed) == 1 and name != "meta.json" and changed[name] != self.whole[name]:
-            with pytest.raises(UserError, match=re.escape(f"/{name} does not have the check sum")):
+            with pytest.raises(UserError, match=re.escape(f"/{name} does not match its checksum")):
                 Pack(self.folder).verify()
         else:
             Pack(self.folder).verify()

@@ -368,7 +368,7 @@ def test_damage_is_named(made, tmp_path):
     content[100] ^= 255
     (flipped / "images.bin").write_bytes(content)
     Pack(pack.folder).verify()
-    with pytest.raises(UserError, match="images.bin does not have the check sum"):
+    with pytest.raises(UserError, match="images.bin does not match its checksum"):
         Pack(flipped).verify()
 
     for change, words in (({"version": 99}, "version 99"), ({"size": None}, "damaged|instead"),

@@ -351,7 +351,7 @@ def test_an_existing_pack_is_replaced_only_on_demand(records, tmp_path):
 
     assert packed(records, out, size=8, overwrite=True, allow_missing=True)["size"] == 8
     assert Pack(out).size == 8 and listing(tmp_path) == ["pack", "records"]
-    with pytest.raises(UserError, match="is no pack"):
+    with pytest.raises(UserError, match="is not a pack"):
         packed(records, records, overwrite=True)
 
 
@@ -361,7 +361,7 @@ def test_a_pack_that_appears_meanwhile_stays(records, tmp_path):
     def rows():
         yield from table.rows(records, "pretrain")
         packed(records, out)                                   # somebody else is faster
-    with pytest.raises(UserError, match="has appeared"):
+    with pytest.raises(UserError, match="was created meanwhile"):
         write_pack(rows(), out, "table", "pretrain", 8, root=records)
     assert Pack(out).size == 16 and listing(tmp_path) == ["pack", "records"]
 
@@ -450,7 +450,7 @@ def test_a_sheet_of_a_damaged_pack(records, tmp_path):
     lines = (out / "samples.jsonl").read_bytes()
     (out / "samples.jsonl").write_bytes(lines.replace(b'"image": 12,', b'"image": 92,'))
     assert contact_sheet(Pack(out)) == sheet           # what samples.npy says counts
-    with pytest.raises(UserError, match="samples.jsonl does not have the check sum"):
+    with pytest.raises(UserError, match="samples.jsonl does not match its checksum"):
         Pack(out).verify()
 
 
@@ -524,7 +524,7 @@ def test_exclude_knows_images_by_their_names(tmp_path):
     (tmp_path / "synpic22.png").rename(tmp_path / "below" / "synpic22.png")
     rows = mark_excluded([Row("train", Path(name), "text") for name in names], tmp_path)
     assert [row.skip for row in rows] == ["excluded", None, "excluded", None]
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         list(mark_excluded([], tmp_path / "nowhere"))
     with pytest.raises(UserError, match="none of the images is in"):       # that of the data set, say
         list(mark_excluded([Row("train", Path("synpic3.jpg"), "text")], tmp_path))

@@ -217,7 +217,7 @@ def test_lists_that_are_hostile(tmp_path):
     image. What is quoted on the terminal can't command it."""
     rad_miniature(tmp_path)
     for content, sentence in (("[" * 10 ** 5, "line 1: not valid JSON .too deep"),
-                              ("[" + "1" * 5000 + "]", "not valid JSON .a number of thousands"),
+                              ("[" + "1" * 5000 + "]", "not valid JSON .a number with too many"),
                               (json.dumps([rad_entry(1) | {"image_name": ["a"]}]), "image_name is not plain"),
                               (json.dumps([rad_entry(1, kind="\x1b[2J\n")]), r"answer_type is ' \[2J '")):
         write(tmp_path / "trainset.json", content)
