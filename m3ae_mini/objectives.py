@@ -3,7 +3,7 @@
 An objective is called with the model, the batch, and the encodings of the whole text and the whole
 image. Those are computed once and shared; one that no objective names in `inputs` is None. An
 objective returns a dict: `NAME_loss` and its predictions. A new loss is one class here and one
-entry in OBJECTIVES."""
+entry in OBJECTIVES. The batch's tensors are listed at Samples.batch in loader.py."""
 import numpy as np
 import torch
 import torch.nn.functional as F
