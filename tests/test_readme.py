@@ -298,7 +298,6 @@ def test_the_front_doors_results_are_those_of_tests():
 
 ROWS = {"none": "unchanged", "without MLM": "no_mlm", "without MIM": "no_mim",
         "without ITM": "no_itm", "mask 50 % of the patches and 50 % of the words": "mask_50_50",
-        "plus a contrastive loss": "contrastive",
         "a Transformer predicts the words, not an MLP": "transformer_text_head",
         "an MLP predicts the pixels, not a Transformer": "mlp_pixel_decoder",
         "pixels decoded after the last fusion layer": "pixels_last"}
