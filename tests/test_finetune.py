@@ -86,6 +86,7 @@ def test_a_run_leaves_what_it_promises(packs, pretrained, tmp_path, monkeypatch,
     assert f"--init {pretrained}" in printed and f"On {COUNTS['test']} test samples" in printed
 
 
+@pytest.mark.release
 def test_it_learns_and_starts_from_the_weights_of_init(packs, pretrained, tmp_path, monkeypatch):
     """The classes are in the texts, so a few steps suffice; and the backbone is the pre-trained one."""
     begun, fit = [], train.fit
@@ -349,6 +350,7 @@ def test_a_best_checkpoint_that_is_damaged_or_missing(packs, pretrained, tmp_pat
         assert warned == (name == "damaged")
 
 
+@pytest.mark.release
 def test_prediction(packs, pretrained, tmp_path, monkeypatch, capsys):
     run, image = tmp_path / "run", tmp_path / "chest.png"
     started(monkeypatch, "vqa", "--data", packs["vqa"], "--init", pretrained, "--out", run, "--steps", 2)

@@ -140,6 +140,7 @@ def test_another_loss_is_trained_logged_and_validated(pack, tmp_path, monkeypatc
         assert logged(tmp_path / "run", split)[-1]["length_loss"] > 0
 
 
+@pytest.mark.release
 def test_a_loss_of_ones_own_alone(pack, tmp_path, monkeypatch):
     """The three shipped ones are off: its weight has a flag, and it alone chooses best.pt."""
     monkeypatch.setitem(OBJECTIVES["pretrain"], "length", Length)
