@@ -116,7 +116,7 @@ class ModelConfig:
         num_patches = (self.image_size // self.patch_size) ** 2
         num_visible = int(num_patches * (1 - self.mask_ratio))
         require(0 <= self.mask_ratio < 1 and 0 < num_visible < num_patches,
-                f"--mask_ratio {self.mask_ratio}: use a share that masks 1 of {num_patches} or more")
+                f"--mask_ratio {self.mask_ratio}: mask some of the {num_patches} patches, not all")
         longest = self.text_max_positions - 2 * (self.text_kind == "roberta")
         require(3 <= self.max_text_len <= longest,
                 f"--max_text_len {self.max_text_len}: use 3 to {longest} (--text_max_positions)")

@@ -142,7 +142,7 @@ def launch_torchrun(num_processes: int) -> None:
 def pick_device(run_cfg: RunConfig) -> torch.device:
     """The device of this process. UserError if there are fewer GPUs than processes."""
     num_gpus, local_rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
-    require(run_cfg.device in ("auto", "cuda", "cpu"), f"--device {run_cfg.device}: use cuda or cpu")
+    require(run_cfg.device in ("auto", "cuda", "cpu"), f"--device {run_cfg.device}: cuda or cpu?")
     if run_cfg.device == "cpu" or run_cfg.device == "auto" and not num_gpus and not run_cfg.gpus:
         return torch.device("cpu")
     if started_by_torchrun() and num_gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
