@@ -160,6 +160,8 @@ def fork(act, said=os.devnull, env={}):
     if pid := os.fork():
         return pid
     status = 70
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(120)                                      # it outlives no test
     try:
         tqdm.set_lock(threading.RLock())                   # its own: a kill keeps a shared one
         output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
