@@ -215,7 +215,7 @@ def fit_micro_batch(model_cfg: ModelConfig, train_cfg: TrainConfig, world_size: 
     require(given != 1 or not matching, "--micro_batch 1 leaves no other row for a wrong image or "
             "text: use 2, or pre-train with --itm 0 --itc 0")
     sizes = [given] if given else range(preset, 1 if matching else 0, -1)
-    counts = [n for n in range(1, batch_size + 1)
+    counts = [n for n in range(1, 1025)                    # numbers of processes that fit
               if any(batch_size % (n * size) == 0 for size in sizes)]
     asked = f"--batch_size {batch_size}" + f" in steps of --micro_batch {given}" * bool(given)
     require(world_size in counts, f"{asked} can't be divided among {world_size} processes: "
