@@ -23,7 +23,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)         # CLIP's, of R, G, B in 0 …
 STD = (0.26862954, 0.26130258, 0.27577711)
 VAL_MICRO_BATCH = 32                             # samples of a validation micro-batch, in every run
 VAL_SEED = 0                                       # validation masks are the same in every run
-CROPPERS = ThreadPoolExecutor(4)                   # threads that crop training images
+CROP_THREADS = 4                                   # that crop the images of a training batch
 FALSE_TEXTS = 15                              # negatives of each right text in fine-tuned retrieval
 
 
@@ -104,7 +104,8 @@ class Samples:
         # 1. Images, in training perhaps cropped.
         crop = settings is not None and self.train_cfg.min_crop_area < 1
         crop_noise = uniform(masking.CROP, size, 8, 4) if crop else [None] * size
-        read = CROPPERS.map if crop else map                       # threads: the result is the same
+        # Crops take time, so several threads share them; the result does not depend on that.
+        read = ThreadPoolExecutor(CROP_THREADS).map if crop else map
         list(read(self.read_image, indices, images, crop_noise))
 
         # 2. Texts: truncated, between their special tokens, padded.

@@ -366,7 +366,7 @@ def test_prediction(packs, pretrained, tmp_path, monkeypatch, capsys):
     (tmp_path / "broken.png").write_bytes(image.read_bytes()[:200])
     for shown, asked, sentence in ((tmp_path / "broken.png", "What?", "can't be read as an image"),
                                    (tmp_path / "none.png", "What?", "can't be read as an image"),
-                                   (image, "left " * 99, "99 tokens, but 1 to 30 can"),
+                                   (image, "left " * 99, "99 tokens: use 1 to 30"),
                                    (image, " ", "0 tokens")):
         with pytest.raises(UserError, match=sentence):
             started(monkeypatch, "vqa", "--init", run, "--predict", shown, asked)
@@ -443,7 +443,7 @@ def test_a_checkpoint_without_its_tokenizer(packs, pretrained, tmp_path, monkeyp
     """Another tokenizer of the same size would give words the embeddings of other words."""
     (tmp_path / "best.pt").write_bytes((pretrained / "best.pt").read_bytes())
     flags = ["--data", packs["vqa"], "--steps", 1, "--test_samples", 0]
-    with pytest.raises(UserError, match="best.pt comes without a tokenizer.json: give"):
+    with pytest.raises(UserError, match="best.pt has no tokenizer.json: give"):
         started(monkeypatch, "vqa", *flags, "--init", tmp_path / "best.pt", "--out", tmp_path / "never")
     monkeypatch.chdir(pretrained)                            # there it stands beside it
     started(monkeypatch, "vqa", *flags, "--init", "best.pt", "--out", tmp_path / "run")

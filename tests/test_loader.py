@@ -440,15 +440,13 @@ def test_tokens_are_kept_beside_the_pack(made, tmp_path):
 
 
 def test_crops_by_several_threads_are_those_of_one(made, tmp_path, monkeypatch):
-    from concurrent.futures import ThreadPoolExecutor
-
     from m3ae_mini import loader
     pack, _ = write_pack(tmp_path / "margin", CAPTIONS, {"train": 32}, size=24, colour_every=2)
     cfg, train_cfg = settings(made[2], min_crop_area=0.5)
     samples = Samples([pack], "train", made[2], cfg, train_cfg)
     results = []
     for threads in 1, 4:
-        monkeypatch.setattr(loader, "CROPPERS", ThreadPoolExecutor(threads))
+        monkeypatch.setattr(loader, "CROP_THREADS", threads)
         out = np.empty((32, 3, 16, 16), np.uint8)
         samples.batch(np.arange(32), 0, 3, 1, out, Settings(0.75, 0.15, 0.0, {}))
         results.append(out)

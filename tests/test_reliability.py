@@ -313,7 +313,7 @@ def test_a_folder_that_may_only_be_read(pack, tmp_path):
 
         said.unlink()
         assert ended(forked(*flags, "--resume", said=said)) == 2
-        assert f"{run} can't be written to (Read-only file system)" in said.read_text()
+        assert f"{run} can't be written (Read-only file system)" in said.read_text()
         assert ended(forked(*flags[:-3], 1, "--init", run, "--out", tmp_path / "next")) == 0
     finally:
         subprocess.run(["umount", run])
