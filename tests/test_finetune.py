@@ -370,7 +370,7 @@ def test_prediction(packs, pretrained, tmp_path, monkeypatch, capsys):
                                    (image, " ", "0 tokens")):
         with pytest.raises(UserError, match=sentence):
             started(monkeypatch, "vqa", "--init", run, "--predict", shown, asked)
-    with pytest.raises(UserError, match="no run of finetune.py"):
+    with pytest.raises(UserError, match="is not a run of finetune.py vqa"):
         started(monkeypatch, "vqa", "--init", pretrained, "--predict", image, "What?")
     with pytest.raises(UserError, match="is not a run of finetune.py cls without --blind"):
         started(monkeypatch, "cls", "--init", run, "--predict", image, "What?")
@@ -380,7 +380,7 @@ def test_prediction(packs, pretrained, tmp_path, monkeypatch, capsys):
     for text in (json.dumps(blind), json.dumps(config | {"data": {"labels": 3}}), json.dumps([config]),
                  "[" * 10 ** 5):
         (run / "config.json").write_text(text)
-        with pytest.raises(UserError, match="no run of finetune.py"):
+        with pytest.raises(UserError, match="is not a run of finetune.py vqa"):
             started(monkeypatch, "vqa", "--init", run, "--predict", image, "What?")
     (run / "config.json").write_text(json.dumps(config | {"data": {"labels": ["one", ["two"]]}}))
     started(monkeypatch, "vqa", "--init", run, "--predict", image, "What?")    # it has four answers
