@@ -222,7 +222,7 @@ def test_every_loss_is_logged_validated_and_reported(pretrained):
         bad = {name for line in lines for name, value in line.items() if value is None}
         assert not bad, f"{', '.join(bad)} was not finite in a {split} line of the log"
     assert f"On {COUNTS['test']} test samples" in printed
-    assert (out / "plots" / "curves.png").is_file() and (out / "plots" / "step000004.png").is_file()
+    assert (out / "plots" / "curves.png").is_file()
 
 
 def test_best_is_the_checkpoint_of_the_highest_score(pretrained):
