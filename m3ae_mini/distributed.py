@@ -127,9 +127,8 @@ def num_processes(run_cfg: RunConfig) -> int:
 def launch_torchrun(num_processes: int) -> None:
     """Replace this process by torchrun, which starts this command line `num_processes` times."""
     sys.stdout.flush()
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))               # a batch system may have given us a few
+    # A batch system may have given this process a few of the machine's cores.
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
     # torchrun kills what has not ended so many seconds after a signal; base takes a while to save.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
@@ -241,6 +240,7 @@ def run(main: Callable) -> Any:
     if sentence is None:
         if dist.is_initialized():
             dist.destroy_process_group()
+            exit_process(0)
         return result
 
     print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
@@ -250,8 +250,11 @@ def run(main: Callable) -> Any:
 
 
 def exit_process(status: int) -> None:
-    """Exit with `status`. With several ranks, skip the clean-up: it would wait for the others."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    """Exit with `status`. Under torchrun, skip Python's clean-up.
+
+    After an error it would wait for the other ranks. After success it would race with gloo's
+    threads: one that still holds a tensor then aborts the process."""
+    if started_by_torchrun():
         print(end="", flush=True)
         os._exit(status)
     sys.exit(status)

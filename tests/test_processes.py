@@ -452,6 +452,14 @@ def test_a_slow_save_in_a_validation_is_not_stopped_by_its_own_signal(monkeypatc
 
 # ------------------------------------------------------------------------------------------- errors
 
+def test_a_rank_leaves_without_the_clean_up_of_python(tmp_path):
+    """Threads of gloo may still hold tensors then: one run in thousands was aborted by them."""
+    def act():
+        distributed.run(lambda: distributed.DistEnv(RunConfig(device="cpu")))
+        raise AssertionError("run() returned: Python's clean-up would follow")
+    assert [ended(pid) for pid in two_ranks(tmp_path, act)] == [0, 0]
+
+
 @pytest.mark.parametrize("error, status, words", [
     (UserError("use fewer of them"), 2, "train.py: use fewer of them\n"),
     (torch.OutOfMemoryError("CUDA out of memory."), 2, "train.py: out of memory: "),
