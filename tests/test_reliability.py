@@ -7,16 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-import traceback
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import finetune
 import train
@@ -27,6 +24,7 @@ from m3ae_mini.config import UserError
 from m3ae_mini.tokenizer import Tokenizer
 from test_loader import CAPTIONS, write_pack
 from test_finetune import labelled_rows, packed
+from test_processes import ended, fork
 from test_train import SMALL, logged, losses, started
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,28 +38,12 @@ def pack(tmp_path_factory):
 
 
 def forked(*flags, script=train, task=(), prepare=lambda: None, said=os.devnull, env={}):
-    """`python train.py flags` in a fork of this process, which has torch loaded -> its process number. What
-    it prints goes to the file `said`."""
-    sys.stdout.flush()
-    if pid := os.fork():
-        return pid
-    status = 70
-    try:
-        tqdm.set_lock(threading.RLock())                   # its own: one that is killed keeps a shared one
-        quiet = os.open(said, os.O_WRONLY | os.O_CREAT)
-        os.dup2(quiet, 1), os.dup2(quiet, 2)
+    """`python train.py flags` in a fork, after prepare() -> its process number."""
+    def act():
         sys.argv = [Path(script.__file__).name, *task, *SMALL, *map(str, flags)]
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
-        os.environ |= env
         prepare()
         distributed.run(script.main)
-        status = 0
-    except SystemExit as end:
-        status = end.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
+    return fork(act, said, env)
 
 
 def together(folder, *flags, prepare=lambda rank: None):
@@ -87,11 +69,6 @@ def at_step(number, act):
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def ended(pid):
-    """The exit status, or minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def weights(out):
