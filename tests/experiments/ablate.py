@@ -40,7 +40,8 @@ FLAGS = {                              # name: (what it changes, flags of train.
     "pixels_last": ("pixels are decoded after the last fusion layer", "--mim_layer -1"),
     "pixels_first": ("pixels are decoded before the fusion", "--mim_layer 0"),
     "raw_pixels": ("pixels are not normalised within a patch", "--no-norm_pix_loss"),
-    "single_tokens": ("single tokens are hidden, not whole words", "--no-whole_word")}
+    "single_tokens": ("single tokens are hidden, not whole words", "--no-whole_word"),
+    "itc": ("a fourth loss: image-text contrast", "--itc 1")}
 COLUMNS = {                            # (which run, its test metric): head of the column
     ("pretrain", "mlm_gain_hard"): "MLM gain over a hard negative",
     ("pretrain", "itm_acc_hard"): "matching, hard negatives",
