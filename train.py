@@ -268,7 +268,8 @@ def fit(model: M3AE, net: torch.nn.Module, optimizer, scaler, train: Samples, va
                           samples_per_s=speed, **losses)
                 bar.set_postfix_str(checkpoint.format_metrics(losses) + f"  {speed:,.0f} samples/s")
                 bar.update(step - bar.n)
-            sums, num_steps, num_skipped = {}, 0, 0
+            sums = {}
+            num_steps, num_skipped = 0, 0
             clock = time.perf_counter()
 
         # Validate and save; the speed excludes this time. A signal during validation saves at once.
@@ -300,7 +301,7 @@ def fit(model: M3AE, net: torch.nn.Module, optimizer, scaler, train: Samples, va
 # --------------------------------------------------------------------------------------- the report
 
 def report(model: M3AE, data: Data, run_cfg: RunConfig, dist_env: DistEnv) -> None:
-    """Test the best checkpoint; log and print each metric beside its trivial baseline."""
+    """Test the best checkpoint; log and print each metric and its trivial baseline."""
     out = Path(run_cfg.out)
     best = checkpoint.load_best(out, dist_env)
     model.load_state_dict(best["model"])

@@ -97,13 +97,15 @@ def contact_sheet(pack: Pack, count: int = 24, columns: int = 6, cell: int = 208
                         + textwrap.wrap(line["text"], 32, max_lines=9, placeholder=" …"))
 
     # A row of the sheet is as high as its longest caption needs.
-    font, line_height, margin = ImageFont.load_default(12), 15, 8
+    font = ImageFont.load_default(12)
+    line_height, margin = 15, 8      # pixels
     rows = [range(start, min(start + columns, count)) for start in range(0, count, columns)]
     heights = [cell + margin + line_height * max(len(captions[i]) for i in row) for row in rows]
     sheet = Image.new("RGB", (columns * cell + margin, sum(heights) + margin), "white")
 
     # Paste the images row by row, each with its caption below.
-    draw, side, top = ImageDraw.Draw(sheet), cell - margin, margin
+    draw = ImageDraw.Draw(sheet)
+    side, top = cell - margin, margin
     pixels = np.empty((3, pack.size, pack.size), dtype=np.uint8)
     for row, height in zip(rows, heights):
         for column, i in enumerate(row):

@@ -200,8 +200,8 @@ def baselines(train: Samples, test: Samples, limit: int, device: torch.device,
         has_negative = torch.from_numpy(index != np.arange(len(index)))  # (B,)
         add(sums, {"group_only": sum_and_count(accuracy, has_negative).to(device)})
 
-    found = {name: (total / count).item() for name, (total, count) in sums.items()}
-    return {"most_frequent_token": max(tokens.values()) / tokens.total()} | found
+    metrics = {name: (total / count).item() for name, (total, count) in sums.items()}
+    return {"most_frequent_token": max(tokens.values()) / tokens.total()} | metrics
 
 
 # The report: one line per metric. A metric that counted no sample is left out.
@@ -219,11 +219,11 @@ TABLE = {
     "mim_gain_random": "    gain over a random text   {mim_gain_random:+6.3f}",
     "noise_floor": "    noise floor               {noise_floor:6.3f}   the same image "
                    "without noise",
-    "itc_acc": "  contrast, image of a text   {itc_acc:6.1%}   chance, among 32 images: 3.1%"}
+    "itc_acc": "  ITC, image of a text        {itc_acc:6.1%}   chance, among 32 images: 3.1%"}
 
 
 def pretraining_table(metrics: dict[str, float]) -> str:
-    """The report of a pre-training: each metric beside its trivial baseline."""
+    """The report of a pre-training: each metric and its trivial baseline."""
     shown = {name: 100 * value if name.startswith("mlm_gain") else value      # gains in points
              for name, value in metrics.items()}
     if "mim_loss" in shown:
@@ -287,9 +287,8 @@ def answer_metrics(predictions: list[str], lines: list[dict], labels: list[str],
         return metrics
 
     closed = [line.get("closed") for line in lines]                 # True, False or None, not known
-    known = set(labels)
     metrics["acc_open"] = sum_and_count(right, torch.tensor([flag is False for flag in closed]))
     metrics["acc_closed"] = sum_and_count(right, torch.tensor([flag is True for flag in closed]))
-    not_in_list = torch.tensor([known.isdisjoint(names) for names in right_names])  # (B,)
+    not_in_list = torch.tensor([set(names).isdisjoint(labels) for names in right_names])  # (B,)
     metrics["answer_not_in_list"] = sum_and_count(not_in_list)
     return metrics

@@ -85,10 +85,10 @@ def read_torch(path: Path) -> tuple[Any, dict[str, Tensor]]:
         state = next((content[key] for key in ("state_dict", "model") if key in content), content)
         stored = {}
         collect(state, "", stored, set())
-        folder, storages, tensors = pickled.removesuffix(".pkl"), {}, {}
+        storages, tensors = {}, {}
         for name, (dtype, entry, offset, shape, stride) in stored.items():
             if (entry, dtype) not in storages:
-                data = bytearray(archive.read(f"{folder}/{entry}"))
+                data = bytearray(archive.read(f"{pickled.removesuffix('.pkl')}/{entry}"))
                 storages[entry, dtype] = torch.frombuffer(data, dtype=dtype).float()
             # Without this, a view of stride 0 could expand a small file without limit.
             require(math.prod(shape) <= len(storages[entry, dtype]),

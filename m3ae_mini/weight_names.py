@@ -43,15 +43,16 @@ HEADS = {
 
 def name_table(cfg: ModelConfig) -> Iterator[tuple[str, list[str]]]:
     """(name here, [released names]) for every tensor that a model of any task may hold."""
-    vit, mim, depth = "vision_encoder.visual.", "mim_head.decoder.resblocks.{}.", cfg.fusion_layers
+    vit, layers = "vision_encoder.visual.", "multi_modal_{}_layers.{{}}."
     groups = [
         ("vit.", vit, 1, VIT), ("text.", "language_encoder.embeddings.", 1, TEXT),
         ("", "", 1, FUSION), ("objectives.", "", 1, HEADS),
         ("vit.blocks.{}.", vit + "transformer.resblocks.{}.", cfg.vit_blocks, CLIP_BLOCK),
         ("text.layers.{}.", "language_encoder.encoder.layer.{}.", cfg.text_layers, BERT_LAYER),
-        ("fusion.text_layers.{}.", "multi_modal_language_layers.{}.", depth, FUSION_LAYER),
-        ("fusion.image_layers.{}.", "multi_modal_vision_layers.{}.", depth, FUSION_LAYER),
-        ("objectives.mim.blocks.{}.", mim, cfg.decoder_layers, CLIP_BLOCK)]
+        ("fusion.text_layers.{}.", layers.format("language"), cfg.fusion_layers, FUSION_LAYER),
+        ("fusion.image_layers.{}.", layers.format("vision"), cfg.fusion_layers, FUSION_LAYER),
+        ("objectives.mim.blocks.{}.", "mim_head.decoder.resblocks.{}.", cfg.decoder_layers,
+         CLIP_BLOCK)]
     for ours, theirs, count, names in groups:
         for i in range(count):
             for name, released in names.items():

@@ -93,9 +93,7 @@ def infer_config(state: State, path: Path, known: dict) -> dict:
 
     # The task, and the losses of pre-training.
     modules = {module_of(name) for name in state}
-    for task in ("vqa", "cls", "irtr"):
-        if task in modules:
-            found["task"] = task
+    found |= {"task": task for task in ("vqa", "cls", "irtr") if task in modules}
     if modules & OBJECTIVES["pretrain"].keys():
         for name in [f.name for f in fields(ModelConfig) if f.name in OBJECTIVES["pretrain"]]:
             found[name] = (known.get(name) or 1.0) if name in modules else 0.0
@@ -163,8 +161,7 @@ def load_m3ae(path: Path | str, **given) -> tuple[ModelConfig, State]:
     with reading(path):
         config = content.get("model_config", content.get("hyper_parameters", {}))
         config = config.get("config", config)
-        if "num_heads" in config:                          # the released name of fusion_heads
-            config["fusion_heads"] = config["num_heads"]
+        config = {"fusion_heads": config.get("num_heads"), **config}    # num_heads: as released
         known = {f.name: f.type(config[f.name]) for f in fields(ModelConfig)
                  if isinstance(config.get(f.name), (bool, int, float, str))}
         known |= given

@@ -135,6 +135,15 @@ def test_a_script_is_spacious(path):
     assert density <= TOKENS_PER_LINE
 
 
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_an_assignment_sets_at_most_two_unlike_things(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+            kinds = {type(value) for value in node.value.elts}
+            names = getattr(node.targets[0], "elts", [])
+            assert len(names) <= 2 or len(kinds) == 1, f"line {node.lineno}: one line for each"
+
+
 @pytest.mark.parametrize("name", README_WORDS)
 def test_a_readme_is_short(name):
     text = (ROOT / name).read_text()
