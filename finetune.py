@@ -49,9 +49,9 @@ class TaskConfig:
     zero_shot: bool = opt(
         False, "irtr: rank with the weights of --init, without training")
     rank: str = opt(
-        "match", "irtr: match (the fusion scores every pair) or itc (the contrast, in seconds)")
+        "match", "irtr: rank by match (the fusion scores every pair) or itc (the ITC head)")
     rerank: int = opt(
-        0, "irtr: with --rank itc the fusion ranks so many of the best candidates again")
+        0, "irtr: after --rank itc, the fusion ranks this many candidates again")
 
     def check(self) -> None:
         """Raise UserError if a setting is not known or two contradict each other."""

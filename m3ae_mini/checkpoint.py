@@ -39,8 +39,7 @@ def check_run_dir(out: Path, resume: bool) -> None:
 def open_run_dir(out: Path, resume: bool) -> Path | None:
     """Make the run's folder and lock it against other runs -> its newest whole checkpoint, or None
 
-    Where no run begins in it, because a mistake is found, the folder is removed again at the
-    end."""
+    A folder in which no run was started, because of a mistake, is removed when Python ends."""
     check_run_dir(out, resume)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -116,7 +115,7 @@ def write_atomic(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
 # -------------------------------------------------------------------------------------- checkpoints
 
 def save_weights(path: Path, model: nn.Module, step: int, **more) -> None:
-    """Write the weights, the step, the model's settings, and whatever else is given."""
+    """Write the weights, the step, the model's settings, and `more`."""
     state = {"model": model.state_dict(), "step": step, "model_config": asdict(model.cfg)} | more
     write_atomic(path, lambda file: torch.save(state, file))
 

@@ -15,9 +15,6 @@ from typing import Any
 
 # ------------------------------------------------------------------------------------------- errors
 
-FEW_NEGATIVES = 8                      # rows of a micro-batch below which matching is warned of
-
-
 class UserError(Exception):
     """A mistake of the user's making: one sentence that says what is wrong and how to mend it."""
 
@@ -137,7 +134,7 @@ class TrainConfig:
     steps: int = opt(100_000, "optimizer steps")
     epochs: float = opt(0.0, "length in passes over the training samples, instead of --steps")
     train_samples: int = opt(0, "use at most this many training samples; 0: all")
-    batch_size: int = opt(256, "samples a step, over all processes")
+    batch_size: int = opt(256, "samples per step, over all processes")
     micro_batch: int = opt(32, "samples of one forward pass of one process")
     lr: float = opt(1e-5, "peak learning rate")
     text_lr_mult: float = opt(1.0, "rate of the text encoder, times --lr; 0 freezes it")
@@ -198,12 +195,15 @@ class RunConfig:
             require(ok, f"--{name} {value}: use {at_least} or more")
 
 
+FEW_NEGATIVES = 8                      # below it, matching is warned of: see fit_micro_batch
+
+
 def fit_micro_batch(model_cfg: ModelConfig, train_cfg: TrainConfig, world_size: int,
                     given: int | None, saved: dict | None) -> list[str]:
     """Set the micro-batch for `world_size` processes -> lines to print about it
 
-    given: --micro_batch, None if it was not given; saved: config.json of a run that goes on,
-    which keeps its own. Else it is the preset's, or the largest below it that divides.
+    given: --micro_batch, None if it was not given; saved: config.json of a resumed run, which keeps
+    its own. Else it is the preset's, or the largest below it that divides.
     UserError if batch, micro-batch and number of processes do not fit each other."""
     batch_size, preset = train_cfg.batch_size, train_cfg.micro_batch
     if given is None and saved is not None:

@@ -272,7 +272,7 @@ def load(samples: Samples, micro_batches: Iterable[tuple[int, int, np.ndarray]],
          ahead: int = 3) -> Iterator[LoadedBatch]:
     """Yield the micro-batches as tensors on `device`; `image` is float32 (B, 3, S, S), normalised.
 
-    micro_batches: (step, micro_batch_index, indices) each. settings_at: in training, the settings
+    micro_batches: (step, micro_batch_index, indices) each. settings_of: in training, the settings
     of a step. One thread works `ahead` of the caller. For a GPU it copies from pinned buffers; a
     buffer is filled again only after its copy has ended."""
     device, side = torch.device(device), samples.cfg.image_size

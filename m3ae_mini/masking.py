@@ -106,8 +106,9 @@ def sample_itm_pairs(image: np.ndarray, text: np.ndarray, noise: np.ndarray, gro
     """Image-text matching: the row whose image each text gets, int64 (B,).
 
     Half of the rows, rounded down, get another row's image; a row without a negative keeps its own.
-    A share `hard_negatives` of the wrong images is of the text's own group where there is one: then
-    the group alone does not tell. noise: uniform (B, B+2)."""
+    A share `hard_negatives` of the wrong images comes from the text's own group, if it has another
+    pair: then the group alone does not give the answer. noise: uniform (B, B+2). Column 0 chooses
+    the rows that get a wrong image, 1 decides for a hard negative, the others choose negatives."""
     positive_index = np.arange(len(image))                            # (B,)
     random_index = sample_negatives(image, text, noise[:, 2:], 1)[:, 0]  # (B,)
     hard_index = sample_negatives(image, text, noise[:, 2:], 1, group)[:, 0]  # (B,)

@@ -189,7 +189,7 @@ class Fusion(nn.Module):
     - forward takes text (B, T, D), image (B, N, D), text_mask (B, T) and returns both streams in
       the same shapes. Padding, where text_mask is 0, must not change any other output, and no row
       of the batch may change another.
-    - Either side may have a batch of 1 beside many: retrieval scores one image with many texts.
+    - Either side may have a batch of 1: retrieval scores one image with many texts.
     - It must accept depth, streams and num_queries, but may ignore them and return both streams
       whole: they only save work. (Without depth, pixels are decoded after the last layer.)
     - attention_map may be left out: then `finetune.py --predict` draws none."""
@@ -212,7 +212,7 @@ class Fusion(nn.Module):
         depth = len(self.text_layers) if depth is None else depth
 
         for i in range(depth):
-            # Only the last layer may leave out what nobody reads.
+            # Only the last layer may leave out what no later step reads.
             wanted, queries = ("text", "image"), None
             if i == depth - 1:
                 wanted, queries = streams, num_queries
@@ -301,9 +301,9 @@ def use_grad_checkpointing(model: nn.Module) -> None:
 def initialise(model: Backbone) -> None:
     """Initial values: matrices normal, biases 0; the image encoder as CLIP from scratch.
 
-    The paper's 0.02 suits its width of 768. A narrower model gets more, so that a sub-layer keeps
-    its size beside the residual: at width 128 words were then learned nearly twice as fast (one run
-    each)."""
+    The paper's 0.02 suits its width of 768. A narrower model gets more, so that a sub-layer's
+    output stays as large relative to the residual: at width 128 words were then learned nearly
+    twice as fast (one run each)."""
     std = 0.02 * (768 / model.cfg.fusion_width) ** 0.5
     for module in model.modules():
         if isinstance(module, nn.Linear):

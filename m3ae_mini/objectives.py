@@ -168,8 +168,8 @@ class ITC(nn.Module):
     def forward(self, model: Backbone, batch: dict, text: Tensor, image: Tensor) -> dict:
         """text (B, T, D), image (B, 1+L, D) -> itc_loss (), itc_logits (B, B): text i with image j
 
-        The loss is the mean of both directions. Rows that share an image or a text are no negatives
-        of each other: batch["image_id"], batch["text_id"] (B,) tell, where they are given."""
+        The loss is the mean of both directions. Rows with the same image or text are not negatives
+        of each other. They have equal batch["image_id"] or batch["text_id"], (B,), if given."""
         logits = self.scores(self.text_features(text), self.image_features(image))  # (B, B)
         targets = torch.arange(len(logits), device=logits.device)     # (B,)
         same = torch.zeros_like(logits, dtype=torch.bool)             # (B, B)

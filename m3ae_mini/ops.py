@@ -8,8 +8,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None =
               dropout: float = 0.0) -> Tensor:
     """Multi-head attention of q (B, Q, W) over k, v (B, N, W) -> (B, Q, W).
 
-    q, or k and v, may have a batch of 1 beside many. mask: bool (B, 1, 1, N), False where a key is
-    padding. dropout: share of the attention weights that is set to zero."""
+    q, or k and v, may have a batch of 1 while the other has many. mask: bool (B, 1, 1, N), False
+    where a key is padding. dropout: share of the attention weights that is set to zero."""
     q, k, v = (split_heads(x, heads) for x in (q, k, v))              # (B, H, Q | N, W/H)
     if fused_is_faster(q, dropout):
         # The fused kernel wants equal batches; an expanded tensor takes no memory.

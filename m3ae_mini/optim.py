@@ -98,8 +98,8 @@ def check_fusion(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
     text = model.encode_text(batch["text_ids"], mask)                 # (B, T, D)
     image = model.encode_image(batch["image"])                        # (B, 1+L, D)
     wanted = [tuple(text.shape), tuple(image.shape)]
-    for what, texts, images in (("one image beside many texts", text, image[:1]),
-                                ("one text beside many images", text[:1], image)):
+    for what, texts, images in (("one image and many texts", text, image[:1]),
+                                ("one text and many images", text[:1], image)):
         try:
             shapes = [tuple(x.shape) for x in model.fuse(texts, images, mask[:len(texts)])]
             problem = "" if shapes == wanted else f"it returns {shapes}, not {wanted}"

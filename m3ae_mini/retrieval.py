@@ -18,8 +18,8 @@ PAIRS = 128                                     # (image, text) pairs of one pas
 
 class Ranking(NamedTuple):
     """How retrieval ranks the candidates of a query."""
-    by: str = "match"                  # match: the fusion scores every pair; itc: the contrast does
-    rerank: int = 0                    # itc: the fusion ranks the best so many candidates again
+    by: str = "match"                  # match: the fusion scores every pair; itc: ITC does
+    rerank: int = 0                    # itc: how many best candidates the fusion ranks again
 
 
 def retrieval_metrics(model: M3AE, samples: Samples, dist_env: DistEnv, limit: int,
@@ -55,7 +55,7 @@ def retrieval_metrics(model: M3AE, samples: Samples, dist_env: DistEnv, limit: i
 
 def rerank(model: M3AE, scores: Tensor, texts: Tensor, masks: Tensor, images: Tensor, count: int,
            direction: str, dist_env: DistEnv) -> Tensor:
-    """scores (Q, P) by contrast -> (Q, P), in which the best `count` candidates of each query come
+    """scores (Q, P) of ITC -> (Q, P), in which the best `count` candidates of each query come
     first, in the order of their matching score. t2i: texts are the queries; i2t: images."""
     if not count:
         return scores.cpu()
@@ -68,13 +68,13 @@ def rerank(model: M3AE, scores: Tensor, texts: Tensor, masks: Tensor, images: Te
         new[query] = match_scores(model, texts[text], images[image], masks[text])  # (k,)
     new = dist_env.all_reduce(new)
 
-    # Above all others: matching scores are unbounded, so shift them over the best contrast score.
+    # Above all others: matching scores are unbounded, so shift them above the best ITC score.
     by_query = by_query.scatter(1, best, by_query.max() + 1 + new - new.min())
     return (by_query if direction == "t2i" else by_query.T).cpu()
 
 
 def match_scores(model: M3AE, texts: Tensor, images: Tensor, masks: Tensor) -> Tensor:
-    """The retrieval head's score of pairs; one text or one image may stand beside many: (B,)
+    """The retrieval head's score of pairs; the texts or the images may be a single one: (B,)
 
     In float32: wrong candidates win ties, and bf16 makes many scores equal."""
     fc = model.objectives["irtr"].fc

@@ -16,7 +16,7 @@ PAD_ID = {"roberta": 1, "bert": 0}
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` of RoBERTa's or BERT's kind, told apart by its special tokens.
+    """A `tokenizers.Tokenizer` of RoBERTa's or BERT's kind; the special tokens tell which.
 
     cls_id, pad_id, sep_id, mask_id: ids of the special tokens; non_special_ids (n,): all other ids;
     vocab_size: largest id + 1; json, hash: the tokenizer as text, and what tells it from

@@ -142,10 +142,10 @@ def test_padding_changes_no_real_token(streams):
         "the fusion sees padding: what stands where text_mask is 0 changes the real tokens")
 
 
-@pytest.mark.parametrize("what", ["one image beside many texts", "one text beside many images"])
+@pytest.mark.parametrize("what", ["one image and many texts", "one text and many images"])
 def test_one_beside_many_is_that_one_repeated(what, streams):
     model, text, image, mask = streams
-    if what == "one image beside many texts":
+    if what == "one image and many texts":
         image, repeated = image[:1], (text, image[:1].expand_as(image), mask)
     else:
         repeated = text[:1].expand_as(text), image, mask[:1].expand_as(mask)

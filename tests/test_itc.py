@@ -1,7 +1,4 @@
 """Image-text contrast: its loss and gradient by hand, what it may not count, and ranking by it."""
-import json
-import math
-
 import pytest
 import torch
 

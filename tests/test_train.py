@@ -81,7 +81,7 @@ class OneSided(Fusion):
 
 
 class Grows(Fusion):
-    """A fusion that returns one row more where an image stands beside many texts."""
+    """A fusion that returns one row more for one image and many texts."""
 
     def forward(self, text, image, text_mask, **limits):
         text, new_image = super().forward(text, image, text_mask, **limits)
@@ -90,8 +90,8 @@ class Grows(Fusion):
 
 @pytest.mark.parametrize("gpus", [0, 2])
 @pytest.mark.parametrize("fusion, words", [
-    (OneSided, "fails with one image beside many texts, which retrieval needs"),
-    (Grows, r"fails with one image beside many texts, .*: it returns")])
+    (OneSided, "fails with one image and many texts, which retrieval needs"),
+    (Grows, r"fails with one image and many texts, .*: it returns")])
 def test_a_fusion_that_fails_beside_many_is_refused(fusion, words, gpus, pack, tmp_path, monkeypatch):
     """Before a process starts, and before the folder holds a run."""
     monkeypatch.setattr("m3ae_mini.model.Fusion", fusion)
