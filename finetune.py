@@ -70,6 +70,7 @@ class Data(NamedTuple):
     ranking: Ranking                   # of retrieval's candidates
     tokenizer: Tokenizer
     cfg: ModelConfig                   # with the sizes of vocabulary and label list
+    unused: list[str]                  # names of the parameters that no loss reads
     settings: dict                     # written to config.json, compared on resume
 
 
@@ -132,8 +133,7 @@ def main():
     if init_weights and not resume_from:
         origin, notes = weights.load_pretrained(model, init_weights)
         dist_env.print(weights.origin_table(model, origin, notes))
-    optim.freeze(model, train_cfg)
-    optim.dry_run(model, data.train.example())
+    optim.freeze(model, train_cfg, data.unused)
     model.to(dist_env.device)
     keep_freed_memory()
     if task_cfg.zero_shot:
@@ -225,7 +225,7 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
         if labels:
             samples.label_ids = label_ids(samples, labels)
 
-    optim.check_model(cfg, train_cfg, train.example())
+    unused = optim.dry_run(cfg, train_cfg, train.example())
     optim.epochs_to_steps(train_cfg, run_cfg, train.n)
     fingerprints = [pack.fingerprint() for pack in packs]
     settings = {
@@ -235,7 +235,7 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
         "task": asdict(task_cfg),
         "data": {"packs": fingerprints, "tokenizer": tokenizer.hash, "labels": labels}}
     ranking = Ranking(task_cfg.rank, task_cfg.rerank)
-    return Data(train, val, test, labels, ranking, tokenizer, cfg, settings)
+    return Data(train, val, test, labels, ranking, tokenizer, cfg, unused, settings)
 
 
 def mean_image(samples: Samples) -> np.ndarray:

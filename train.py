@@ -39,6 +39,7 @@ class Data(NamedTuple):
     val: Samples
     tokenizer: Tokenizer
     cfg: ModelConfig                   # with the size of the tokenizer's vocabulary
+    unused: list[str]                  # names of the parameters that no loss reads
     settings: dict                     # written to config.json, compared on resume
 
 
@@ -93,8 +94,7 @@ def main():
     if init_weights and not resume_from:
         origin, notes = weights.load_pretrained(model, init_weights)
         dist_env.print(weights.origin_table(model, origin, notes))
-    optim.freeze(model, train_cfg)
-    optim.dry_run(model, data.train.example())
+    optim.freeze(model, train_cfg, data.unused)
     model.to(dist_env.device)
     keep_freed_memory()
 
@@ -161,7 +161,7 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
 
     train = Samples(packs, "train", tokenizer, cfg, train_cfg, train_cfg.train_samples)
     val = Samples(packs, "val", tokenizer, cfg, train_cfg)
-    optim.check_model(cfg, train_cfg, train.example())
+    unused = optim.dry_run(cfg, train_cfg, train.example())
     optim.epochs_to_steps(train_cfg, run_cfg, train.n)
     fingerprints = [pack.fingerprint() for pack in packs]
     settings = {
@@ -169,7 +169,7 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
         "train": asdict(train_cfg),
         "run": asdict(run_cfg),
         "data": {"packs": fingerprints, "tokenizer": tokenizer.hash}}
-    return Data(train, val, tokenizer, cfg, settings)
+    return Data(train, val, tokenizer, cfg, unused, settings)
 
 
 # ----------------------------------------------------------------------------------------- the loop

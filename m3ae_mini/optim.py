@@ -1,4 +1,6 @@
 """The optimizer's parameter groups, the learning-rate schedule, and what is frozen."""
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
@@ -15,10 +17,12 @@ def lr_mult_of(name: str, train_cfg: TrainConfig) -> float:
     return getattr(train_cfg, f"{part}_lr_mult")
 
 
-def freeze(model: nn.Module, train_cfg: TrainConfig) -> None:
-    """Freeze the parts whose rate is 0: no gradient, no optimizer state, no dropout there."""
+def freeze(model: nn.Module, train_cfg: TrainConfig, unused: Collection[str] = ()) -> None:
+    """Freeze the parts whose rate is 0: no gradient, no optimizer state, no dropout there.
+
+    unused: names of parameters that no loss reads (see `dry_run`). They are frozen, too."""
     for name, parameter in model.named_parameters():
-        if lr_mult_of(name, train_cfg) == 0:
+        if name in unused or lr_mult_of(name, train_cfg) == 0:
             parameter.requires_grad_(False)
     for name, module in model.named_modules():
         for field in ("dropout", "p"):                                # ours, nn.Dropout's
@@ -67,28 +71,19 @@ def epochs_to_steps(train_cfg: TrainConfig, run_cfg: RunConfig, num_samples: int
     run_cfg.save_every = run_cfg.save_every or max(1, round(epoch))
 
 
-def check_model(cfg: ModelConfig, train_cfg: TrainConfig, batch: dict[str, torch.Tensor]) -> None:
-    """What `freeze` and `dry_run` refuse, found before a run begins: UserError."""
+def dry_run(cfg: ModelConfig, train_cfg: TrainConfig, batch: dict[str, torch.Tensor]) -> list[str]:
+    """One step on the meta device (shapes without numbers), before a run begins.
+
+    Returns the names of the parameters that get no gradient, as no loss reads them (without ITM,
+    the last layer's image stream): DDP refuses them, so `freeze` takes them. UserError if all parts
+    are frozen, or if the fusion does not keep to its contract (Fusion.forward)."""
     with torch.device("meta"):
-        model = M3AE(cfg)
+        model = M3AE(cfg).to("meta")
     freeze(model, train_cfg)
-    dry_run(model, batch)
-
-
-def dry_run(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
-    """One step of a copy on the meta device (shapes without numbers), before the first step.
-
-    It freezes what no loss reads (without ITM, the last layer's image stream): DDP refuses
-    parameters that get no gradient. UserError if the fusion does not keep to its contract
-    (Fusion.forward)."""
-    with torch.device("meta"):
-        meta_model = type(model)(model.cfg).to("meta")
     meta_batch = {name: tensor.to("meta") for name, tensor in batch.items()}
-    check_fusion(meta_model, meta_batch)
-    meta_model(meta_batch)["loss"].backward()
-    for parameter, meta_parameter in zip(model.parameters(), meta_model.parameters(), strict=True):
-        if meta_parameter.grad is None:
-            parameter.requires_grad_(False)
+    check_fusion(model, meta_batch)
+    model(meta_batch)["loss"].backward()
+    return [name for name, parameter in model.named_parameters() if parameter.grad is None]
 
 
 @torch.no_grad()

@@ -57,7 +57,8 @@ def test_what_the_user_froze_stays_frozen(small_config, random_batch):
     cfg = small_config(itm=0.0)
     model = M3AE(cfg)
     model.vit.requires_grad_(False)
-    optim.dry_run(model, random_batch(cfg) | {"mlm_positions": torch.arange(4)})
+    batch = random_batch(cfg) | {"mlm_positions": torch.arange(4)}
+    optim.freeze(model, TrainConfig(), optim.dry_run(cfg, TrainConfig(), batch))
     assert not any(parameter.requires_grad for parameter in model.vit.parameters())
     assert not any(parameter.requires_grad for parameter in model.image_pooler.parameters())    # unused
     assert all(parameter.requires_grad for parameter in model.text.parameters())
@@ -117,7 +118,7 @@ def test_a_fusion_may_ignore_what_only_saves_work(small_config, random_batch, mo
     """Where --mim_layer 0 decodes pixels before the fusion, it is not called."""
     monkeypatch.setattr("m3ae_mini.model.Fusion", Wasteful)
     cfg = small_config(mim_layer=layer, itm=0.0)
-    optim.dry_run(M3AE(cfg), random_batch(cfg) | {"mlm_positions": torch.arange(4)})
+    optim.dry_run(cfg, TrainConfig(), random_batch(cfg) | {"mlm_positions": torch.arange(4)})
 
 
 class Length(torch.nn.Module):
@@ -128,7 +129,7 @@ class Length(torch.nn.Module):
         super().__init__()
         self.fc = torch.nn.Linear(cfg.fusion_width, 1)
 
-    def forward(self, model, batch, text, image):
+    def forward(self, model, batch, text):
         predicted = self.fc(text[:, 0])[:, 0]                                          # (B,)
         return {"length_loss": (predicted - batch["text_mask"].sum(1)).square().mean()}
 
