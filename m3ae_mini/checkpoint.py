@@ -78,8 +78,7 @@ def check_same_settings(out: Path, settings: dict[str, dict]) -> None:
     with reading(out / "config.json"):
         for part in settings.keys() - {"run"} if saved else ():
             for name, value in json.loads(json.dumps(settings[part])).items():
-                old = saved.get(part, {}).get(name)
-                if old != value:
+                if (old := saved.get(part, {}).get(name)) != value:
                     changed.append(f"{name} {old!r:.60} (now {value!r:.60})")
     require(not changed, f"{out} was started with other settings: {', '.join(sorted(changed))}; "
             "give the same, or choose another --out")

@@ -253,7 +253,6 @@ PRESETS = {
         steps=1500, lr=1e-3, hard_negatives=0.75, eval_every=375, save_every=375, eval_samples=512)}
 
 # Fine-tuning: what differs from the preset in each task; for base as in the paper.
-EACH_EPOCH = dict(eval_every=0, save_every=0)
 TASKS = {
     "base": {
         "vqa": dict(image_size=384, max_text_len=32, batch_size=64, epochs=50.0, lr=5e-6,
@@ -278,7 +277,7 @@ def preset_values(cls: type, preset: str, task: str = "pretrain",
     require(preset in PRESETS, f"--preset {preset} is not known: use {', '.join(PRESETS)}")
     values = dict(PRESETS[preset])
     if task in TASKS[preset]:
-        values |= EACH_EPOCH | TASKS[preset][task]
+        values |= {"eval_every": 0, "save_every": 0, **TASKS[preset][task]}         # once an epoch
     values |= given or {}
     return {f.name: values[f.name] for f in fields(cls) if f.name in values}
 

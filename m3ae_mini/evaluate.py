@@ -70,15 +70,15 @@ def validation_metrics(model: M3AE, batch: dict[str, Tensor]) -> dict[str, Tenso
     The cross-modal gains show whether each modality uses the other: how much accuracy falls, or
     error grows, if the other modality is swapped for that of a random or a hard negative. Rows
     without a negative don't count."""
-    text = model.encode_text(batch["text_ids"], batch["text_mask"])   # (B, T, D)
-    image = model.encode_image(batch["image"])                        # (B, 1+L, D)
+    encoded = model.encode(batch)
     metrics: dict[str, Tensor] = {}
     for name, objective in model.objectives.items():
+        inputs = {key: encoded[key] for key in objective.inputs}
         if name in METRICS:
-            metrics |= METRICS[name](model, batch, text, image)
+            metrics |= METRICS[name](model, batch, **inputs)
         else:                          # an objective of your own: its loss
-            loss = objective(model, batch, text, image)[f"{name}_loss"]
-            metrics[f"{name}_loss"] = torch.stack([loss * len(image), loss.new_tensor(len(image))])
+            loss, size = objective(model, batch, **inputs)[f"{name}_loss"], len(batch["image"])
+            metrics[f"{name}_loss"] = torch.stack([loss * size, loss.new_tensor(size)])
     return metrics
 
 
@@ -89,10 +89,10 @@ def negatives(batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
                             "hard": batch["hard_negative_index"]}
 
 
-def mlm_metrics(model: M3AE, batch: dict, text: Tensor, image: Tensor) -> dict[str, Tensor]:
+def mlm_metrics(model: M3AE, batch: dict, masked_text: Tensor, image: Tensor) -> dict[str, Tensor]:
     """Loss and accuracy of the masked words; the same with wrong images, and the gain over them."""
     positive_index, negative_index = negatives(batch)
-    out = model.objectives["mlm"](model, batch, text, image)
+    out = model.objectives["mlm"](model, batch, masked_text, image)
     targets = out["mlm_targets"]                                      # (M,)
     right = out["mlm_logits"].argmax(-1) == targets                   # (M,)
     counts = targets != -100                                          # (M,) padding doesn't count
@@ -101,7 +101,7 @@ def mlm_metrics(model: M3AE, batch: dict, text: Tensor, image: Tensor) -> dict[s
     metrics = {"mlm_loss": torch.stack([out["mlm_loss"] * counts.sum(), counts.sum()]),
                "mlm_acc": sum_and_count(right, counts)}
     for name, index in negative_index.items():
-        swapped = model.objectives["mlm"](model, batch, text, image.index_select(0, index))
+        swapped = model.objectives["mlm"](model, batch, masked_text, image.index_select(0, index))
         swapped_right = swapped["mlm_logits"].argmax(-1) == targets   # (M,)
         has_negative = counts & (index != positive_index)[row]        # (M,)
         gain = right.float() - swapped_right.float()                  # (M,)
@@ -110,15 +110,16 @@ def mlm_metrics(model: M3AE, batch: dict, text: Tensor, image: Tensor) -> dict[s
     return metrics
 
 
-def mim_metrics(model: M3AE, batch: dict, text: Tensor, image: Tensor) -> dict[str, Tensor]:
+def mim_metrics(model: M3AE, batch: dict, text: Tensor | None = None) -> dict[str, Tensor]:
     """Error of the hidden patches, and how much it grows with a random wrong text."""
     positive_index, negative_index = negatives(batch)
     target = MIM.target(batch["image"], model.cfg)                    # (B, L, 3·P²)
     index = negative_index["random"]                                  # (B,)
-    wrong_text = batch | {"text_mask": batch["text_mask"].index_select(0, index)}
+    wrong_mask = batch | {"text_mask": batch["text_mask"].index_select(0, index)}
+    wrong_text = None if text is None else text.index_select(0, index)  # (B, T, D)
 
-    out = model.objectives["mim"](model, batch, text, image)
-    swapped = model.objectives["mim"](model, wrong_text, text.index_select(0, index), image)
+    out = model.objectives["mim"](model, batch, text)
+    swapped = model.objectives["mim"](model, wrong_mask, wrong_text)
     hidden = out["mim_hidden"].bool()                                 # (B, L)
     error = (out["mim_pred"] - target).square().mean(-1)              # (B, L)
     swapped_error = (swapped["mim_pred"] - target).square().mean(-1)  # (B, L)

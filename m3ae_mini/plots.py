@@ -38,7 +38,7 @@ def reconstruct(model: M3AE, batch: dict) -> tuple[Tensor, Tensor]:
     Where the model predicts normalised patches, each gets its true mean and deviation back."""
     size = model.cfg.patch_size
     text = model.encode_text(batch["text_ids"], batch["text_mask"])   # (B, T, D)
-    out = model.objectives["mim"](model, batch, text, None)
+    out = model.objectives["mim"](model, batch, text)
     pred, hidden = out["mim_pred"], out["mim_hidden"].bool()[..., None]  # (B, L, 3·P²), (B, L, 1)
     patches = patchify(batch["image"], size)                          # (B, L, 3·P²)
     if model.cfg.norm_pix_loss:
@@ -67,7 +67,8 @@ def reconstructions(model: M3AE, samples: Samples, dist_env: DistEnv, path: Path
         if "mim" in model.objectives:
             masked, restored = reconstruct(model, batch)
         if "mlm" in model.objectives:
-            out = model.objectives["mlm"](model, batch, None, model.encode_image(batch["image"]))
+            text = model.encode_text(batch["mlm_ids"], batch["text_mask"])  # (B, T, D)
+            out = model.objectives["mlm"](model, batch, text, model.encode_image(batch["image"]))
             tokens = out["mlm_logits"].argmax(-1).tolist()            # (M,)
             guesses = dict(zip(batch["mlm_positions"].tolist(), tokens))
     model.train()

@@ -48,10 +48,7 @@ def rename_keys(tensors: dict[str, Tensor], path: Path, released: str, anchor: s
     with reading(path):
         released_tensors = {r: tensors[name] for r, name in released_to_file.items()}
         state = State(from_official(released_tensors, deep))
-    used = set()
-    for name, released_names in name_table(deep):
-        if name in state:
-            used.update(released_names)
+    used = {r for name, names in name_table(deep) if name in state for r in names}
     state.unused = [name for r, name in released_to_file.items() if r not in used]
     return state
 

@@ -119,9 +119,8 @@ def test_what_reaches_a_masked_word(name, mixes, code_of, small_config, random_b
     text, logits = torch.randn(4, 12, 64), []
     for noise in 0, 1:
         text[:, 2] += noise * torch.randn(64)
-        backbone = SimpleNamespace(encode_text=lambda *_: text,
-                                   fuse=lambda text, *_, **limits: (text, None))
-        logits.append(mlm(backbone, batch, None, None)["mlm_logits"])
+        backbone = SimpleNamespace(fuse=lambda text, *_, **limits: (text, None))
+        logits.append(mlm(backbone, batch, text, None)["mlm_logits"])
     assert torch.equal(*logits) != mixes
 
 
@@ -134,7 +133,7 @@ def test_the_target_is_the_image_before_it_is_perturbed(code_of, small_config, r
     for training in True, False:
         model.train(training)
         text = model.encode_text(batch["text_ids"], batch["text_mask"])
-        out = mim(model, batch, text, None)
+        out = mim(model, batch, text)
         error = (out["mim_pred"] - mim.target(batch["image"], cfg)).square().mean(-1)
         assert torch.isclose(out["mim_loss"], error[out["mim_hidden"] == 1].mean())
         assert torch.equal(seen[-1], batch["image"]) != training

@@ -95,7 +95,8 @@ def front(model: M3AE, samples: Samples, path: Path) -> None:
                for group in groups]
     batch = batch_of(samples, indices)
     masked, restored = reconstruct(model, batch)
-    out = model.objectives["mlm"](model, batch, None, model.encode_image(batch["image"]))
+    text = model.encode_text(batch["mlm_ids"], batch["text_mask"])
+    out = model.objectives["mlm"](model, batch, text, model.encode_image(batch["image"]))
     tokens = out["mlm_logits"].argmax(-1).tolist()
     guesses = dict(zip(batch["mlm_positions"].tolist(), tokens))
 
@@ -128,7 +129,7 @@ def ratios(model: M3AE, samples: Samples, path: Path, count: int = 3) -> None:
         model.mask_ratio, errors = ratio, []
         for loaded in load(samples, validation_micro_batches(samples, 512), VAL_SEED, "cpu"):
             text = model.encode_text(loaded.batch["text_ids"], loaded.batch["text_mask"])
-            out = model.objectives["mim"](model, loaded.batch, text, None)
+            out = model.objectives["mim"](model, loaded.batch, text)
             errors.append(out["mim_loss"].item())
         masked, restored = reconstruct(model, batch)
 
@@ -198,7 +199,8 @@ def probabilities(model: M3AE, batch: dict, ids: Tensor, position: int) -> tuple
     labels[0, position] = batch["text_ids"][0, position]
     many = {"mlm_ids": ids, "text_mask": batch["text_mask"], "mlm_labels": labels}
     many = {name: tensor.repeat(1 + count, 1) for name, tensor in many.items()}
-    out = model.objectives["mlm"](model, many, None, model.encode_image(images))
+    text = model.encode_text(many["mlm_ids"], many["text_mask"])
+    out = model.objectives["mlm"](model, many, text, model.encode_image(images))
     found = out["mlm_logits"].softmax(-1).gather(1, out["mlm_targets"][:, None])[:, 0]  # (1+L,)
     return found[0], found[1:]
 
