@@ -37,7 +37,8 @@ def test_another_loss_is_noticed():
 @pytest.mark.parametrize("flags, column, ways", [
     ("step --preset tiny --attn_dropout 0", "samples/s", 4),
     ("loader --images 16", "images/s and core", 3),
-    ("retrieval --preset tiny --pairs 16", "s per pair", 2)])
+    ("retrieval --preset tiny --pairs 16", "s per pair", 2),
+    ("launches --preset tiny", "kernels", 2)])
 def test_each_way_gives_a_row_of_numbers(flags, column, ways, monkeypatch, capsys):
     threads = torch.get_num_threads()
     monkeypatch.setattr(bench, "in_fresh_process", lambda function, *args: function(*args))
@@ -48,6 +49,14 @@ def test_each_way_gives_a_row_of_numbers(flags, column, ways, monkeypatch, capsy
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     names, _, *rows = [[cell.strip() for cell in line.split("|")] for line in lines]
     assert len(rows) == ways and all(float(row[names.index(column)]) > 0 for row in rows)
+
+
+def test_kernels_are_counted_without_views():
+    x, weight = torch.ones(4, 4), torch.ones(4, 4, requires_grad=True)
+    with bench.KernelCounter() as counter:
+        loss = (x.T.reshape(4, 4)[:, :2] @ weight[:2]).tanh().sum()   # views, then three kernels
+    assert counter.count == 4                                         # reshape copies what is turned
+    assert loss.requires_grad
 
 
 def test_the_parts_of_a_step_add_up_to_it(small_config):

@@ -4,6 +4,7 @@
     python tests/experiments/bench.py loader                    images a second and core
     python tests/experiments/bench.py retrieval                 seconds per (image, text) pair
     python tests/experiments/bench.py scaling                   packs of a million; processes
+    python tests/experiments/bench.py launches --preset base    kernels of a micro-batch on a GPU
 
 Before a clock starts, both ways are shown to compute the same. Ways take turns, so that other
 programs slow all of them; a first run is not counted. Each way of a training step runs in a fresh
@@ -39,6 +40,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import phantoms
@@ -46,7 +49,7 @@ from data.images import square
 from data.pack import PACK_VERSION, SAMPLE_DTYPE, Pack
 from data.prepare import positive
 from data.write_pack import write_pack
-from m3ae_mini import M3AE, ModelConfig, model as model_module
+from m3ae_mini import M3AE, ModelConfig, model as model_module, ops
 from m3ae_mini.config import TrainConfig, UserError, require
 from m3ae_mini.distributed import keep_freed_memory, run
 from m3ae_mini.loader import Samples, load, normalise, training_micro_batches
@@ -473,6 +476,64 @@ def training_speed(folder: str, processes: int, threads: int, steps: int) -> flo
     return median(speeds[1:] or speeds)
 
 
+# ------------------------------------------------------------------------------------ GPU launches
+
+# Calls that launch no kernel: they make or rename memory, or ask for a property.
+NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach",
+             "device", "lift_fresh", "scalar_tensor", "_unsafe_view", "is_same_size"}
+
+
+class KernelCounter(TorchDispatchMode):
+    """Counts the calls below autograd that are no views: about one kernel each."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        returns = func._schema.returns
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        self.count += not is_view and func._schema.name.split("::")[1] not in NO_KERNEL
+        return func(*args, **(kwargs or {}))
+
+
+def gpu_dropout(x: Tensor, share: float, training: bool = True) -> Tensor:
+    """One kernel, as on a GPU."""
+    return torch.native_dropout(x, share, True)[0] if share and training else x
+
+
+def count_kernels(way: str, cfg: ModelConfig, batch: dict[str, Tensor]) -> tuple[int, int]:
+    """The kernels of a forward and of a backward pass in bfloat16, on fake tensors.
+
+    Fake tensors have shapes and no numbers. They are CPU tensors whose dropout and attention are
+    one call each, as on a GPU. Left out: the optimizer, and what a library call launches besides
+    its kernel."""
+    fused = F.scaled_dot_product_attention
+    with FakeTensorMode() as mode, mock.patch.multiple(model_module, drop=gpu_dropout), \
+            mock.patch.multiple(ops, drop=gpu_dropout, fused_is_faster=lambda q, dropout: True), \
+            mock.patch.multiple(F, dropout=gpu_dropout, scaled_dot_product_attention=lambda
+                                q, k, v, mask=None, dropout=0.0: fused(q, k, v, mask)):
+        model = M3AE(cfg)
+        fake = {name: mode.from_tensor(tensor) for name, tensor in batch.items()}
+        with KernelCounter() as forward, torch.autocast("cpu", torch.bfloat16):
+            loss = WAYS[way](model, fake)["loss"]
+        with KernelCounter() as backward:
+            loss.backward()
+    return forward.count, backward.count
+
+
+def launches(args: Args) -> None:
+    """How many kernels a GPU is asked for in one micro-batch of pre-training, plain and fast."""
+    cfg = ModelConfig.preset(args.preset, vocab_size=VOCAB_SIZE[args.preset])
+    batch = noise_batch(cfg, args.batch_size, args)
+    rows = []
+    for way in WAYS:
+        forward, backward = count_kernels(way, cfg, batch)
+        rows.append({"way": way, "forward": forward, "backward": backward,
+                     "kernels": forward + backward})
+    show(rows)
+
+
 # ----------------------------------------------------------------------------------- what all share
 
 def autocast(args: Args) -> torch.autocast:
@@ -531,14 +592,14 @@ def show(rows: list[dict]) -> None:
 
 
 def main():
-    benches = {bench.__name__: bench for bench in (step, loader, retrieval, scaling)}
+    benches = {bench.__name__: bench for bench in (step, loader, retrieval, scaling, launches)}
     ways = ("plain", "plain-kept", "fast", "fast-checkpointing")
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", choices=benches)
     add("--preset", choices=VOCAB_SIZE, default="small",
-        help="step, retrieval: which model [small]")
+        help="step, retrieval, launches: which model [small]")
     add("--batch_size", type=positive, default=8,
         help="rows of a batch; retrieval: texts of a block [8]")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
