@@ -23,10 +23,14 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "invariants: holds for any model; run it after an edit")
     config.addinivalue_line("markers", "release: holds the unchanged model; a right edit may fail it")
+    config.addinivalue_line("markers", "gpu: needs a GPU")
 
 
 def pytest_collection_modifyitems(items):
+    no_gpu = pytest.mark.skip(reason="no CUDA GPU here")
     for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
         if item.path.stem in RELEASE:
             item.add_marker("release")
 

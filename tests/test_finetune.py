@@ -93,7 +93,7 @@ def test_it_learns_and_starts_from_the_weights_of_init(packs, pretrained, tmp_pa
     monkeypatch.setattr(finetune, "fit", lambda model, *rest: begun.append(
         {name: tensor.clone() for name, tensor in model.state_dict().items()}) or fit(model, *rest))
     started(monkeypatch, "cls", "--data", packs["cls"], "--init", pretrained, "--out", tmp_path / "run",
-            "--steps", 60, "--lr", 3e-3, "--head_lr_mult", 1, "--fusion_lr_mult", 1, "--dropout", 0,
+            "--steps", 120, "--lr", 3e-3, "--head_lr_mult", 1, "--fusion_lr_mult", 1, "--dropout", 0,
             "--attn_dropout", 0)
     backbone = torch.load(pretrained / "best.pt", weights_only=True)["model"]
     shared = begun[0].keys() & backbone.keys()

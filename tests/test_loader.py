@@ -331,7 +331,7 @@ def test_loader_stops_its_thread(made):
     assert threading.active_count() <= before
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+@pytest.mark.gpu
 def test_cuda_batches_equal_cpu_batches(made):
     pack, _, tokenizer = made
     cfg, train_cfg = settings(tokenizer, steps=30)

@@ -384,7 +384,7 @@ def together(runs, folder):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-3), ("bfloat16", 0.1), ("float16", 0.1)])
 def test_a_gpu_trains_as_the_cpu_does(dtype, tolerance, pack, tmp_path, monkeypatch):
     """Without dropout, whose draws differ from a CPU's: the same losses."""
@@ -395,7 +395,7 @@ def test_a_gpu_trains_as_the_cpu_does(dtype, tolerance, pack, tmp_path, monkeypa
     assert (cpu - gpu).abs().max() < tolerance
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+@pytest.mark.gpu
 def test_a_step_on_a_gpu_waits_for_it_once(pack, tmp_path, monkeypatch):
     """torch warns at every operation that makes the host wait: six more steps bring six more."""
     counts = []
