@@ -28,6 +28,7 @@ class Row(NamedTuple):
     closed: bool | None = None   # is it a closed question (yes/no or a choice)?
     label: str | None = None     # classification
     group: str | None = None     # modality, body part: hard negatives are of the same group
+    patient: str | None = None   # who is shown: the summary counts patients in several splits
     skip: str | None = None      # why this row is not packed; it is counted and listed instead
 
 
