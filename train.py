@@ -18,7 +18,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import phantoms
+from data.baselines import trivial_baselines
 from data.prepare import open_packs
 from m3ae_mini import M3AE, checkpoint, config, evaluate, masking, optim, plots, weights
 from m3ae_mini.config import ModelConfig, RunConfig, TrainConfig
@@ -311,11 +311,7 @@ def report(model: M3AE, data: Data, run_cfg: RunConfig, dist_env: DistEnv) -> No
     if not dist_env.is_main:
         return
 
-    # Phantoms without noise give the noise floor: the error of a perfect reconstruction.
-    all_phantoms = all(pack.meta["name"] == "phantoms" for pack in test.packs)
-    draw_clean = phantoms.draw_clean if all_phantoms else None
-    metrics |= evaluate.baselines(
-        train, test, run_cfg.test_samples, dist_env.device, draw_clean)
+    metrics |= trivial_baselines(train, test, run_cfg.test_samples, dist_env.device)
     checkpoint.Log(out, math.inf).write(best["step"], "test", **metrics)
     print(f"\nOn {min(run_cfg.test_samples, test.n):,} test samples (step {best['step']:,}):")
     print(evaluate.pretraining_table(metrics))

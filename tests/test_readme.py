@@ -194,7 +194,7 @@ def test_the_report_is_the_codes():
     assert re.fullmatch(r"On [\d,]+ test samples \(step [\d,]+\):", head)
     assert plots == "Plots: runs/pretrain/plots"
     metrics = {}
-    default = [line for name, line in evaluate.TABLE.items() if name != "itc_acc"]
+    default = [line for line in evaluate.TABLE.splitlines()[1:] if "itc_acc" not in line]
     for line, template in zip(lines, default, strict=True):
         # The template as a regular expression: a group for each number.
         pattern, formats = "", {}

@@ -206,8 +206,10 @@ def test_imports_point_one_way(path):
 
 
 def test_data_imports_little_of_the_package():
-    """Its settings and errors; labels.py also the samples, and what is right for one."""
+    """Its settings and errors; what judges samples reads them, too."""
+    more_of = {"labels": {"evaluate", "loader"},
+               "baselines": {"evaluate", "loader", "masking", "objectives"}}
     for path in DATA:
         used = {name for name in imported(path) if name.startswith("m3ae_mini.")}
-        more = {"m3ae_mini.evaluate", "m3ae_mini.loader"} if path.stem == "labels" else set()
+        more = {f"m3ae_mini.{name}" for name in more_of.get(path.stem, ())}
         assert used <= {"m3ae_mini.config"} | more, path
