@@ -17,10 +17,13 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from data import clean_text
+from data.baselines import mean_image
 from data.images import open_image, square
 from data.labels import label_ids, list_labels, saved_labels
 from data.prepare import open_packs
-from m3ae_mini import M3AE, checkpoint, config, evaluate, optim, plots, weights
+from data.task_metrics import task_metrics
+from data.texts import choose_tokenizer, text_notes
+from m3ae_mini import M3AE, checkpoint, config, optim, plots, weights
 from m3ae_mini.config import ModelConfig, RunConfig, TrainConfig, UserError, opt, require
 from m3ae_mini.distributed import (
     DistEnv, keep_freed_memory, launch_torchrun, num_processes, pick_device, run,
@@ -31,7 +34,6 @@ from m3ae_mini.retrieval import Ranking
 from m3ae_mini.tokenizer import Tokenizer
 from train import fit
 
-BLIND_SAMPLES = 2048                         # training images whose mean --blind shows
 METRIC_NAMES = {                              # metrics in the report
     "acc": "accuracy",
     "acc_open": "on open questions",
@@ -92,7 +94,8 @@ def main():
     require(train_cfg.init, "give --init RUN or CHECKPOINT, or --init none for random weights")
 
     # The micro-batch that fits the number of processes.
-    saved = checkpoint.saved_settings(out) if run_cfg.resume else None
+    resumed = out if run_cfg.resume else None
+    saved = checkpoint.saved_settings(out) if resumed else None
     lines = config.fit_micro_batch(
         cfg, train_cfg, num_processes(run_cfg), args.micro_batch, saved)
 
@@ -100,7 +103,7 @@ def main():
     if run_cfg.gpus and not started_by_torchrun():
         pick_device(run_cfg)
         checkpoint.check_run_dir(out, run_cfg.resume)
-        new_cfg, init_weights = weights.read_init_files(cfg, train_cfg, vars(args))
+        new_cfg, init_weights = weights.read_init_files(cfg, train_cfg, vars(args), resumed)
         data = load_data(new_cfg, train_cfg, run_cfg, task_cfg, init_weights)
         checkpoint.check_same_settings(out, data.settings)
         launch_torchrun(run_cfg.gpus)
@@ -116,7 +119,7 @@ def main():
     resume_from = dist_env.broadcast(resume_from)
 
     # Weights to start from, and data. Rank 0 goes first: it may write packs and token caches.
-    cfg, init_weights = weights.read_init_files(cfg, train_cfg, vars(args))
+    cfg, init_weights = weights.read_init_files(cfg, train_cfg, vars(args), resumed)
     with dist_env.main_process_first():
         data = load_data(cfg, train_cfg, run_cfg, task_cfg, init_weights)
         if dist_env.is_main:
@@ -124,8 +127,8 @@ def main():
             checkpoint.save_settings(out, data.settings, data.tokenizer)
     dist_env.print(f"{data.train.n:,} training and {data.val.n:,} validation samples; "
                    f"labels: {len(data.labels):,}")
-    num_truncated = sum(samples.num_truncated for samples in (data.train, data.val, data.test))
-    dist_env.print(f"{num_truncated:,} texts of more than {cfg.max_text_len} tokens are truncated")
+    for line in text_notes(data.tokenizer, data.train, data.val, data.test):
+        dist_env.print(line)
 
     # The model, its first weights, and what is frozen.
     torch.manual_seed(train_cfg.seed)
@@ -167,7 +170,7 @@ def main():
 
     # Train, with the loop of train.py; then test the best checkpoint, once.
     def validate(model: M3AE, step: int) -> dict[str, float]:
-        return evaluate.task(
+        return task_metrics(
             model, data.val, data.labels, dist_env, run_cfg.eval_samples, data.ranking)
 
     finished = fit(
@@ -193,7 +196,7 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
     """Open packs and tokenizer, list the labels. UserError if they and the weights don't fit."""
     packs = open_packs(run_cfg.data, cfg.image_size, train_cfg.min_crop_area, cfg.task)
     texts = (line["text"] for pack in packs for line in pack.lines("train"))
-    tokenizer = Tokenizer.choose(train_cfg, run_cfg, texts)
+    tokenizer = choose_tokenizer(train_cfg, run_cfg, texts)
     labels = list_labels(packs, cfg.task, task_cfg.answers)
     cfg = replace(cfg, vocab_size=tokenizer.vocab_size, text_kind=tokenizer.kind)
     if cfg.task == "vqa":
@@ -210,7 +213,8 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
             "--zero_shot is for irtr, with an --init that has the head that --rank uses")
     require(task_cfg.rank == "match" or cfg.itc > 0,
             "--rank itc needs an ITC head: give an --init trained with --itc, or --itc 1")
-    require(saved_labels(Path(train_cfg.init), cfg.task) in (None, labels),
+    has_head = bool(labels) and cfg.task in modules
+    require(not has_head or saved_labels(Path(train_cfg.init), cfg.task) == labels,
             f"{train_cfg.init} was trained with other labels: give --init the run that it was "
             "fine-tuned from")
     weights.check(cfg, init_weights)
@@ -238,23 +242,13 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
     return Data(train, val, test, labels, ranking, tokenizer, cfg, unused, settings)
 
 
-def mean_image(samples: Samples) -> np.ndarray:
-    """The mean of at most BLIND_SAMPLES images, evenly spaced: uint8 (3, S, S)."""
-    side, count = samples.cfg.image_size, min(BLIND_SAMPLES, samples.n)
-    image, total = np.empty((3, side, side), np.uint8), np.zeros((3, side, side))
-    for n in np.arange(count) * samples.n // count:
-        samples.read_image(n, image)
-        total += image
-    return np.rint(total / count).astype(np.uint8)
-
-
 def report(model: M3AE, data: Data, run_cfg: RunConfig, dist_env: DistEnv, step: int) -> None:
     """Evaluate on the test split; log and print the metrics."""
     count = min(run_cfg.test_samples, data.test.n)
     if data.cfg.task == "irtr" and data.ranking.by == "match":
         dist_env.print(f"scoring up to {count:,} × {count:,} pairs; --rank itc --rerank 32 would "
                        f"score {64 * count:,}")
-    metrics = evaluate.task(
+    metrics = task_metrics(
         model, data.test, data.labels, dist_env, run_cfg.test_samples, data.ranking)
     if not dist_env.is_main:
         return
@@ -271,7 +265,7 @@ def report(model: M3AE, data: Data, run_cfg: RunConfig, dist_env: DistEnv, step:
 def predict(task: str, run_dir: Path, image_path: str, text: str) -> None:
     """Print the five most likely answers of a fine-tuned run, and plot where the text attends."""
     # The run.
-    labels = saved_labels(run_dir, task)
+    labels = saved_labels(run_dir, task, with_blind=False)
     require(labels,
             f"{run_dir} is not a run of finetune.py {task} without --blind: give one with --init")
     tokenizer = Tokenizer.load(run_dir)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from data.baselines import trivial_baselines
 from data.prepare import open_packs
+from data.texts import choose_tokenizer, text_notes
 from m3ae_mini import M3AE, checkpoint, config, evaluate, masking, optim, plots, weights
 from m3ae_mini.config import ModelConfig, RunConfig, TrainConfig
 from m3ae_mini.distributed import (
@@ -53,7 +54,8 @@ def main():
     out = Path(run_cfg.out)
 
     # The micro-batch that fits the number of processes.
-    saved = checkpoint.saved_settings(out) if run_cfg.resume else None
+    resumed = out if run_cfg.resume else None
+    saved = checkpoint.saved_settings(out) if resumed else None
     lines = config.fit_micro_batch(
         cfg, train_cfg, num_processes(run_cfg), args.micro_batch, saved)
 
@@ -61,7 +63,7 @@ def main():
     if run_cfg.gpus and not started_by_torchrun():
         pick_device(run_cfg)
         checkpoint.check_run_dir(out, run_cfg.resume)
-        new_cfg, init_weights = weights.read_init_files(cfg, train_cfg, vars(args))
+        new_cfg, init_weights = weights.read_init_files(cfg, train_cfg, vars(args), resumed)
         data = load_data(new_cfg, train_cfg, run_cfg, init_weights)
         checkpoint.check_same_settings(out, data.settings)
         launch_torchrun(run_cfg.gpus)
@@ -77,7 +79,7 @@ def main():
     resume_from = dist_env.broadcast(resume_from)
 
     # Weights to start from, and data. Rank 0 goes first: it may write packs and token caches.
-    cfg, init_weights = weights.read_init_files(cfg, train_cfg, vars(args))
+    cfg, init_weights = weights.read_init_files(cfg, train_cfg, vars(args), resumed)
     with dist_env.main_process_first():
         data = load_data(cfg, train_cfg, run_cfg, init_weights)
         if dist_env.is_main:
@@ -85,8 +87,8 @@ def main():
             checkpoint.save_settings(out, data.settings, data.tokenizer)
     dist_env.print(f"{data.train.n:,} training and {data.val.n:,} validation samples; "
                    f"vocabulary {data.cfg.vocab_size:,}")
-    num_truncated = data.train.num_truncated + data.val.num_truncated
-    dist_env.print(f"{num_truncated:,} texts of more than {cfg.max_text_len} tokens are truncated")
+    for line in text_notes(data.tokenizer, data.train, data.val):
+        dist_env.print(line)
 
     # The model, its first weights, and what is frozen.
     torch.manual_seed(train_cfg.seed)
@@ -154,7 +156,7 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
     """Open the packs and the tokenizer. UserError if they and the first weights don't fit."""
     packs = open_packs(run_cfg.data, cfg.image_size, train_cfg.min_crop_area)
     captions = (line["text"] for pack in packs for line in pack.lines("train"))
-    tokenizer = Tokenizer.choose(train_cfg, run_cfg, captions)
+    tokenizer = choose_tokenizer(train_cfg, run_cfg, captions)
     cfg = replace(cfg, vocab_size=tokenizer.vocab_size, text_kind=tokenizer.kind)
     cfg.check()
     weights.check(cfg, init_weights)

@@ -1,4 +1,4 @@
-"""Trivial baselines of pre-training: what a guess reaches that has learned nothing."""
+"""Trivial baselines: what a guess reaches that has learned nothing, or sees no image."""
 from collections import Counter
 
 import numpy as np
@@ -12,6 +12,7 @@ from m3ae_mini.loader import VAL_SEED, Samples, load, normalise, validation_micr
 from m3ae_mini.objectives import MIM
 
 BASELINE_SAMPLES = 8192                # training images that the mean patch is taken from
+BLIND_SAMPLES = 2048                   # training images whose mean --blind shows
 
 
 @torch.no_grad()
@@ -61,3 +62,13 @@ def trivial_baselines(train: Samples, test: Samples, limit: int,
 
     metrics = {name: (total / count).item() for name, (total, count) in sums.items()}
     return {"most_frequent_token": max(tokens.values()) / tokens.total()} | metrics
+
+
+def mean_image(samples: Samples) -> np.ndarray:
+    """The mean of at most BLIND_SAMPLES images, evenly spaced: uint8 (3, S, S)."""
+    side, count = samples.cfg.image_size, min(BLIND_SAMPLES, samples.n)
+    image, total = np.empty((3, side, side), np.uint8), np.zeros((3, side, side))
+    for n in np.arange(count) * samples.n // count:
+        samples.read_image(n, image)
+        total += image
+    return np.rint(total / count).astype(np.uint8)

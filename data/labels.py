@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.task_metrics import targets
 from m3ae_mini.config import require
-from m3ae_mini.evaluate import targets
 from m3ae_mini.loader import Samples
 
 LABEL_KEY = {"vqa": "answer", "cls": "label"}      # where a pack's line says what is right
@@ -46,11 +46,14 @@ def list_labels(packs: list, task: str, answers: str) -> list[str]:
     return sorted(seen["train"])
 
 
-def saved_labels(run_dir: Path, task: str) -> list[str] | None:
-    """The answers or classes that a run has learned for a task, from its config.json, or None."""
+def saved_labels(run: Path, task: str, with_blind: bool = True) -> list[str] | None:
+    """The answers or classes that a run has learned for a task, from its config.json, or None.
+
+    run: its folder, or a checkpoint in it. with_blind: also those of a run with --blind."""
     try:
-        saved = json.loads((run_dir / "config.json").read_text())
-        if saved["model"]["task"] != task or saved["task"]["blind"]:
+        folder = run if run.is_dir() else run.parent
+        saved = json.loads((folder / "config.json").read_text())
+        if saved["model"]["task"] != task or saved["task"]["blind"] and not with_blind:
             return None
         return [str(label) for label in saved["data"]["labels"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -20,6 +20,7 @@ from .distributed import DistEnv
 # A line of metrics.jsonl as Log writes it: {"step": 20, "split": "train", "loss": 1.5, ...}
 LINE = re.compile(r'{"step": \d{1,9}, "split": "\w+"'
                   r'(, "(\\.|[^"\\])*": (-?\d{1,20}(\.\d+)?(e[+-]\d+)?|null))*}')
+CHECKPOINTS = ("new.pt", "last.pt", "prev.pt")     # new.pt: left by a kill between two renames
 LOCKS: list = []                  # open lock files; they lock their folders until this process ends
 
 
@@ -52,8 +53,7 @@ def open_run_dir(out: Path, resume: bool) -> Path | None:
     except OSError as error:
         raise UserError(f"{out} can't be written ({error.strerror}): use another --out") from None
     atexit.register(remove_unused_run_dir, out)
-    # new.pt is there where a kill came between two renames.
-    return latest_valid_checkpoint(out, "new.pt", "last.pt", "prev.pt")
+    return latest_valid_checkpoint(out, *CHECKPOINTS)
 
 
 def remove_unused_run_dir(out: Path) -> None:
@@ -73,12 +73,14 @@ def saved_settings(out: Path) -> dict | None:
 
 
 def check_same_settings(out: Path, settings: dict[str, dict]) -> None:
-    """Raise UserError if a resumed run has other settings. Those under "run" may change."""
+    """Raise UserError if a resumed run has other settings. Those under "run" may change, and the
+    paths of first weights."""
     saved, changed = saved_settings(out), []
     with reading(out / "config.json"):
         for part in settings.keys() - {"run"} if saved else ():
             for name, value in json.loads(json.dumps(settings[part])).items():
-                if (old := saved.get(part, {}).get(name)) != value:
+                old = saved.get(part, {}).get(name)
+                if old != value and name not in ("init", "init_image", "init_text"):
                     changed.append(f"{name} {old!r:.60} (now {value!r:.60})")
     require(not changed, f"{out} was started with other settings: {', '.join(sorted(changed))}; "
             "give the same, or choose another --out")

@@ -2,6 +2,7 @@
 
 Errors of the user's making are raised here, too: `require` checks a condition, `reading` guards a
 file."""
+import json
 import math
 import sys
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
@@ -41,12 +42,16 @@ def reading(path: str | Path) -> Iterator[None]:
             f"({type(error).__name__}: {str(error)[:200]})") from error
 
 
+def read_json(path: Path) -> dict:
+    """A JSON file's object; {} if there is no such file."""
+    with reading(path):
+        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+
+
 # ----------------------------------------------------------------------------------------- settings
 
 def opt(default: Any, help: str) -> Any:
     """A field of a configuration, with the help text of its flag."""
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -63,6 +68,7 @@ class ModelConfig:
     vit_width: int = opt(768, "width of the image encoder")
     vit_blocks: int = opt(11, "blocks of the image encoder (the release uses 11 of CLIP's 12)")
     vit_heads: int = opt(12, "attention heads of the image encoder")
+    vit_act: str = opt("quick_gelu", "activation of the image encoder: quick_gelu or gelu")
     text_width: int = opt(768, "width of the text encoder")
     text_layers: int = opt(12, "layers of the text encoder")
     text_heads: int = opt(12, "attention heads of the text encoder")
@@ -83,7 +89,7 @@ class ModelConfig:
     mim: float = opt(1.0, "weight of masked image modelling; 0 leaves it out")
     itm: float = opt(1.0, "weight of image-text matching; 0 leaves it out")
     itc: float = opt(0.0, "weight of image-text contrast; 0, as in the paper, leaves it out")
-    loss_weights: dict = opt({}, "weights of losses that have no setting of their own")
+    loss_weights: dict = field(default_factory=dict)     # of losses without a setting of their own
 
     @classmethod
     def preset(cls, name: str, **changes) -> "ModelConfig":
@@ -95,6 +101,7 @@ class ModelConfig:
         # Names and sizes.
         require(self.task in ("pretrain", "vqa", "cls", "irtr"), f"--task {self.task} is not known")
         require(self.text_kind in ("roberta", "bert"), "--text_kind: use roberta or bert")
+        require(self.vit_act in ("quick_gelu", "gelu"), "--vit_act: use quick_gelu or gelu")
         for name, value in vars(self).items():
             if name.endswith(("_size", "_width", "_heads", "_blocks", "_layers")):
                 require(value >= 1, f"--{name} {value} must be at least 1")
@@ -304,7 +311,8 @@ def make_parser(description: str, configs: tuple, losses: Iterable[str] = ()) ->
     for cls in configs:
         group = parser.add_argument_group(cls.__name__, cls.__doc__) if show_all else parser
         for f in [f for f in fields(cls) if f.name not in DERIVED]:
-            text = help_text(f) if show_all else f.metadata["help"]
+            values = [f"{name} {p[f.name]}" for name, p in PRESETS.items() if f.name in p]
+            text = f"{f.metadata['help']} [{', '.join([str(f.default), *values])}]"
             kind = dict(action=BooleanOptionalAction)
             if f.type is not bool:
                 kind = dict(type=f.type, metavar="X")

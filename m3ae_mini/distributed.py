@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,7 @@ class DistEnv:
 
     def autocast(self) -> AbstractContextManager:
         """A context in which matrix products have self.dtype; it does nothing for float32."""
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
 
     def print(self, text: str) -> None:
         """Print once, on rank 0."""
@@ -81,10 +79,8 @@ class DistEnv:
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
         """Rank 0 runs the block first, then the others. All ranks raise a UserError of rank 0."""
-        if not self.is_main:
-            error = self.broadcast(None)
-            if error:
-                raise error
+        if not self.is_main and (error := self.broadcast(None)):
+            raise error
         try:
             yield
         except UserError as error:

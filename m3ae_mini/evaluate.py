@@ -1,14 +1,14 @@
-"""Validation metrics, the report, accuracy of answers and classes.
+"""Validation metrics and report of pre-training; logits of the downstream tasks.
 
 Metrics are collected as (sum, count) of a micro-batch. They add up over micro-batches and
 processes."""
+import numpy as np
 import torch
 from torch import Tensor
 
 from .distributed import DistEnv
 from .loader import VAL_SEED, Samples, load, validation_micro_batches
 from .objectives import M3AE, MIM, loss_weights
-from .retrieval import Ranking, retrieval_metrics
 
 
 def sum_and_count(values: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -123,7 +123,7 @@ def mim_metrics(model: M3AE, batch: dict, text: Tensor | None = None) -> dict[st
 
 def itm_metrics(model: M3AE, batch: dict, text: Tensor, image: Tensor) -> dict[str, Tensor]:
     """Loss and accuracy of matching, and accuracy against each kind of negative."""
-    positive_index, negative_index = negatives(batch)
+    positive_index, negative_index = negatives(batch)                 # rows without one don't count
 
     def predict_match(index):
         out = model.objectives["itm"](model, batch | {"itm_index": index}, text, image)
@@ -132,7 +132,8 @@ def itm_metrics(model: M3AE, batch: dict, text: Tensor, image: Tensor) -> dict[s
     mixed, loss = predict_match(batch["itm_index"])
     right, _ = predict_match(positive_index)
     metrics = {"itm_loss": torch.stack([loss * len(mixed), loss.new_tensor(len(mixed))]),
-               "itm_acc": sum_and_count(mixed == (batch["itm_index"] == positive_index))}
+               "itm_acc": sum_and_count(mixed == (batch["itm_index"] == positive_index),
+                                        negative_index["random"] != positive_index)}
     for name, index in negative_index.items():
         swapped, _ = predict_match(index)
         both = (right.float() + (~swapped).float()) / 2               # (B,)
@@ -187,53 +188,19 @@ def pretraining_table(metrics: dict[str, float]) -> str:
 # --------------------------------------------------------------------------------- downstream tasks
 
 @torch.no_grad()
-def task(model: M3AE, samples: Samples, labels: list[str], dist_env: DistEnv, limit: int,
-         ranking: Ranking) -> dict[str, float]:
-    """All metrics of a downstream task over at most `limit` samples, and `score`.
+def task_logits(model: M3AE, samples: Samples, dist_env: DistEnv,
+                limit: int) -> tuple[np.ndarray, Tensor]:
+    """Logits for answers or classes of at most `limit` samples, evenly spaced
 
-    labels: the answer list or the classes. score: accuracy, or the mean of the recalls."""
+    Returns the samples' indices (n,) and the logits (n, A), on the CPU of every rank."""
     model.eval()
-    if model.cfg.task == "irtr":
-        metrics = retrieval_metrics(model, samples, dist_env, limit, ranking)
-        metrics["score"] = sum(metrics.values()) / len(metrics)
-    else:
-        sums: dict[str, Tensor] = {}
-        micro_batches = validation_micro_batches(samples, limit, dist_env.rank, dist_env.world_size)
-        for loaded in load(samples, micro_batches, VAL_SEED, dist_env.device):
-            with dist_env.autocast():
-                logits = model(loaded.batch)[f"{model.cfg.task}_logits"]  # (B, A)
-            predictions = [labels[i] for i in logits.argmax(-1).tolist()]
-            lines = [samples.line(n) for n in loaded.indices]
-            add(sums, answer_metrics(predictions, lines, labels, model.cfg.task))
-        metrics = means(sums, dist_env)
-        metrics["score"] = metrics["acc"]
+    indices = np.concatenate([n for _, _, n in validation_micro_batches(samples, limit)])  # (n,)
+    num_labels = model.cfg.num_answers if model.cfg.task == "vqa" else model.cfg.num_classes
+    logits = torch.zeros(len(indices), num_labels, device=dist_env.device)    # (n, A)
+    micro_batches = validation_micro_batches(samples, limit, dist_env.rank, dist_env.world_size)
+    for loaded in load(samples, micro_batches, VAL_SEED, dist_env.device):
+        rows = np.searchsorted(indices, loaded.indices)               # (B,)
+        with dist_env.autocast():
+            logits[rows] = model(loaded.batch)[f"{model.cfg.task}_logits"]
     model.train()
-    return metrics
-
-
-def targets(line: dict, task: str) -> list[str]:
-    """The right answers of a sample ("#" separates alternatives), or its class."""
-    return line["answer"].split("#") if task == "vqa" else [line["label"]]
-
-
-def answer_metrics(predictions: list[str], lines: list[dict], labels: list[str],
-                   task: str) -> dict[str, Tensor]:
-    """Predictions for a micro-batch's samples -> {name: (sum, count)}
-
-    vqa: accuracy on all, open and closed questions, and the share of answers that are not in the
-    list and so count as wrong. cls: accuracy, and the recall of each class."""
-    right_names = [targets(line, task) for line in lines]
-    right = torch.tensor([name in names for name, names in zip(predictions, right_names)])  # (B,)
-    metrics = {"acc": sum_and_count(right)}
-    if task == "cls":
-        for label in labels:
-            rows = torch.tensor([label in names for names in right_names])  # (B,)
-            metrics[f"recall of {label}"] = sum_and_count(right, rows)
-        return metrics
-
-    closed = [line.get("closed") for line in lines]                 # True, False or None, not known
-    metrics["acc_open"] = sum_and_count(right, torch.tensor([flag is False for flag in closed]))
-    metrics["acc_closed"] = sum_and_count(right, torch.tensor([flag is True for flag in closed]))
-    not_in_list = torch.tensor([set(names).isdisjoint(labels) for names in right_names])  # (B,)
-    metrics["answer_not_in_list"] = sum_and_count(not_in_list)
-    return metrics
+    return indices, dist_env.all_reduce(logits).cpu()

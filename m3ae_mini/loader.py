@@ -48,10 +48,9 @@ class LoadedBatch(NamedTuple):
 class Samples:
     """One split of one or several packs, as one list; `batch` makes a micro-batch of it.
 
-    n: number of samples, `limit` at most (0: all), taken evenly spaced; num_truncated: number
-    of texts longer than max_text_len; label_ids: int64 (n,), the right answer or class of each
-    sample, set by the script that knows them; constant_image: uint8 (3, S, S), shown in place of
-    every image if it is set (--blind)."""
+    n: number of samples, `limit` at most (0: all), taken evenly spaced; label_ids: int64 (n,), the
+    right answer or class of each sample, set by the script that knows them; constant_image: uint8
+    (3, S, S), shown in place of every image if it is set (--blind)."""
 
     def __init__(self, packs: list, split: str, tokenizer, cfg: ModelConfig, train_cfg: TrainConfig,
                  limit: int = 0):
@@ -69,11 +68,6 @@ class Samples:
         if 0 < limit < len(self.location):
             self.location = self.location[np.arange(limit) * len(self.location) // limit]
         self.n = len(self.location)
-
-        lengths = [np.diff(offsets.astype(np.int64)) for offsets, _ in self.tokens]
-        used = [self.location[self.location[:, 0] == index, 1] for index in range(len(packs))]
-        self.num_truncated = sum(int((length[rows] > cfg.max_text_len - 2).sum())
-                                 for length, rows in zip(lengths, used))
 
     def token_ids(self, n: int) -> np.ndarray:
         """The tokens of sample n, as Pack.tokens has them, not truncated."""
@@ -114,7 +108,7 @@ class Samples:
         batch = {"text_ids": ids, "text_mask": (ids != self.tokenizer.pad_id).astype(np.int64)}
 
         # 3. Downstream tasks: labels, or the false texts of retrieval.
-        image, text, group = self.identities(indices, token_ids)      # (B,) each
+        image, text, group = self.identities(indices)                 # (B,) each
         if cfg.task == "irtr":
             noise = uniform(masking.NEGATIVES, size, size)
             batch["false_text_index"] = masking.sample_negatives(image, text, noise,
@@ -189,17 +183,19 @@ class Samples:
             maskable[row, 1:end] = True
         return ids, starts, maskable
 
-    def identities(self, indices: np.ndarray, token_ids: list[np.ndarray]) -> tuple:
+    def identities(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Which samples share an image, a text, a group: three int (B,), equal if shared.
 
-        A row without a group is a group of its own."""
+        Texts are compared whole, though the model may see their first tokens only. A row without a
+        group is a group of its own."""
+        texts = [self.token_ids(n).tobytes() for n in indices]
         images, groups = [], []
         for row, (pack_index, pack_row) in enumerate(self.location[indices]):
             pack = self.packs[pack_index]
             sample = pack.samples[pack_row]
             images.append((pack_index, int(sample["image"])))
             groups.append(pack.meta["groups"][sample["group"]] if sample["group"] >= 0 else row)
-        return factorize(images), factorize(ids.tobytes() for ids in token_ids), factorize(groups)
+        return factorize(images), factorize(texts), factorize(groups)
 
     def mask_words(self, ids: np.ndarray, starts: np.ndarray, maskable: np.ndarray,
                    noise: np.ndarray, settings: Settings | None) -> dict[str, np.ndarray]:

@@ -57,10 +57,11 @@ class CrossAttention(nn.Module):
 
 
 class ViTBlock(nn.Module):
-    """CLIP's pre-norm block, with QuickGELU, for image encoder and pixel decoder."""
+    """CLIP's pre-norm block, for image encoder and pixel decoder. act: quick_gelu or gelu."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, act: str = "quick_gelu"):
         super().__init__()
+        self.act = act
         self.norm1 = nn.LayerNorm(width, eps=1e-5)
         self.attn = SelfAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-5)
@@ -70,7 +71,8 @@ class ViTBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, W) -> (B, N, W)"""
         x = x + self.attn(self.norm1(x))
-        return x + self.fc2(quick_gelu(self.fc1(self.norm2(x))))
+        act = quick_gelu if self.act == "quick_gelu" else F.gelu
+        return x + self.fc2(act(self.fc1(self.norm2(x))))
 
 
 class BertLayer(nn.Module):
@@ -120,7 +122,8 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(width))
         self.pos_embed = nn.Parameter(torch.empty(1 + num_patches, width))
         self.norm_pre = nn.LayerNorm(width, eps=1e-5)
-        self.blocks = nn.ModuleList(ViTBlock(width, cfg.vit_heads) for _ in range(cfg.vit_blocks))
+        self.blocks = nn.ModuleList(ViTBlock(width, cfg.vit_heads, cfg.vit_act)
+                                    for _ in range(cfg.vit_blocks))
         self.norm_post = nn.LayerNorm(width, eps=1e-5)
 
     def forward(self, patches: Tensor, ids_keep: Tensor | None = None) -> Tensor:

@@ -97,11 +97,10 @@ def check_fusion(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
                                 ("one text and many images", text[:1], image)):
         try:
             shapes = [tuple(x.shape) for x in model.fuse(texts, images, mask[:len(texts)])]
-            problem = "" if shapes == wanted else f"it returns {shapes}, not {wanted}"
         except Exception as error:
-            problem = str(error)[:300]
-        require(not problem, f"Fusion.forward fails with {what}, which retrieval needs (see its "
-                f"docstring): {problem}")
+            shapes = f"the error '{str(error)[:300]}'"
+        require(shapes == wanted, f"Fusion.forward fails with {what}, which retrieval needs (see "
+                f"its docstring): it returns {shapes}, not {wanted}")
 
 
 def describe(model: nn.Module, dist_env: DistEnv) -> str:

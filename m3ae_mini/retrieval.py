@@ -26,26 +26,26 @@ def retrieval_metrics(model: M3AE, samples: Samples, dist_env: DistEnv, limit: i
                       ranking: Ranking) -> dict[str, float]:
     """Recall at 1, 5 and 10 in both directions among at most `limit` samples (paper, section 3.3).
 
-    Each image is encoded once, each text once a process. By "match" the fusion runs for every pair,
-    and the processes share the images. By "itc" all scores are one matrix product; then the fusion
-    runs for the `rerank` best candidates of each query (as in ALBEF)."""
+    Each image and each text is encoded once a process. By "match" the fusion runs for every pair.
+    By "itc" all scores are one matrix product; then the fusion runs for the `rerank` best
+    candidates of each query (as in ALBEF)."""
     # The images and the texts among the samples, each once.
     indices = np.concatenate([n for _, _, n in validation_micro_batches(samples, limit)])  # (n,)
-    token_ids = [samples.token_ids(n)[:samples.cfg.max_text_len - 2] for n in indices]
-    image_id, text_id, _ = samples.identities(indices, token_ids)     # (n,) each
+    image_id, text_id, _ = samples.identities(indices)                # (n,) each
     _, first_image = np.unique(image_id, return_index=True)           # (P,)
     _, first_text = np.unique(text_id, return_index=True)             # (Q,)
     right = torch.zeros(len(first_text), len(first_image), dtype=torch.bool)  # (Q, P)
     right[text_id, image_id] = True
 
     with dist_env.autocast():
-        # Texts (Q, T, D), their masks (Q, T), and the score of every pair (Q, P).
+        # Texts (Q, T, D), their masks (Q, T), images (P, 1+L, D).
         texts, masks = encode_texts(model, samples, indices[first_text], dist_env)
+        images = encode_images(model, samples, indices[first_image], dist_env)
         if ranking.by == "match":
-            scores = matching_scores(model, samples, indices[first_image], texts, masks, dist_env)
+            candidates = torch.arange(len(texts)).expand(len(images), -1)     # (P, Q)
+            scores = pair_scores(model, texts, masks, images, candidates, "i2t", dist_env).T
             return {**recall(scores, right, "t2i"), **recall(scores.T, right.T, "i2t")}
 
-        images = encode_images(model, samples, indices[first_image], dist_env)  # (P, 1+L, D)
         itc = model.objectives["itc"]
         scores = itc.scores(itc.text_features(texts), itc.image_features(images))  # (Q, P)
         t2i = rerank(model, scores, texts, masks, images, ranking.rerank, "t2i", dist_env)
@@ -59,26 +59,31 @@ def rerank(model: M3AE, scores: Tensor, texts: Tensor, masks: Tensor, images: Te
     first, in the order of their matching score. t2i: texts are the queries; i2t: images."""
     if not count:
         return scores.cpu()
-    by_query = scores if direction == "t2i" else scores.T             # (queries, candidates)
+    by_query = (scores if direction == "t2i" else scores.T).cpu()     # (queries, candidates)
     best = by_query.topk(min(count, by_query.shape[1]), dim=1).indices  # (queries, k)
-    new = torch.zeros(best.shape, device=scores.device)               # (queries, k)
-    for query in range(dist_env.rank, len(best), dist_env.world_size):
-        one, many = slice(query, query + 1), best[query]
-        text, image = (one, many) if direction == "t2i" else (many, one)
-        new[query] = match_scores(model, texts[text], images[image], masks[text])  # (k,)
-    new = dist_env.all_reduce(new)
+    new = pair_scores(model, texts, masks, images, best, direction, dist_env)  # (queries, k)
 
     # Above all others: matching scores are unbounded, so shift them above the best ITC score.
     by_query = by_query.scatter(1, best, by_query.max() + 1 + new - new.min())
-    return (by_query if direction == "t2i" else by_query.T).cpu()
+    return by_query if direction == "t2i" else by_query.T
 
 
-def match_scores(model: M3AE, texts: Tensor, images: Tensor, masks: Tensor) -> Tensor:
-    """The retrieval head's score of pairs; the texts or the images may be a single one: (B,)
+def pair_scores(model: M3AE, texts: Tensor, masks: Tensor, images: Tensor, candidates: Tensor,
+                direction: str, dist_env: DistEnv) -> Tensor:
+    """The retrieval head's score of each query with its candidates (queries, k): (queries, k)
 
-    In float32: wrong candidates win ties, and bf16 makes many scores equal."""
+    The processes share the queries: texts (t2i) or images (i2t). In float32: wrong candidates win
+    ties, and bf16 makes many scores equal."""
     fc = model.objectives["irtr"].fc
-    return (model.pooled_pair(texts, images, masks).float() * fc.weight).sum(1) + fc.bias
+    scores = torch.zeros(candidates.shape, device=dist_env.device)    # (queries, k)
+    own = range(dist_env.rank, len(candidates), dist_env.world_size)
+    for query in tqdm(own, desc="pairs", leave=False, disable=not dist_env.is_main):
+        for start in range(0, candidates.shape[1], PAIRS):
+            one, many = slice(query, query + 1), candidates[query, start:start + PAIRS]
+            text, image = (one, many) if direction == "t2i" else (many, one)
+            pair = model.pooled_pair(texts[text], images[image], masks[text]).float()  # (B, 2D)
+            scores[query, start:start + PAIRS] = (pair * fc.weight).sum(1) + fc.bias
+    return dist_env.all_reduce(scores).cpu()
 
 
 def encode_images(model: M3AE, samples: Samples, indices: np.ndarray, dist_env: DistEnv) -> Tensor:
@@ -97,24 +102,6 @@ def encode_texts(model: M3AE, samples: Samples, indices: np.ndarray,
         texts.append(F.pad(text, (0, 0, 0, padding)))                 # (B, T, D)
         masks.append(F.pad(batch["text_mask"], (0, padding)))         # (B, T)
     return torch.cat(texts), torch.cat(masks)
-
-
-def matching_scores(model: M3AE, samples: Samples, indices: np.ndarray, texts: Tensor,
-                    masks: Tensor, dist_env: DistEnv) -> Tensor:
-    """The retrieval head's score of every text with every image: (Q, P)"""
-    own = np.arange(dist_env.rank, len(indices), dist_env.world_size)        # this process's images
-    scores = torch.zeros(len(texts), len(indices), device=dist_env.device)  # (Q, P)
-    bar = tqdm(total=len(own) * len(texts), desc="pairs", leave=False, disable=not dist_env.is_main)
-    columns = iter(own)
-    for batch in batches_of(samples, indices[own], dist_env):
-        for image in model.encode_image(batch["image"]):              # (1+L, D)
-            column = next(columns)
-            for start in range(0, len(texts), PAIRS):
-                rows = slice(start, start + PAIRS)
-                scores[rows, column] = match_scores(model, texts[rows], image[None], masks[rows])
-                bar.update(len(texts[rows]))
-    bar.close()
-    return dist_env.all_reduce(scores).cpu()
 
 
 def batches_of(samples: Samples, indices: np.ndarray,

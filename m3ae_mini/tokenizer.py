@@ -2,17 +2,19 @@
 import hashlib
 import os
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from .config import RunConfig, TrainConfig, reading, require
+from .config import read_json, reading, require
 
 # Special tokens: start, padding, end, unknown, mask.
 SPECIAL = {"roberta": ("<s>", "<pad>", "</s>", "<unk>", "<mask>"),
            "bert": ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")}
 PAD_ID = {"roberta": 1, "bert": 0}
+FILES = ("tokenizer.json", "vocab.txt", "vocab.json")     # that hold a tokenizer, in this order
 
 
 class Tokenizer:
@@ -53,28 +55,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        """path: a tokenizer.json, or a folder that holds one. UserError if there is none."""
-        path = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else str(path)
-        require(os.path.isfile(path), f"no tokenizer at {path}: give a tokenizer.json or folder")
-        with reading(path):
-            return cls(tokenizers.Tokenizer.from_file(path), path)
+        """path: one of FILES, or a folder that holds one. UserError if there is none.
 
-    @classmethod
-    def choose(cls, train_cfg: TrainConfig, run_cfg: RunConfig,
-               texts: Iterable[str]) -> "Tokenizer":
-        """--tokenizer's, else the run's, else the weights', else one trained on `texts`."""
-        init = "" if train_cfg.init == "none" else train_cfg.init
-        init_folder = os.path.dirname(os.path.abspath(init)) if init else ""
-        folders = [run_cfg.out, train_cfg.init_text, init, init_folder]
-        with_tokenizer = [folder for folder in folders
-                          if folder and os.path.isfile(f"{folder}/tokenizer.json")]
-        if run_cfg.tokenizer or with_tokenizer:
-            return cls.load(run_cfg.tokenizer or with_tokenizer[0])
-
-        # Embeddings mean nothing under another tokenizer's ids.
-        require(not (init or train_cfg.init_text),
-                f"{train_cfg.init_text or init} has no tokenizer.json: give it with --tokenizer")
-        return cls.train(texts, train_cfg.tokenizer_vocab)
+        vocab.txt: BERT's WordPiece; vocab.json and merges.txt: RoBERTa's byte-level BPE."""
+        files = [Path(path, name) for name in FILES if Path(path, name).is_file()]
+        file = files[0] if files else Path(path)
+        require(file.is_file(), f"no tokenizer at {path}: it needs {', '.join(FILES)} or a folder")
+        make = {"vocab.txt": wordpiece, "vocab.json": byte_bpe}
+        make = make.get(file.name, tokenizers.Tokenizer.from_file)
+        with reading(file):
+            return cls(make(str(file)), str(file))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -111,3 +101,27 @@ class Tokenizer:
             tokens = [self.backend.id_to_token(int(i)) or "" for i in ids]
             return [token[2:] if token.startswith("##") else " " + token for token in tokens]
         return [self.backend.decode([int(i)], skip_special_tokens=False) for i in ids]
+
+
+def wordpiece(file: str) -> tokenizers.Tokenizer:
+    """The tokenizer of BERT's vocab.txt, with the settings of tokenizer_config.json beside it.
+
+    Where nothing tells the case, the vocabulary does: lower case if it has no capital letters."""
+    settings = read_json(Path(file).with_name("tokenizer_config.json"))
+    tokens = Path(file).read_text(encoding="utf-8").split("\n")
+    capitals = any(token != token.lower() for token in tokens if not token.startswith("["))
+    lower = settings.get("do_lower_case")
+    return tokenizers.BertWordPieceTokenizer(
+        file, lowercase=not capitals if lower is None else lower,
+        strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True))._tokenizer
+
+
+def byte_bpe(file: str) -> tokenizers.Tokenizer:
+    """The tokenizer of RoBERTa's vocab.json, with the merges.txt beside it."""
+    settings = read_json(Path(file).with_name("tokenizer_config.json"))
+    tokenizer = tokenizers.ByteLevelBPETokenizer(
+        file, str(Path(file).with_name("merges.txt")),
+        add_prefix_space=settings.get("add_prefix_space", False))
+    tokenizer.add_special_tokens(list(SPECIAL["roberta"]))
+    return tokenizer._tokenizer

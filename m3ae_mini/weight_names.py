@@ -1,10 +1,18 @@
 """The names of tensors here and in released files, and conversion between them."""
+import re
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .config import ModelConfig
+
+# Hugging Face's names of CLIP's image encoder, and OpenAI's. Theirs apart: q_proj, k_proj, v_proj.
+HUGGING_FACE_CLIP = {
+    "embeddings.class_embedding": "class_embedding", "embeddings.patch_embedding.": "conv1.",
+    "embeddings.position_embedding.weight": "positional_embedding", "pre_layrnorm.": "ln_pre.",
+    "post_layernorm.": "ln_post.", "encoder.layers.": "transformer.resblocks.",
+    "layer_norm": "ln_", "self_attn.": "attn.", "mlp.fc1.": "mlp.c_fc.", "mlp.fc2.": "mlp.c_proj."}
 
 # {name here: released name}. A name that ends in a dot stands for two: its weight and its bias.
 # Several released names, separated by blanks, are stacked: query, key, value are one matrix.
@@ -27,9 +35,8 @@ TEXT = {
     "token_type.weight": "token_type_embeddings.weight", "norm.": "LayerNorm."}
 FUSION = {
     "modality": "modality_type_embeddings.weight",
-    "text_proj.": "multi_modal_language_proj.",
+    "text_proj.": "multi_modal_language_proj.", "image_proj.": "multi_modal_vision_proj.",
     "text_pooler.": "multi_modal_language_pooler.dense.",
-    "image_proj.": "multi_modal_vision_proj.",
     "image_pooler.": "multi_modal_vision_pooler.dense."}
 HEADS = {
     "mlm.dense.": "mlm_head.transform.dense.", "mlm.norm.": "mlm_head.transform.LayerNorm.",
@@ -37,8 +44,7 @@ HEADS = {
     "mim.mask_token": "mim_head.mask_token", "mim.embed.": "mim_head.decoder_embed.",
     "mim.norm.": "mim_head.decoder_norm.", "mim.pred.": "mim_head.decoder_pred.",
     "itm.fc.": "itm_head.fc.", "irtr.fc.": "irtr_head.",
-    "vqa.head.0.": "vqa_head.0.", "vqa.head.1.": "vqa_head.1.", "vqa.head.3.": "vqa_head.3.",
-    "cls.head.0.": "cls_head.0.", "cls.head.1.": "cls_head.1.", "cls.head.3.": "cls_head.3."}
+    **{f"{task}.head.{i}.": f"{task}_head.{i}." for task in ("vqa", "cls") for i in (0, 1, 3)}}
 
 
 def name_table(cfg: ModelConfig) -> Iterator[tuple[str, list[str]]]:
@@ -59,6 +65,24 @@ def name_table(cfg: ModelConfig) -> Iterator[tuple[str, list[str]]]:
                 for end in ("weight", "bias") if name.endswith(".") else ("",):
                     released_names = [theirs.format(i) + part + end for part in released.split()]
                     yield ours.format(i) + name + end, released_names
+
+
+def to_openai(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A CLIP image encoder in Hugging Face's names -> in OpenAI's; others as they are.
+
+    Query, key and value become one matrix. A text encoder in the same file is left out."""
+    if not any(name.endswith("pre_layrnorm.weight") for name in tensors):
+        return tensors
+    renamed = {}
+    for name, tensor in tensors.items():
+        if "q_proj." in name:
+            parts = [tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            name, tensor = name.replace("q_proj.", "in_proj_"), torch.cat(parts)
+        for theirs, openai in HUGGING_FACE_CLIP.items():
+            name = name.replace(theirs, openai)
+        if not re.match(r"text_model\.|.*[kv]_proj\.", name):
+            renamed[name] = tensor
+    return renamed
 
 
 def from_official(state: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:

@@ -1,27 +1,35 @@
 """Weights in and out: CLIP, RoBERTa and BERT, released M³AE, and this project's own checkpoints."""
-import json
 import math
 import re
 import sys
 from collections import Counter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checkpoint import write_atomic
-from .config import ModelConfig, TrainConfig, reading, require
+from .checkpoint import CHECKPOINTS, saved_settings, write_atomic
+from .config import ModelConfig, TrainConfig, read_json, reading, require
 from .distributed import run
 from .foreign_files import read_safetensors, read_torch
 from .objectives import M3AE, OBJECTIVES
-from .weight_names import from_official, name_table, to_official
+from .weight_names import from_official, name_table, to_official, to_openai
+
+
+CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
+              "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
+CLIP_HEADS = {768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}       # of the widths of OpenCLIP
+RESIZED = {"vit.pos_embed": "image positions resized", "text.word.weight": "token rows cut"}
 
 
 class State(dict):
-    """{name here: tensor}. `unused`: names in the file that have no place in any such model."""
+    """{name here: tensor}. `unused`: names in the file that have no place in any such model;
+    `note`: what was assumed about the file."""
     unused: list[str] = []
+    note = ""
 
 
 Sources = dict[str, State]             # {"--init_image ViT-B-16.pt": its tensors, …}
@@ -34,6 +42,21 @@ def module_of(name: str) -> str:
 
 
 # ------------------------------------------------------------------------------------ reading files
+
+def read_tensors(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    """A safetensors file or a torch archive -> (its content, {name: tensor})"""
+    if path.suffix == ".safetensors":
+        return {}, read_safetensors(path)
+    return read_torch(path)
+
+
+def find_file(path: Path | str, *names: str) -> Path:
+    """The file itself, or the first of `names` in a folder. UserError if there is none."""
+    files = [Path(path, name) for name in names if Path(path, name).is_file()]
+    require(files or Path(path).is_file(),
+            f"{path} can't be read: give a file, or a folder with one of {', '.join(names)}")
+    return files[0] if files else Path(path)
+
 
 def rename_keys(tensors: dict[str, Tensor], path: Path, released: str, anchor: str) -> State:
     """Tensors under a file's names -> State; `released` replaces the prefix of `anchor`."""
@@ -98,35 +121,62 @@ def infer_config(state: State, path: Path, known: dict) -> dict:
 
 
 def load_clip(path: Path | str, **given) -> tuple[dict, State]:
-    """CLIP's image encoder, OpenAI's archive or a state dict -> (fields of ModelConfig, State)
+    """CLIP's image encoder -> (fields of ModelConfig, State)
 
-    As in the release, vit_blocks leaves out the last block. Fewer blocks and another image size are
-    fine."""
-    _, tensors = read_torch(path)
-    state = rename_keys(tensors, path, "vision_encoder.visual.", "class_embedding")
-    found = infer_config(state, path, known=given)
+    path: OpenAI's archive; a file in the names of OpenAI, OpenCLIP or Hugging Face; or a folder
+    that holds one and its configuration. As in the release, vit_blocks leaves out the last block.
+    Fewer blocks and another image size are fine."""
+    file = find_file(path, *CLIP_FILES)
+    _, tensors = read_tensors(file)
+    require(not any(name.startswith("visual.trunk.") for name in tensors),
+            f"{file} holds an image encoder of timm (as in BiomedCLIP): use CLIP's own")
+    with reading(file):
+        tensors = to_openai(tensors)
+    state = rename_keys(tensors, file, "vision_encoder.visual.", "class_embedding")
+
+    # The activation and the number of heads: as the configuration has them, else assumed.
+    width, settings = len(state.get("vit.cls_token", ())), clip_settings(file.parent)
+    if not settings:
+        state.note = "nothing tells the activation: QuickGELU is assumed, as in OpenAI's weights"
+        settings = {"vit_heads": CLIP_HEADS[width]} if width in CLIP_HEADS else {}
+    known = {"vit_act": "quick_gelu", **settings, **given}
+    require("vit_heads" in known, f"{file}: nothing tells its number of heads: give --vit_heads")
+    found = infer_config(state, file, known) | {"vit_act": known["vit_act"]}
     found["vit_blocks"] = found.get("vit_blocks", 1) - 1
     found.pop("image_size", None)
     return found, state
 
 
+def clip_settings(folder: Path) -> dict:
+    """{"vit_act", "vit_heads"} of CLIP's image encoder by its folder's configuration, or {}"""
+    with reading(folder):
+        if openclip := read_json(folder / "open_clip_config.json").get("model_cfg"):
+            vision = openclip["vision_cfg"]
+            return {"vit_act": "quick_gelu" if openclip.get("quick_gelu") else "gelu",
+                    "vit_heads": vision["width"] // vision.get("head_width", 64)}
+        config = read_json(folder / "config.json")
+        if not str(config.get("model_type")).startswith("clip"):
+            return {}
+        # A copy may hold only what differs from these defaults.
+        vision = config.get("vision_config", config)
+        act, eps = vision.get("hidden_act", "quick_gelu"), vision.get("layer_norm_eps", 1e-5)
+        require(act in ("quick_gelu", "gelu") and eps == 1e-5, f"{folder}: hidden_act {act} and "
+                f"layer_norm_eps {eps} must be quick_gelu or gelu, and 1e-05: use another encoder")
+        return {"vit_act": act, "vit_heads": int(vision.get("num_attention_heads", 12))}
+
+
 def load_text(path: Path | str, **given) -> tuple[dict, State]:
     """A Hugging Face folder of RoBERTa or BERT -> (fields of ModelConfig, State)"""
-    require(Path(path).is_dir(),
-            f"{path} is not a folder: give one with config.json and model.safetensors")
-    config_file = Path(path, "config.json")
+    file = find_file(path, "model.safetensors", "pytorch_model.bin")
+    config_file = file.with_name("config.json")
+    config = read_json(config_file)
     with reading(config_file):
-        config = dict(json.loads(config_file.read_bytes())) if config_file.exists() else {}
         known = {"text_heads": int(config["num_attention_heads"])} if config else given
     require(known.get("text_heads"),
             f"{path} has no config.json with the number of heads: give --text_heads")
 
     # The tensors; old files call a norm's weight and bias gamma and beta.
-    safetensors = Path(path, "model.safetensors")
-    if safetensors.exists():
-        tensors = read_safetensors(safetensors)
-    else:
-        _, tensors = read_torch(Path(path, "pytorch_model.bin"))
+    _, tensors = read_tensors(file)
     tensors = {name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias"): tensor
                for name, tensor in tensors.items()}
     state = rename_keys(tensors, path, "language_encoder.", "embeddings.word_embeddings.weight")
@@ -134,7 +184,7 @@ def load_text(path: Path | str, **given) -> tuple[dict, State]:
 
     # What shapes do not tell must be what this model computes.
     is_roberta = found.get("text_kind") == "roberta"
-    needed = dict(hidden_act="gelu", position_embedding_type="absolute",
+    needed = dict(hidden_act="gelu", position_embedding_type="absolute", is_decoder=False,
                   pad_token_id=1 if is_roberta else 0, layer_norm_eps=1e-5 if is_roberta else 1e-12)
     for key, value in needed.items():
         require(config.get(key, value) == value,
@@ -167,23 +217,28 @@ def load_m3ae(path: Path | str, **given) -> tuple[ModelConfig, State]:
     return cfg, state
 
 
-def read_init_files(cfg: ModelConfig, train_cfg: TrainConfig, flags: dict) -> tuple:
+def read_init_files(cfg: ModelConfig, train_cfg: TrainConfig, flags: dict,
+                    resumed: Path | None = None) -> tuple[ModelConfig, Sources]:
     """Read --init, --init_image, --init_text -> (cfg with their architecture, {source: State})
 
-    flags: {setting: value, None if it was not given}; what was given wins over what a file
-    tells."""
+    flags: {setting: value, None if it was not given}; what was given wins over what a file tells.
+    resumed: the folder of a run that continues: where it has a checkpoint, no file is read, and its
+    own settings tell the architecture."""
     heads = {name: v for name, v in flags.items() if name.endswith("_heads") and v is not None}
     found, init_weights = {}, {}
+    has_checkpoint = resumed and any((resumed / name).exists() for name in CHECKPOINTS)
+    if has_checkpoint:
+        found = (saved_settings(resumed) or {}).get("model", {})
     for flag, loader in (("init", load_m3ae), ("init_image", load_clip), ("init_text", load_text)):
         path = getattr(train_cfg, flag)
-        if path and (flag, path) != ("init", "none"):
+        if path and (flag, path) != ("init", "none") and not has_checkpoint:
             config, state = loader(path, **heads)
             init_weights[f"--{flag} {path}"] = state
             found |= config if isinstance(config, dict) else asdict(config)
 
     # Tensors fix the architecture. Image size, lengths, dropout and losses are the user's.
-    fixed = re.compile("patch_size|text_max_positions|mim_layer|.*_(width|heads|layers|blocks)"
-                       + "|itc" * (cfg.task == "irtr"))        # retrieval keeps the contrast's head
+    fixed = re.compile(".*_(width|heads|layers|blocks|act)|patch_size|text_max_positions|mim_layer"
+                       + "|itc" * (cfg.task == "irtr"))        # retrieval keeps the head of ITC
     arch_fields = {name: value for name, value in found.items()
                    if fixed.fullmatch(name) and flags.get(name) is None}
     return replace(cfg, **arch_fields), init_weights
@@ -209,6 +264,8 @@ def check(cfg: ModelConfig, init_weights: Sources, needed: tuple = ()) -> dict[s
             tensor, shape = state[name], shapes[name]
             if name == "vit.pos_embed" and tensor.ndim == 2 and len(tensor) != shape[0]:
                 tensor = resize_positions(tensor, shape[0] - 1)
+            if name == "text.word.weight" and modules == {"text"} and tensor.ndim == 2:
+                tensor = tensor[:shape[0]]                 # files pad it with rows of no token
             require(tensor.shape == shape,
                     f"{source}: {name} has shape {(*tensor.shape,)}, not {(*shape,)}: give the "
                     "--preset, --tokenizer and sizes of these weights")
@@ -244,9 +301,11 @@ def load_pretrained(model: M3AE, init_weights: Sources) -> tuple[dict[str, str],
         taken = check(model.cfg, {source: tensors})[source]
         model.load_state_dict(taken, strict=False)
         origin.update(dict.fromkeys(taken, source))
-        if "vit.pos_embed" in taken and len(taken["vit.pos_embed"]) != len(state["vit.pos_embed"]):
-            old, new = len(state["vit.pos_embed"]), len(taken["vit.pos_embed"])
-            notes.append(f"{source}: {old} image positions resized to {new}")
+        if state.note:
+            notes.append(f"{source}: {state.note}")
+        for name, what in RESIZED.items():
+            if name in taken and len(taken[name]) != len(state[name]):
+                notes.append(f"{source}: {len(state[name])} {what} to {len(taken[name])}")
 
         unused = [*state.unused, *(name for name in tensors if name not in taken)]
         if unused:

@@ -14,6 +14,7 @@ from data import Row, prepare
 from m3ae_mini import ModelConfig, masking
 from m3ae_mini.config import TrainConfig, UserError, preset_values
 from data.pack import Pack
+from data.texts import text_notes
 from data.prepare import open_packs
 from m3ae_mini.loader import (
     VAL_MICRO_BATCH, Samples, Settings, load, normalise, training_micro_batches,
@@ -155,7 +156,8 @@ def test_long_captions_are_counted_and_cut(made):
     cfg.max_text_len = 8
     samples = Samples([pack], "train", tokenizer, cfg, train_cfg)
     lengths = [len(tokenizer.encode([line["text"]])[0][0]) for line in pack.lines("train")]
-    assert samples.num_truncated == sum(length > 6 for length in lengths) > 0
+    truncated = sum(length > 6 for length in lengths)
+    assert truncated and f"{truncated} texts of more than 8 tokens" in text_notes(tokenizer, samples)[1]
     ids = samples.batch(np.arange(8), 0, 0, 0, np.empty((8, 3, 16, 16), np.uint8))["text_ids"]
     assert ids.shape[1] == 8 and (ids[:, 0] == tokenizer.cls_id).all()
     assert all((row == tokenizer.sep_id).sum() == 1 for row in ids)

@@ -22,7 +22,7 @@ import torch.distributed.run as torchrun
 from tqdm import tqdm
 
 import train
-from m3ae_mini import checkpoint, distributed, evaluate, optim
+from m3ae_mini import checkpoint, distributed, evaluate
 from m3ae_mini.config import (
     FEW_NEGATIVES, PRESETS, ModelConfig, RunConfig, TrainConfig, UserError, fit_micro_batch,
     preset_values)

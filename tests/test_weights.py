@@ -238,8 +238,10 @@ def test_clip(tmp_path, kind):
     elif kind == "parameters":
         saved(path, {"state_dict": {k: nn.Parameter(v) for k, v in weights.items()}})
 
-    fields, state = load_clip(path)
-    assert fields == dict(patch_size=8, vit_width=128, vit_heads=2, vit_blocks=2)
+    with pytest.raises(UserError, match="ViT.pt: nothing tells its number of heads: give --vit_heads"):
+        load_clip(path)
+    fields, state = load_clip(path, vit_heads=2)
+    assert fields == dict(patch_size=8, vit_width=128, vit_heads=2, vit_blocks=2, vit_act="quick_gelu")
     theirs = {f"vision_encoder.{name}": tensor.float() for name, tensor in weights.items()}
     expected = from_official(theirs, replace(CFG, vit_blocks=3))
     assert same(state, expected)
@@ -256,7 +258,7 @@ def test_clip(tmp_path, kind):
 
 
 def test_too_many_blocks(tmp_path):
-    fields, state = load_clip(saved(tmp_path / "ViT.pt", clip_weights()))
+    fields, state = load_clip(saved(tmp_path / "ViT.pt", clip_weights()), vit_heads=2)
     with pytest.raises(UserError, match="ViT.pt has no tensor vit.blocks.3.norm1.weight"):
         load_pretrained(other_model(replace(CFG, vit_blocks=4)), {"--init_image ViT.pt": state})
 
@@ -524,7 +526,7 @@ def test_files_that_would_fill_the_memory_or_never_end(tmp_path):
 
 def test_almost_nothing_in_a_file(tmp_path):
     path = saved(tmp_path / "ViT.pt", {"class_embedding": torch.ones(128)})
-    fields, state = load_clip(path)
+    fields, state = load_clip(path, vit_heads=2)
     with pytest.raises(UserError, match="ViT.pt has no tensor vit.pos_embed"):
         load_pretrained(other_model(), {path: state})
     for content in {}, [], 3, "model", {"state_dict": 3}, {"model": {"vit.cls_token": torch.ones(64)}}, \
