@@ -453,6 +453,25 @@ def test_a_checkpoint_without_its_tokenizer(packs, pretrained, tmp_path, monkeyp
     started(monkeypatch, "vqa", *flags, "--init", "nonesuch", "--out", tmp_path / "such")
 
 
+def test_a_head_is_kept_only_with_its_own_answers(packs, pretrained, tmp_path, monkeypatch):
+    """As a folder or a file, trained blind or not: where its answers are known, and the same."""
+    flags = ["--data", packs["vqa"], "--steps", 1, "--test_samples", 0]
+    for name, more in ("seeing", []), ("blind", ["--blind"]):
+        run = tmp_path / name
+        started(monkeypatch, "vqa", *flags, *more, "--init", pretrained, "--out", run)
+        for i, init in enumerate((run, run / "last.pt")):
+            started(monkeypatch, "vqa", *flags, "--init", init, "--out", tmp_path / f"{name}{i}")
+        settings = json.loads((run / "config.json").read_text())
+        settings["data"]["labels"].reverse()
+        (run / "config.json").write_text(json.dumps(settings))
+        for init in run, run / "last.pt":
+            with pytest.raises(UserError, match="was trained with other labels"):
+                started(monkeypatch, "vqa", *flags, "--init", init, "--out", tmp_path / "never")
+        (run / "config.json").unlink()
+        with pytest.raises(UserError, match="was trained with other labels"):
+            started(monkeypatch, "vqa", *flags, "--init", run / "last.pt", "--out", tmp_path / "never")
+
+
 def test_another_tokenizer_than_the_checkpoints(packs, pretrained, tmp_path, monkeypatch):
     from m3ae_mini.tokenizer import Tokenizer
     other = Tokenizer.train(["other words entirely"], 270)

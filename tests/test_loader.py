@@ -150,6 +150,22 @@ def test_tokenizer_errors(tmp_path):
         Tokenizer.load(tmp_path)
 
 
+def test_unknown_tokens_are_counted(made):
+    pack, _, _ = made
+    tokenizer = Tokenizer(bert_tokenizer(["left lung"]))     # all other words are unknown to it
+    cfg, train_cfg = settings(tokenizer)
+    samples = Samples([pack], "train", tokenizer, cfg, train_cfg)
+    unknown = tokenizer.backend.token_to_id("[UNK]")
+    ids = np.concatenate([tokenizer.encode([line["text"]])[0][0] for line in pack.lines("train")])
+    share = (ids == unknown).mean()
+    assert share > 0.05
+    assert text_notes(tokenizer, samples)[0] == (
+        f"warning: texts: lower case, {share:.1%} of the tokens are unknown")
+    known = Tokenizer.train(CAPTIONS, 300)
+    samples = Samples([pack], "train", known, cfg, train_cfg)
+    assert text_notes(known, samples)[0] == "texts: lower case, 0.0% of the tokens are unknown"
+
+
 def test_long_captions_are_counted_and_cut(made):
     pack, _, tokenizer = made
     cfg, train_cfg = settings(tokenizer)

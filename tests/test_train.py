@@ -526,6 +526,28 @@ def test_another_tokenizer_than_the_runs(pack, tmp_path, monkeypatch):
         started(monkeypatch, *flags, "--resume", "--tokenizer", tmp_path)
 
 
+def test_a_run_goes_on_without_its_first_weights(pack, tmp_path, monkeypatch):
+    """They are in the checkpoint; before there is one, they are needed."""
+    start = tmp_path / "start"
+    started(monkeypatch, *SMALL, "--data", pack, "--steps", 1, "--out", start, "--test_samples", 0)
+    flags = [*SMALL, "--data", pack, "--steps", 2, "--save_every", 1, "--test_samples", 0,
+             "--init", start, "--out", tmp_path / "run"]
+    started(monkeypatch, *flags)
+    whole = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
+    (tmp_path / "run" / "last.pt").unlink()                  # as if stopped after the first step
+    start.rename(tmp_path / "moved")
+    started(monkeypatch, *flags, "--resume")
+    again = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+    (tmp_path / "run" / "last.pt").unlink()
+    started(monkeypatch, *flags[:-3], tmp_path / "moved", *flags[-2:], "--resume")
+    for name in "last.pt", "prev.pt":
+        (tmp_path / "run" / name).unlink()
+    with pytest.raises(UserError, match="start.* can't be read"):
+        started(monkeypatch, *flags, "--resume")
+
+
 def test_a_mistake_is_one_line_and_status_2(tmp_path):
     for flags in (["--data", "/nowhere"], ["--gpus", "2", "--device", "cpu", "--micro_batch", "48"]):
         done = subprocess.run([sys.executable, ROOT / "train.py", "--out", tmp_path / "run", *flags],
