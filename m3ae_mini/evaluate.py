@@ -177,9 +177,11 @@ def pretraining_table(metrics: dict[str, float]) -> str:
         shown.pop("noise_floor", None)                                        # nothing to compare
     lines = [line.format(**shown) for line in TABLE.splitlines()[1:]
              if line.partition("{")[2].partition(":")[0] in shown]
-    has_random = shown.keys() & {"mlm_gain_random", "itm_acc_random"}
-    if has_random and not shown.keys() & {"mlm_gain_hard", "itm_acc_hard"}:
-        lines.append("  no hard negatives: the data have no groups, or no group has two pairs")
+    if "mlm_loss" in shown or "itm_loss" in shown:
+        if not shown.keys() & {"mlm_gain_random", "itm_acc_random"}:
+            lines.append("  no negatives: all pairs share an image or a text")
+        elif not shown.keys() & {"mlm_gain_hard", "itm_acc_hard"}:
+            lines.append("  no hard negatives: the data have no groups, or no group has two pairs")
     lines += [f"  {name:27} {value:6.3f}" for name, value in shown.items()    # losses of your own
               if name.endswith("_loss") and name.removesuffix("_loss") not in METRICS]
     return "\n".join(lines)

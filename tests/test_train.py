@@ -216,6 +216,8 @@ def test_a_report_on_one_sample_has_no_negatives_to_compare_with(pack, tmp_path,
     _, report = capsys.readouterr().out.split("On 1 test samples")
     assert "masked tokens" in report and "reconstruction error" in report
     assert not any(words in report for words in ("gain", "matching", "nan"))
+    assert report.count("no negatives: all pairs share an image or a text") == 1
+    assert "itm_acc" not in logged(tmp_path / "run", "test")[0]
     assert "mlm_gain_random" not in logged(tmp_path / "run", "test")[0]
 
 
@@ -223,7 +225,8 @@ def test_a_report_tells_only_of_losses_that_were_trained():
     trivial = {"most_frequent_token": 0.1, "group_only": 0.5, "mean_patch": 1.0, "noise_floor": 0.3}
     pixels = evaluate.pretraining_table(trivial | {"mim_loss": 0.6, "mim_gain_random": 0.1})
     assert "noise floor" in pixels and "-40%" in pixels and "hard negatives" not in pixels
-    words = evaluate.pretraining_table(trivial | {"mlm_acc": 0.4, "mlm_gain_random": 0.1})
+    words = {"mlm_loss": 2.0, "mlm_acc": 0.4, "mlm_gain_random": 0.1}
+    words = evaluate.pretraining_table(trivial | words)
     assert "+10.0 points" in words and "no hard negatives" in words and "noise floor" not in words
 
 
