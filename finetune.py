@@ -21,7 +21,8 @@ from data.baselines import mean_image
 from data.images import open_image, square
 from data.labels import label_ids, list_labels, saved_labels
 from data.prepare import open_packs
-from data.task_metrics import task_metrics
+from data.task_metrics import (
+    figure_intervals, figures, predict_table, report_table, score, write_table)
 from data.texts import choose_tokenizer, text_notes
 from m3ae_mini import M3AE, checkpoint, config, optim, plots, weights
 from m3ae_mini.config import ModelConfig, RunConfig, TrainConfig, UserError, opt, require
@@ -33,12 +34,6 @@ from m3ae_mini.model import use_grad_checkpointing
 from m3ae_mini.retrieval import Ranking
 from m3ae_mini.tokenizer import Tokenizer
 from train import fit
-
-METRIC_NAMES = {                              # metrics in the report
-    "acc": "accuracy",
-    "acc_open": "on open questions",
-    "acc_closed": "on closed questions",
-    "answer_not_in_list": "right answer not in the list"}
 
 
 @dataclass
@@ -170,8 +165,10 @@ def main():
 
     # Train, with the loop of train.py; then test the best checkpoint, once.
     def validate(model: M3AE, step: int) -> dict[str, float]:
-        return task_metrics(
+        table = predict_table(
             model, data.val, data.labels, dist_env, run_cfg.eval_samples, data.ranking)
+        found = figures(table, cfg.task)
+        return found | {"score": score(found, cfg.task)}
 
     finished = fit(
         model,
@@ -248,15 +245,21 @@ def report(model: M3AE, data: Data, run_cfg: RunConfig, dist_env: DistEnv, step:
     if data.cfg.task == "irtr" and data.ranking.by == "match":
         dist_env.print(f"scoring up to {count:,} × {count:,} pairs; --rank itc --rerank 32 would "
                        f"score {64 * count:,}")
-    metrics = task_metrics(
+    table = predict_table(
         model, data.test, data.labels, dist_env, run_cfg.test_samples, data.ranking)
     if not dist_env.is_main:
         return
-    checkpoint.Log(run_cfg.out, math.inf).write(step, "test", **metrics)
-    print(f"\nOn {count:,} test samples (step {step:,}):")
-    for name, value in metrics.items():
-        if name != "score":
-            print(f"  {METRIC_NAMES.get(name, name):32}{value:7.1%}")
+
+    # The figures, their intervals, and the table that all of them come from.
+    out, task = Path(run_cfg.out), data.cfg.task
+    found, ranges = figures(table, task), figure_intervals(table, task)
+    low, high = ({f"{end}_{name}": ranges[name][i] for name in ranges}
+                 for i, end in enumerate(("low", "high")))
+    checkpoint.Log(out, math.inf).write(step, "test", **found, **low, **high)
+    write_table(table, out / "test_predictions.csv")
+    print(f"\nOn {count:,} test samples (step {step:,}), with 95 % intervals:")
+    print(report_table(found, ranges))
+    print(f"Predictions: {out / 'test_predictions.csv'}")
 
 
 # --------------------------------------------------------------------------------------- prediction

@@ -1,28 +1,29 @@
-"""Metrics of the downstream tasks: predictions against what is right in the packs."""
+"""Figures of the downstream tasks, all computed from one table with a row per test row.
+
+The table is a dict of columns (n,). finetune.py writes it to test_predictions.csv; `figures` of
+that file gives the report. Columns of every task: source (the image's file), text, cluster (the
+patient where the data tell, else the image), and of
+  vqa   target ("#" separates alternatives), prediction, probability, right, kind (open, closed or
+        neither), in_list: is the right answer in the answer list?
+  cls   target, prediction, probability, right, and "p: LABEL", the probability of each class
+  irtr  direction (t2i: the text is the query; i2t: the image), rank of the first right candidate"""
+import csv
+import io
+from pathlib import Path
+
 import numpy as np
 
+from data.scores import (
+    auroc, confusion_matrix, intervals, macro_f1, weighted_mean, weighted_median)
 from m3ae_mini import M3AE
+from m3ae_mini.checkpoint import write_atomic
 from m3ae_mini.distributed import DistEnv
 from m3ae_mini.evaluate import task_logits
 from m3ae_mini.loader import Samples
-from m3ae_mini.retrieval import Ranking, retrieval_metrics
+from m3ae_mini.retrieval import Ranking, retrieval_ranks
 
-
-def task_metrics(model: M3AE, samples: Samples, labels: list[str], dist_env: DistEnv, limit: int,
-                 ranking: Ranking) -> dict[str, float]:
-    """All metrics of a downstream task over at most `limit` samples, and `score`.
-
-    labels: the answer list or the classes. score: accuracy, or the mean of the recalls."""
-    if model.cfg.task == "irtr":
-        model.eval()
-        metrics = retrieval_metrics(model, samples, dist_env, limit, ranking)
-        model.train()
-        return metrics | {"score": sum(metrics.values()) / len(metrics)}
-    indices, logits = task_logits(model, samples, dist_env, limit)    # (n,), (n, A)
-    predictions = [labels[i] for i in logits.argmax(-1).tolist()]
-    lines = [samples.line(n) for n in indices]
-    metrics = answer_metrics(predictions, lines, labels, model.cfg.task)
-    return metrics | {"score": metrics["acc"]}
+NUMBERS = ("probability", "right", "in_list", "rank")     # columns of numbers, as are "p: …"
+Table = dict[str, np.ndarray]
 
 
 def targets(line: dict, task: str) -> list[str]:
@@ -30,23 +31,144 @@ def targets(line: dict, task: str) -> list[str]:
     return line["answer"].split("#") if task == "vqa" else [line["label"]]
 
 
-def answer_metrics(predictions: list[str], lines: list[dict], labels: list[str],
-                   task: str) -> dict[str, float]:
-    """Predictions for samples, given as lines of their packs -> {name: value}
+# ---------------------------------------------------------------------------------------- the table
 
-    vqa: accuracy on all, open and closed questions, and the share of answers that are not in the
-    list and so count as wrong. cls: accuracy, and the recall of each class. A metric that counted
-    nothing is left out."""
+def predict_table(model: M3AE, samples: Samples, labels: list[str], dist_env: DistEnv, limit: int,
+                  ranking: Ranking) -> Table:
+    """The table of at most `limit` samples, evenly spaced, on every rank.
+
+    labels: the answer list or the classes."""
+    task = model.cfg.task
+    if task == "irtr":
+        model.eval()
+        ranks = retrieval_ranks(model, samples, dist_env, limit, ranking)
+        model.train()
+        parts = [known_columns(samples, indices) | {
+            "direction": np.full(len(indices), direction), "rank": ranks_of_queries.numpy()}
+            for direction, (indices, ranks_of_queries) in ranks.items()]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    indices, logits = task_logits(model, samples, dist_env, limit)    # (n,), (n, A)
+    probabilities = (logits.sigmoid() if task == "vqa" else logits.softmax(-1)).numpy()
+    lines = [samples.line(n) for n in indices]
+    return known_columns(samples, indices) | answer_columns(lines, probabilities, labels, task)
+
+
+def known_columns(samples: Samples, indices: np.ndarray) -> Table:
+    """The columns that no prediction changes."""
+    lines = [samples.line(n) for n in indices]
+    clusters = [line.get("patient") or f"image {pack} {line['image']}"
+                for line, (pack, _) in zip(lines, samples.location[indices])]
+    return {"source": np.array([line["source"] for line in lines]),
+            "text": np.array([line["text"] for line in lines]),
+            "cluster": np.array(clusters)}
+
+
+def answer_columns(lines: list[dict], probabilities: np.ndarray, labels: list[str],
+                   task: str) -> Table:
+    """The columns of vqa and cls. lines: of the pack; probabilities: (n, A)."""
     names = [targets(line, task) for line in lines]
-    right = np.array([answer in known for answer, known in zip(predictions, names)])  # (n,)
-    if task == "cls":
-        rows = {f"recall of {label}": [label in known for known in names] for label in labels}
-    else:
-        closed = [line.get("closed") for line in lines]               # None: not known
-        rows = {"acc_open": [flag is False for flag in closed],
-                "acc_closed": [flag is True for flag in closed]}
-    metrics = {"acc": right.mean()}
-    metrics |= {name: right[chosen].mean() for name, chosen in rows.items() if any(chosen)}
+    best = probabilities.argmax(1)                                    # (n,)
+    predictions = [labels[i] for i in best]
+    columns = {"target": np.array(["#".join(known) for known in names]),
+               "prediction": np.array(predictions),
+               "probability": np.take_along_axis(probabilities, best[:, None], 1)[:, 0],
+               "right": np.array([float(p in known) for p, known in zip(predictions, names)])}
     if task == "vqa":
-        metrics["answer_not_in_list"] = np.mean([set(labels).isdisjoint(known) for known in names])
-    return {name: float(value) for name, value in metrics.items()}
+        kinds = {True: "closed", False: "open", None: ""}
+        columns["kind"] = np.array([kinds[line.get("closed")] for line in lines])
+        columns["in_list"] = np.array([float(not set(labels).isdisjoint(known)) for known in names])
+        return columns
+    return columns | {f"p: {label}": probabilities[:, i] for i, label in enumerate(labels)}
+
+
+def write_table(table: Table, path: Path) -> None:
+    """Write the table as CSV."""
+    text = io.StringIO()
+    rows = csv.writer(text)
+    rows.writerow(table)
+    rows.writerows(zip(*(column.tolist() for column in table.values())))
+    data = text.getvalue().encode("utf-8", "replace")
+    write_atomic(path, lambda file: file.write(data))
+
+
+def read_table(path: Path) -> Table:
+    """A table that write_table has written."""
+    with open(path, encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    columns = dict(zip(header, map(np.array, zip(*rows))))
+    return {name: column.astype(float) if name in NUMBERS or name.startswith("p: ") else column
+            for name, column in columns.items()}
+
+
+# -------------------------------------------------------------------------------------- the figures
+
+def figures(table: Table, task: str, weights: np.ndarray | None = None) -> dict[str, float]:
+    """{name: value} of a table; a figure that counts nothing is left out.
+
+    vqa: accuracy on all, open and closed questions; answer_not_in_list, the share of right answers
+    that are not in the answer list and so count as wrong. cls: accuracy, macro F1, AUROC and recall
+    of each class, the mean AUROC. irtr: recall at 1, 5, 10 and the median rank, both directions.
+    weights (n,): how often each row counts, 1 by default."""
+    weights = np.ones(len(table["source"])) if weights is None else weights
+    if task == "irtr":
+        found = {}
+        for direction in ("t2i", "i2t"):
+            rows = table["direction"] == direction
+            for k in (1, 5, 10):
+                found[f"{direction}_r{k}"] = weighted_mean(table["rank"] <= k, weights, rows)
+            found[f"{direction}_median_rank"] = weighted_median(table["rank"], weights * rows)
+    elif task == "vqa":
+        right, kind = table["right"], table["kind"]
+        found = {"acc": weighted_mean(right, weights),
+                 "acc_open": weighted_mean(right, weights, kind == "open"),
+                 "acc_closed": weighted_mean(right, weights, kind == "closed"),
+                 "answer_not_in_list": weighted_mean(1 - table["in_list"], weights)}
+    else:
+        found = class_figures(table, weights)
+    return {name: value for name, value in found.items() if not np.isnan(value)}
+
+
+def class_figures(table: Table, weights: np.ndarray) -> dict[str, float]:
+    """The figures of cls; see `figures`."""
+    labels = [name.removeprefix("p: ") for name in table if name.startswith("p: ")]
+    by_name = {label: i for i, label in enumerate(labels)}
+    target = np.array([by_name[label] for label in table["target"]])  # (n,)
+    prediction = np.array([by_name[label] for label in table["prediction"]])
+    confusion = confusion_matrix(target, prediction, weights, len(labels))  # (C, C)
+    areas = {f"AUROC of {label}": auroc(table[f"p: {label}"], target == i, weights)
+             for i, label in enumerate(labels)}
+    known = [area for area in areas.values() if not np.isnan(area)]
+    found = {"acc": weighted_mean(table["right"], weights), "macro_f1": macro_f1(confusion),
+             "mean_auroc": float(np.mean(known)) if known else np.nan}
+    recall = {f"recall of {label}": weighted_mean(table["right"], weights, target == i)
+              for i, label in enumerate(labels)}
+    return found | recall | areas
+
+
+def score(found: dict[str, float], task: str) -> float:
+    """What chooses best.pt: accuracy, or the mean of the recalls."""
+    recalls = [value for name, value in found.items() if "_r" in name and "rank" not in name]
+    return sum(recalls) / len(recalls) if task == "irtr" else found["acc"]
+
+
+def figure_intervals(table: Table, task: str) -> dict[str, tuple[float, float]]:
+    """95 % bootstrap intervals of all figures, by patient or image: {name: (low, high)}."""
+    return intervals(lambda weights: figures(table, task, weights), table["cluster"])
+
+
+METRIC_NAMES = {                       # in the report; others as they are
+    "acc": "accuracy", "acc_open": "on open questions", "acc_closed": "on closed questions",
+    "answer_not_in_list": "right answer not in the list", "macro_f1": "macro F1",
+    "mean_auroc": "mean AUROC"}
+
+
+def report_table(found: dict[str, float], ranges: dict[str, tuple[float, float]]) -> str:
+    """A line for each figure: its name, its value, its interval."""
+    lines = []
+    for name, value in found.items():
+        number = "{:.1f}" if name.endswith("median_rank") else "{:.1%}"
+        low, high = map(number.format, ranges.get(name, (value, value)))
+        lines.append(f"  {METRIC_NAMES.get(name, name):32}{number.format(value):>7}  "
+                     f"({low} to {high})")
+    return "\n".join(lines)

@@ -184,11 +184,12 @@ def load_best(out: Path, dist_env: DistEnv) -> dict:
 # ------------------------------------------------------------------------------------------ the log
 
 class Log:
-    """metrics.jsonl, one JSON object a line. Opening it at a step drops later and test lines."""
+    """metrics.jsonl, one JSON object a line. Opening it at a step drops later lines, but those of
+    tests, which nothing makes again."""
 
     def __init__(self, out: Path | str, step: float):
         self.path = Path(out) / "metrics.jsonl"
-        kept = [line for line in self.lines() if line["step"] <= step and line["split"] != "test"]
+        kept = [line for line in self.lines() if line["step"] <= step or line["split"] == "test"]
         text = "".join(f"{json.dumps(line)}\n" for line in kept)
         write_atomic(self.path, lambda file: file.write(text.encode()))
 

@@ -22,13 +22,15 @@ class Ranking(NamedTuple):
     rerank: int = 0                    # itc: how many best candidates the fusion ranks again
 
 
-def retrieval_metrics(model: M3AE, samples: Samples, dist_env: DistEnv, limit: int,
-                      ranking: Ranking) -> dict[str, float]:
-    """Recall at 1, 5 and 10 in both directions among at most `limit` samples (paper, section 3.3).
+@torch.no_grad()
+def retrieval_ranks(model: M3AE, samples: Samples, dist_env: DistEnv, limit: int,
+                    ranking: Ranking) -> dict[str, tuple[np.ndarray, Tensor]]:
+    """Rank texts for images and images for texts, among at most `limit` samples
 
-    Each image and each text is encoded once a process. By "match" the fusion runs for every pair.
-    By "itc" all scores are one matrix product; then the fusion runs for the `rerank` best
-    candidates of each query (as in ALBEF)."""
+    Returns {"t2i": (samples of the text queries (Q,), rank of the first right image of each (Q,)),
+    "i2t": the same for the images (P,)}. Each image and each text is encoded once a process. By
+    "match" the fusion runs for every pair. By "itc" all scores are one matrix product; then the
+    fusion runs for the `rerank` best candidates of each query (as in ALBEF)."""
     # The images and the texts among the samples, each once.
     indices = np.concatenate([n for _, _, n in validation_micro_batches(samples, limit)])  # (n,)
     image_id, text_id, _ = samples.identities(indices)                # (n,) each
@@ -43,14 +45,14 @@ def retrieval_metrics(model: M3AE, samples: Samples, dist_env: DistEnv, limit: i
         images = encode_images(model, samples, indices[first_image], dist_env)
         if ranking.by == "match":
             candidates = torch.arange(len(texts)).expand(len(images), -1)     # (P, Q)
-            scores = pair_scores(model, texts, masks, images, candidates, "i2t", dist_env).T
-            return {**recall(scores, right, "t2i"), **recall(scores.T, right.T, "i2t")}
-
-        itc = model.objectives["itc"]
-        scores = itc.scores(itc.text_features(texts), itc.image_features(images))  # (Q, P)
-        t2i = rerank(model, scores, texts, masks, images, ranking.rerank, "t2i", dist_env)
-        i2t = rerank(model, scores, texts, masks, images, ranking.rerank, "i2t", dist_env)
-    return {**recall(t2i, right, "t2i"), **recall(i2t.T, right.T, "i2t")}
+            t2i = i2t = pair_scores(model, texts, masks, images, candidates, "i2t", dist_env).T
+        else:
+            itc = model.objectives["itc"]
+            scores = itc.scores(itc.text_features(texts), itc.image_features(images))  # (Q, P)
+            t2i = rerank(model, scores, texts, masks, images, ranking.rerank, "t2i", dist_env)
+            i2t = rerank(model, scores, texts, masks, images, ranking.rerank, "i2t", dist_env)
+    return {"t2i": (indices[first_text], first_right(t2i, right)),
+            "i2t": (indices[first_image], first_right(i2t.T, right.T))}
 
 
 def rerank(model: M3AE, scores: Tensor, texts: Tensor, masks: Tensor, images: Tensor, count: int,
@@ -113,11 +115,10 @@ def batches_of(samples: Samples, indices: np.ndarray,
         yield loaded.batch
 
 
-def recall(scores: Tensor, right: Tensor, direction: str) -> dict[str, float]:
-    """scores (Q, C), right bool (Q, C) -> {direction_r1, direction_r5, direction_r10}
+def first_right(scores: Tensor, right: Tensor) -> Tensor:
+    """scores (Q, C), right bool (Q, C) -> the rank, from 1, of each query's first right one (Q,)
 
-    Recall at k is the share of queries with a right candidate among the first k. Wrong candidates
-    win ties, and scores that are not numbers: a model that scores all alike finds nothing."""
+    Wrong candidates win ties, and scores that are not numbers: a model that scores all alike finds
+    nothing."""
     best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)  # (Q, 1)
-    before = (~(scores < best) & ~right).sum(1)                       # (Q,)
-    return {f"{direction}_r{k}": (before < k).float().mean().item() for k in (1, 5, 10)}
+    return 1 + (~(scores < best) & ~right).sum(1)

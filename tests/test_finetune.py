@@ -13,7 +13,7 @@ import finetune
 import train
 from data import Row, prepare
 from data.pack import Pack
-from data.task_metrics import answer_metrics
+from data.task_metrics import answer_columns, figure_intervals, figures, read_table
 from m3ae_mini import M3AE, checkpoint, retrieval
 from m3ae_mini.config import UserError
 from test_loader import FINDINGS, SIDES, SIZES
@@ -78,9 +78,21 @@ def test_a_run_leaves_what_it_promises(packs, pretrained, tmp_path, monkeypatch,
     val, (test,) = logged(out, "val"), logged(out, "test")
     assert [line["step"] for line in val] == [2, 4] and all(0 <= line["score"] <= 1 for line in val)
     assert test["step"] == max(val, key=lambda line: line["score"])["step"]         # the first of the best
-    names = {"vqa": {"acc", "acc_open", "acc_closed", "answer_not_in_list"}, "cls": {"acc", "recall of nodule"},
-             "irtr": {"t2i_r1", "i2t_r10"}}[task]
+    names = {"vqa": {"acc", "acc_open", "acc_closed", "answer_not_in_list"},
+             "cls": {"acc", "macro_f1", "mean_auroc", "recall of nodule", "AUROC of nodule"},
+             "irtr": {"t2i_r1", "i2t_r10", "t2i_median_rank"}}[task]
     assert names <= test.keys()
+    # Every figure, and its interval, comes from the file alone.
+    table = read_table(out / "test_predictions.csv")
+    found, ranges = figures(table, task), figure_intervals(table, task)
+    logged_figures = {name: value for name, value in test.items() if name not in ("step", "split")}
+    assert logged_figures == pytest.approx(
+        found | {f"low_{name}": low for name, (low, _) in ranges.items()}
+        | {f"high_{name}": high for name, (_, high) in ranges.items()}, abs=1e-6)
+    assert all(low <= found[name] <= high for name, (low, high) in ranges.items())
+    rows = COUNTS["test"] if task != "irtr" else len(set(table["text"])) + len(set(table["source"]))
+    assert len(table["source"]) == rows
+    assert set(table["source"]) <= {line["source"] for line in Pack(packs[task]).lines("test")}
     state = torch.load(out / "best.pt", weights_only=True)["model"]
     assert any(name.startswith(f"objectives.{task}") for name in state)
     printed = capsys.readouterr().out
@@ -164,8 +176,8 @@ def test_each_task_learns_its_own_labels(pretrained, tmp_path, monkeypatch):
 
 def test_retrieval_scores_are_not_rounded_to_ties(packs, pretrained, tmp_path, monkeypatch):
     """In bf16 too: bf16's 8 bits would make many scores equal, and a tie with a wrong candidate is no hit."""
-    caught, recall = [], retrieval.recall
-    monkeypatch.setattr(retrieval, "recall", lambda *args: caught.append(args[0]) or recall(*args))
+    caught, ranks = [], retrieval.first_right
+    monkeypatch.setattr(retrieval, "first_right", lambda *args: caught.append(args[0]) or ranks(*args))
     started(monkeypatch, "irtr", "--data", packs["irtr"], "--init", pretrained, "--out", tmp_path / "zero",
             "--zero_shot", "--dtype", "bfloat16")
     assert (caught[0] != caught[0].bfloat16().float()).float().mean() > 0.9
@@ -200,7 +212,7 @@ def contrasted(packs, tmp_path_factory):
 def recalls(out):
     """The recalls of the report, {t2i_r1: …, i2t_r10: …}."""
     (line,) = logged(out, "test")
-    found = {name: value for name, value in line.items() if name.startswith(("t2i_r", "i2t_r"))}
+    found = {name: line[name] for name in line if name.startswith(("t2i_r", "i2t_r"))}
     assert len(found) == 6 and all(0 <= value <= 1 for value in found.values())
     return found
 
@@ -261,15 +273,15 @@ def test_ranking_by_a_contrast_that_was_not_learned_is_refused(packs, pretrained
 def test_retrieval_scores_every_pair_as_one_by_one(packs, pretrained, tmp_path, monkeypatch):
     """Encoding each once gives the scores that each pair gets by itself; shared captions are all right."""
     caught = []
-    recall = retrieval.recall
-    monkeypatch.setattr(retrieval, "recall", lambda *args: caught.append(args) or recall(*args))
+    ranks = retrieval.first_right
+    monkeypatch.setattr(retrieval, "first_right", lambda *args: caught.append(args) or ranks(*args))
     models, report = [], finetune.report
     monkeypatch.setattr(finetune, "report", lambda model, *rest, **step: models.append(model) or report(
         model, *rest, **step))
     monkeypatch.setattr(retrieval, "PAIRS", 3)                # several blocks
     started(monkeypatch, "irtr", "--data", packs["irtr"], "--init", pretrained, "--out", tmp_path / "zero",
             "--zero_shot")
-    (scores, right, _), (turned, _, _) = caught
+    (scores, right), (turned, _) = caught
     assert torch.equal(scores.T, turned)
 
     lines = list(Pack(packs["irtr"]).lines("test"))
@@ -330,7 +342,8 @@ def test_texts_are_compared_whole(packs, pretrained, tmp_path, monkeypatch):
     folder.mkdir()
     rows = [row._replace(text="nodule " * 40 + row.text) for row in labelled_rows(folder, "irtr")]
     packed(rows, tmp_path / "pack", "irtr", folder)
-    monkeypatch.setattr(retrieval, "recall", lambda _, right, direction: caught.append(right) or {"r": 1.0})
+    ranks = retrieval.first_right
+    monkeypatch.setattr(retrieval, "first_right", lambda *args: caught.append(args[1]) or ranks(*args))
     flags = "--data", tmp_path / "pack", "--init", pretrained, "--out", tmp_path / "zero"
     started(monkeypatch, "irtr", *flags, "--zero_shot")
     texts = {row.text for row in rows if row.split == "test"}
@@ -391,25 +404,42 @@ def test_prediction(packs, pretrained, tmp_path, monkeypatch, capsys):
 
 # -------------------------------------------------------------------------------- metrics by hand
 
+def columns(lines, predictions, labels, task):
+    """A table of these predictions, each of probability 0.9."""
+    probabilities = np.full((len(lines), len(labels)), 0.1)
+    probabilities[range(len(lines)), [labels.index(name) for name in predictions]] = 0.9
+    return {"source": np.array(["a.png"] * len(lines))} | answer_columns(lines, probabilities, labels, task)
+
+
 def test_answer_metrics_by_hand():
     lines = [{"answer": "yes", "closed": True}, {"answer": "yes", "closed": True},
              {"answer": "left#right", "closed": False}, {"answer": "4"}]
-    found = answer_metrics(["yes", "no", "left", "3"], lines, ["yes", "no", "left", "3"], "vqa")
-    assert found == {"acc": 2 / 4, "acc_open": 1, "acc_closed": 1 / 2, "answer_not_in_list": 1 / 4}
+    table = columns(lines, ["yes", "no", "left", "3"], ["yes", "no", "left", "3"], "vqa")
+    assert figures(table, "vqa") == {
+        "acc": 2 / 4, "acc_open": 1, "acc_closed": 1 / 2, "answer_not_in_list": 1 / 4}
+    assert table["target"].tolist() == ["yes", "yes", "left#right", "4"]
+
     lines = [{"label": "a"}, {"label": "a"}, {"label": "b"}]
-    found = answer_metrics(["a", "b", "b"], lines, ["a", "b", "c"], "cls")
-    assert found == {"acc": 2 / 3, "recall of a": 1 / 2, "recall of b": 1}     # c: counted nothing
+    found = figures(columns(lines, ["a", "b", "b"], ["a", "b", "c"], "cls"), "cls")
+    assert found == pytest.approx({                          # c occurs nowhere
+        "acc": 2 / 3, "macro_f1": 2 / 3, "mean_auroc": 3 / 4, "recall of a": 1 / 2, "recall of b": 1,
+        "AUROC of a": 3 / 4, "AUROC of b": 3 / 4})
+    assert figures(columns(lines[:1], ["a"], ["a", "b"], "cls"), "cls") == {
+        "acc": 1, "macro_f1": 1, "recall of a": 1}           # one row: no area under a curve
 
 
 def test_recall_by_hand():
     scores = torch.tensor([[3.0, 1, 2, 0], [0, 1, 2, 3], [1, 1, 1, 1]])
     right = torch.tensor([[0, 0, 1, 0], [1, 0, 0, 1], [1, 0, 0, 0]]).bool()
-    found = retrieval.recall(scores, right, "x")
-    assert found["x_r1"] == pytest.approx(1 / 3)      # the second alone; a tie is no hit
-    assert found["x_r5"] == found["x_r10"] == 1
+    assert retrieval.first_right(scores, right).tolist() == [2, 1, 4]      # a tie is no hit
+    table = {"source": np.array(list("abcd")), "direction": np.array(["t2i"] * 3 + ["i2t"]),
+             "rank": np.array([2.0, 1, 4, 20])}
+    assert figures(table, "irtr") == pytest.approx({
+        "t2i_r1": 1 / 3, "t2i_r5": 1, "t2i_r10": 1, "t2i_median_rank": 2,
+        "i2t_r1": 0, "i2t_r5": 0, "i2t_r10": 0, "i2t_median_rank": 20})
     for bad in scores.masked_fill(right, torch.nan), torch.full((3, 12), torch.nan):
         wide = torch.nn.functional.pad(right, (0, bad.shape[1] - right.shape[1]))
-        assert retrieval.recall(bad, wide, "x")["x_r1"] == 0
+        assert retrieval.first_right(bad, wide).min() > 1
 
 
 # -------------------------------------------------------------------------------- bad input

@@ -48,11 +48,11 @@ class Run:
         self.code = code
 
     def test_metrics(self) -> dict | None:
-        """The line of metrics.jsonl of the test split; None where the run has not finished."""
+        """The last line of metrics.jsonl of the test split; None where the run has not finished."""
         log = ROOT / self.out / "metrics.jsonl"
         text = log.read_text() if log.is_file() else ""
         lines = [json.loads(line) for line in text.splitlines()]
-        return next((line for line in lines if line["split"] == "test"), None)
+        return next((line for line in reversed(lines) if line["split"] == "test"), None)
 
     def make(self) -> None:
         """Run it to its end, unless it is there. What it prints goes to a file beside its
