@@ -6,22 +6,19 @@
 from pathlib import Path
 from typing import Iterator
 
-from data import Row, plain_value, read_jsonl
+from data import Row, find_root, plain_value, read_jsonl
 from m3ae_mini.config import require
 
+MARKERS = ("splitted_dataset",)
 PLACEHOLDER = "Replace this - DESCRIPTION OF THE IMAGE"   # left by whoever entered the case
 
 
 def rows(root: Path, task: str) -> Iterator[Row]:
-    """`root` is the folder MedPix-2-0 or the clone that holds it.
-
-    For "cls" the class is the part of the body (Location Category, five of them). For "irtr"
-    all pairs of the published splits are used.
-    """
+    """For "cls" the class is the part of the body (Location Category, five of them). For "irtr"
+    all pairs of the published splits are used. The group is modality and part."""
     require(task != "vqa",
             "medpix has nothing for the task vqa: choose --task pretrain, cls or irtr")
-    if not (root / "splitted_dataset").is_dir():
-        root = root / "MedPix-2-0"
+    root = find_root(root, *MARKERS)
 
     for split, name in ("train", "train"), ("val", "dev"), ("test", "test"):
         path = root / "splitted_dataset" / f"descriptions_{name}.jsonl"

@@ -19,7 +19,7 @@ from typing import Iterable, Iterator
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import Row, phantoms
+from data import Row, find_root, phantoms
 from data.pack import Pack
 from data.write_pack import write_pack
 from m3ae_mini.config import UserError, require
@@ -205,12 +205,15 @@ def run(args: argparse.Namespace) -> None:
 
     # Read the annotations, then write the pack.
     began = time.perf_counter()
-    rows = importlib.import_module(f"data.{args.name}").rows(args.root, args.task)
+    reader = importlib.import_module(f"data.{args.name}")
+    markers = getattr(reader, "MARKERS", ())
+    root = find_root(args.root, *markers) if markers else args.root
+    rows = reader.rows(root, args.task)
     if args.exclude is not None:
         rows = mark_excluded(rows, args.exclude)
-    is_table = args.root is not None and args.root.is_file()
+    is_table = root is not None and root.is_file()
     meta = write_pack(rows, args.out, args.name, args.task, args.size,
-                      root=args.root.parent if is_table else args.root, workers=args.workers,
+                      root=root.parent if is_table else root, workers=args.workers,
                       allow_missing=args.allow_missing, overwrite=args.overwrite)
     print_summary(meta, args.out, time.perf_counter() - began)
 

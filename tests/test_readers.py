@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import Row, clean_text, medpix, melinda, prepare, roco, slake, vqa_med_2019, vqa_rad
+from data import Row, clean_text, find_root, medpix, melinda, prepare, roco, slake, vqa_med_2019, vqa_rad
 from data.answers import normalise_answer, question_row
 from data.pack import SPLITS
 from data.write_pack import filter_rows, unusable, write_pack
@@ -37,6 +37,38 @@ def packed(reader, root, out, task="vqa"):
     table, skipped = ([json.loads(line) for line in (out / name).read_text(encoding="utf-8").splitlines()]
                       for name in ("samples.jsonl", "skipped.jsonl"))
     return meta, table, skipped
+
+
+def prepared(name, root, out, *flags):
+    """The exit status of the command."""
+    arguments = [name, "--root", root, "--out", out, "--size", "8", "--workers", "1", *flags]
+    return prepare.main([str(argument) for argument in arguments])
+
+
+# ------------------------------------------------------------------------------------------------- the folder
+
+def test_the_folder_is_root_or_its_only_child_that_fits_or_its_parent(tmp_path, capsys, monkeypatch):
+    data = tmp_path / "a [b]" / "set"                            # brackets mean something in a pattern
+    write(data / "list.json", [])
+    (data / "images").mkdir()
+    (tmp_path / "a [b]" / "other").mkdir()
+    (tmp_path / "a [b]" / "__MACOSX" / "images").mkdir(parents=True)
+    write(tmp_path / "a [b]" / "__MACOSX" / "list.json", [])
+    marker = ("images", "*.json")
+    assert find_root(data, marker) == data and capsys.readouterr().err == ""
+    for given in data.parent, data / "images", data / "list.json":
+        assert find_root(given, "nothing", marker) == data
+        assert capsys.readouterr().err == f"prepare: reading {data}, not {given}: the data set's files are there\n"
+    monkeypatch.chdir(data / "images")
+    assert find_root(Path("."), marker) == data
+
+    # Nothing is chosen among two, and what does not fit stays: its reader names what is missing.
+    assert find_root(data.parent, "images", "list.txt") == data
+    assert find_root(data, ("images", "list.txt")) == data
+    assert find_root(data / "nowhere", marker) == data / "nowhere"
+    write(tmp_path / "a [b]" / "other" / "list.json", [])
+    with pytest.raises(UserError, match=r"holds 2 folders with the data set's files \(other, set\): give one"):
+        find_root(data.parent, "list.json")
 
 
 # --------------------------------------------------------------------------------------------------- answers
@@ -212,6 +244,30 @@ def test_slake(tmp_path):
         list(slake.rows(root, "vqa"))
 
 
+@pytest.mark.parametrize("given", ["", "Slake1.0", "Slake1.0/Slake1.0", "Slake1.0/Slake1.0/imgs"])
+def test_slake_as_it_unpacks(tmp_path, given, capsys):
+    """A folder of the same name in a folder; --root one level too high or too low is found."""
+    folder = tmp_path / "Slake1.0" / "Slake1.0"
+    for name in "train", "validate", "test":
+        entry = slake_entry("xmlab1/source.jpg", f"Is it {name}?", img_id=1, base_type="vqa", content_type="Plane",
+                            triple=["vhead", "_", "_"])
+        write(folder / f"{name}.json", [entry])
+    draw_images(folder / "imgs", "xmlab1/source.jpg", "xmlab1/mask.png")
+    write(folder / "KG" / "organ.csv", "organ#attribute#value\n")
+    write(folder / "mask.txt", "1:liver\n")
+    (tmp_path / "__MACOSX" / "Slake1.0" / "imgs").mkdir(parents=True)
+    out = tmp_path / "pack"
+    if given == "":                                              # two levels: a sentence
+        assert prepared("slake", tmp_path, out, "--task", "vqa") == 2
+        assert f"{tmp_path}/train.json cannot be read" in capsys.readouterr().err
+        return
+    assert prepared("slake", tmp_path / given, out, "--task", "vqa") == 0
+    said = capsys.readouterr().err.count(f"prepare: reading {folder}, not {tmp_path / given}:")
+    assert said == (given != "Slake1.0/Slake1.0")
+    (line, *more) = (out / "samples.jsonl").read_text().splitlines()
+    assert json.loads(line)["source"] == "imgs/xmlab1/source.jpg" and len(more) == 2
+
+
 def test_lists_that_are_hostile(tmp_path):
     """Too deep, numbers too long, lists for texts: one sentence. Names that no system takes: a missing
     image. What is quoted on the terminal can't command it."""
@@ -270,6 +326,36 @@ def test_vqa_med_2019(tmp_path):
     test.unlink()
     with pytest.raises(UserError, match=f"has no {MED_TEST}.*--root is the folder"):
         list(vqa_med_2019.rows(root, "vqa"))
+
+
+@pytest.mark.parametrize("given, read", [
+    (".", None), ("..", "."), ("VQAMed2019Test", "."), ("ImageClef-2019-VQA-Med-Training", ".")])
+def test_vqa_med_2019_as_it_unpacks(tmp_path, given, read, capsys):
+    """The archives beside each other; --root may be a level off."""
+    root = tmp_path / "above" / "med"
+    med_miniature(root)
+    (root / MED_TEST).rename(root / "VQAMed2019Test" / MED_TEST)
+    folder = (root / given).resolve()
+    rows = list(vqa_med_2019.rows(folder, "vqa"))
+    assert len(rows) == 15 and all(row.image.is_file() for row in rows)
+    assert (f"prepare: reading {root}, not {folder}:" in capsys.readouterr().err) == (read is not None)
+
+
+def test_vqa_med_2019_in_folders_of_the_same_name(tmp_path, capsys):
+    """As some programs unpack: training/training/…, with what a Mac adds; and all in one folder."""
+    med_miniature(tmp_path / "med")
+    draw_images(tmp_path / "med" / "__MACOSX" / "Train_images", "._synpic1.jpg")
+    for name in "ImageClef-2019-VQA-Med-Training", "ImageClef-2019-VQA-Med-Validation":
+        (tmp_path / "med" / name).rename(tmp_path / "moved")
+        (tmp_path / "med" / name).mkdir()
+        (tmp_path / "moved").rename(tmp_path / "med" / name / name)
+    rows = list(vqa_med_2019.rows(tmp_path / "med", "vqa"))
+    assert len(rows) == 15 and all(row.image.is_file() for row in rows)
+
+    for path in [*(tmp_path / "med").glob("*/*/QAPairsByCategory/*.txt"), *(tmp_path / "med").glob("*/*/*_images")]:
+        path.rename(tmp_path / "med" / path.name)
+    assert len(list(vqa_med_2019.rows(tmp_path / "med", "vqa"))) == 15
+    assert capsys.readouterr().err == ""
 
 
 def test_vqa_med_2019_in_the_layout_of_the_release(tmp_path):
