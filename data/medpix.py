@@ -15,7 +15,8 @@ PLACEHOLDER = "Replace this - DESCRIPTION OF THE IMAGE"   # left by whoever ente
 
 def rows(root: Path, task: str) -> Iterator[Row]:
     """For "cls" the class is the part of the body (Location Category, five of them). For "irtr"
-    all pairs of the published splits are used. The group is modality and part."""
+    all pairs of the published splits are used. The group is modality and part, the patient the
+    case (U_id)."""
     require(task != "vqa",
             "medpix has nothing for the task vqa: choose --task pretrain, cls or irtr")
     root = find_root(root, *MARKERS)
@@ -28,7 +29,9 @@ def rows(root: Path, task: str) -> Iterator[Row]:
             require(isinstance(description, dict) and "Caption" in description,
                     f"{location}: its Description has no Caption: is it the right file?")
             caption = str(plain_value(description["Caption"], "Caption", location) or "")
+            case = str(plain_value(record.get("U_id"), "U_id", location) or "") or None
             part = record["Location Category"]
             yield Row(split, root / "images" / f"{record['image']}.png", caption, label=part,
                       group=f"{record['Type']} {part}",
+                      patient=case,
                       skip="placeholder caption" if caption.startswith(PLACEHOLDER) else None)
