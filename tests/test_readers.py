@@ -205,6 +205,89 @@ def test_odd_but_legal_values_are_counted(tmp_path):
         packed(vqa_rad, tmp_path / "rad", tmp_path / "strict")
 
 
+RAD_KEYS = ("qid", "phrase_type", "qid_linked_id", "image_case_url", "image_name", "image_organ", "evaluation",
+            "question", "question_rephrase", "question_relation", "question_frame", "question_type", "answer",
+            "answer_type")
+
+
+def published_entry(qid, phrase_type="freeform", answer="Yes", kind="CLOSED", **more):
+    """A record of the published file, with its 14 keys."""
+    image = qid % 20
+    known = dict.fromkeys(RAD_KEYS, "NULL") | rad_entry(qid, answer, kind) | {
+        "phrase_type": phrase_type, "qid_linked_id": f"03f451ca-de62-4617-9679-{qid:012}", "evaluation": "evaluated",
+        "image_case_url": f"https://medpix.nlm.nih.gov/case?id=b197277b-{image // 2}", "question_type": "PRES, ABN"}
+    return known | more
+
+
+def published_miniature(root):
+    """200 training questions, 9 test questions, and what is odd in the real file."""
+    records = [published_entry(qid, "para" if qid % 3 == 0 else "freeform") for qid in range(200)]
+    records[0] |= {"answer": 12, "answer_type": "OPEN"}                              # a JSON number
+    records[1] |= {"answer": "\tThe X-ray\t", "answer_type": "CLOSED "}
+    for qid in range(0, 200, 2):
+        records[qid]["question_rephrase"] = f"Can finding {qid} be seen?"
+    del records[3]["question_rephrase"]
+    records[4]["question_rephrase"] = None
+    records[6]["question_rephrase"] = "is finding 26  there?"                        # another one's question
+    records[8]["question_rephrase"] = "Is finding 908 there?"                        # of the test set
+    records += [published_entry(qid, "test_para" if qid % 3 == 0 else "test_freeform", 2.5, "OPEN",
+                                question_rephrase="Which one is it?") for qid in range(901, 910)]
+    write(root / "VQA_RAD Dataset Public.json", records)
+    draw_images(root / "VQA_RAD Image Folder", *[f"synpic{i}.jpg" for i in range(20)])
+
+
+def test_vqa_rad_as_published(tmp_path, capsys):
+    root = tmp_path / "osfstorage-archive"
+    published_miniature(root)
+    rows = list(vqa_rad.rows(root, "vqa"))
+    image = root / "VQA_RAD Image Folder" / "synpic0.jpg"
+    assert rows[0]._replace(split="") == Row("", image, "Is finding 0 there?", "12", closed=False, group="CHEST",
+                                             patient="https://medpix.nlm.nih.gov/case?id=b197277b-0")
+    assert (rows[1].answer, rows[1].closed) == ("x ray", True)
+    assert [row.split == "test" for row in rows] == [False] * 200 + [True] * 9
+    assert 10 <= sum(row.split == "val" for row in rows) <= 30 and not any(row.skip for row in rows)
+    captions = [row for row in vqa_rad.rows(root, "pretrain") if not row.skip]
+    assert [row.text for row in captions] == [f"{row.text} {row.answer}." for row in rows[:200]]
+
+    # What is held out is what the same questions in split files hold out.
+    records = json.loads((root / "VQA_RAD Dataset Public.json").read_text())
+    write(tmp_path / "split" / "trainset.json", records[:200])
+    write(tmp_path / "split" / "testset.json", records[200:])
+    by_files = list(vqa_rad.rows(tmp_path / "split", "vqa"))
+    assert [row.split for row in by_files] == [row.split for row in rows]
+
+    assert prepared("vqa_rad", tmp_path, tmp_path / "pack", "--task", "vqa") == 2     # which of the two folders?
+    assert "holds 2 folders" in capsys.readouterr().err
+    (tmp_path / "split" / "trainset.json").rename(tmp_path / "moved.json")
+    (tmp_path / "split" / "testset.json").unlink()
+    assert prepared("vqa_rad", tmp_path, tmp_path / "pack", "--task", "vqa") == 0
+    assert f"prepare: reading {root}, not {tmp_path}:" in capsys.readouterr().err
+    assert prepared("vqa_rad", root / "VQA_RAD Image Folder", tmp_path / "two", "--task", "vqa") == 0
+    lines = [(tmp_path / out / "samples.jsonl").read_text() for out in ("pack", "two")]
+    assert lines[0] == lines[1].replace("..", "osfstorage-archive") and lines[0].count("\n") == 209
+
+    records[7]["phrase_type"] = "test"
+    write(root / "VQA_RAD Dataset Public.json", records)
+    with pytest.raises(UserError, match="Public.json, element 8: the phrase_type is 'test', it must be freeform"):
+        list(vqa_rad.rows(root, "vqa"))
+    with pytest.raises(UserError, match="has no 'VQA_RAD Dataset Public.json' and no trainset.json: --root is"):
+        list(vqa_rad.rows(tmp_path / "split", "vqa"))
+
+
+def test_vqa_rad_in_both_layouts_says_which_it_reads(tmp_path, capsys):
+    published_miniature(tmp_path)
+    list(vqa_rad.rows(tmp_path, "vqa"))
+    assert capsys.readouterr().err == ""
+    write(tmp_path / "testset.json", [rad_entry(900)])
+    write(tmp_path / "trainset.json", [rad_entry(1), rad_entry(2)])
+    rows = list(vqa_rad.rows(tmp_path, "vqa"))                   # with the one folder of images that is there
+    assert len(rows) == 3 and rows[0].image == tmp_path / "VQA_RAD Image Folder" / "synpic1.jpg"
+    said = capsys.readouterr().err
+    assert f"reading trainset.json and testset.json of {tmp_path}; 'VQA_RAD Dataset Public.json' is not" in said
+    draw_images(tmp_path / "images", "synpic1.jpg")
+    assert next(vqa_rad.rows(tmp_path, "vqa")).image == tmp_path / "images" / "synpic1.jpg"
+
+
 # ------------------------------------------------------------------------------------------------------ SLAKE
 
 def slake_entry(name, question, answer="Yes", kind="CLOSED", language="en", **more):
