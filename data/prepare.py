@@ -162,6 +162,8 @@ def command_line() -> argparse.ArgumentParser:
              "crops (default: 288)")
     add("--task", choices=TASKS, default="pretrain",
         help="task to pack for: pre-training, questions, classes, retrieval")
+    add("--rephrased", action="store_true",
+        help="vqa_rad: the authors' second wording of a training question is one more question")
     add("--exclude", type=Path, metavar="FOLDER",
         help="leave out the images that are also in FOLDER, known by their files' names (the part "
              "after the last underscore is enough)")
@@ -203,12 +205,16 @@ def run(args: argparse.Namespace) -> None:
             f"{args.name} needs --root, the data set's folder")
     require(args.root is None or args.root.exists(), f"{args.root} does not exist: correct --root")
 
+    require(not args.rephrased or args.name == "vqa_rad",
+            f"--rephrased is for vqa_rad: leave it out for {args.name}")
+
     # Read the annotations, then write the pack.
     began = time.perf_counter()
     reader = importlib.import_module(f"data.{args.name}")
     markers = getattr(reader, "MARKERS", ())
     root = find_root(args.root, *markers) if markers else args.root
-    rows = reader.rows(root, args.task)
+    options = {"rephrased": True} if args.rephrased else {}
+    rows = reader.rows(root, args.task, **options)
     if args.exclude is not None:
         rows = mark_excluded(rows, args.exclude)
     is_table = root is not None and root.is_file()

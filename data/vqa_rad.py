@@ -29,7 +29,7 @@ HELD_OUT = 0.1   # of the training questions, if there is no validation set
 Questions = list[tuple[str, dict]]   # (location, question) in the file's order
 
 
-def rows(root: Path, task: str) -> Iterator[Row]:
+def rows(root: Path, task: str, rephrased: bool = False) -> Iterator[Row]:
     """Answers are normalised (data.answers). The group of an image is its organ, the patient its
     case (`image_case_url`, which only the published file has).
 
@@ -44,6 +44,9 @@ def rows(root: Path, task: str) -> Iterator[Row]:
     Training questions and their answers become captions for pre-training. Questions of the test
     set do not. 14 of them are also in the released trainset.json: they are used for training as
     questions, but not as captions.
+
+    rephrased: `question_rephrase` of a training question is one more training question. It is
+    skipped if the question is held out, or if the same is already asked about the image.
     """
     require(task in ("vqa", "pretrain"),
             f"vqa_rad has nothing for the task {task}: choose --task vqa or pretrain")
@@ -51,8 +54,12 @@ def rows(root: Path, task: str) -> Iterator[Row]:
     layout = _layout(root)
     parts = _published(root / PUBLISHED) if layout == "published" else _split_files(root)
     images = _image_folder(root, layout)
+    require(not rephrased or _has_rephrased(parts["train"]),
+            f"the training questions in {root} have no question_rephrase: leave --rephrased out, "
+            f"or keep '{PUBLISHED}' in a folder without trainset.json")
 
     tested = {_question(record) for _, record in parts["test"]}
+    asked = {_question(record) for questions in parts.values() for _, record in questions}
     for part, questions in parts.items():
         for location, record in questions:
             held_out = part == "train" and "val" not in parts and _held_out(record)
@@ -60,6 +67,18 @@ def rows(root: Path, task: str) -> Iterator[Row]:
             if task == "pretrain" and _question(record) in tested:
                 row = row._replace(skip="question of the test set")
             yield row
+
+            # The same answer to another question. Held-out questions must not come back by it.
+            text = _optional(record, "question_rephrase", location)
+            if rephrased and part == "train" and text:
+                again = record | {"question": text}
+                row = _row("train", images, again, location, task)
+                if held_out:
+                    row = row._replace(skip="rephrased question of validation")
+                elif _question(again) in asked:
+                    row = row._replace(skip="rephrased question that is asked already")
+                asked.add(_question(again))
+                yield row
 
 
 # ----------------------------------------------------------------------------- reading both layouts
@@ -133,6 +152,11 @@ def _row(split: str, images: Path, record: dict, location: str, task: str) -> Ro
     if task == "pretrain":
         row = row._replace(text=f"{row.text} {row.answer or ''}.")
     return row._replace(patient=_optional(record, "image_case_url", location))
+
+
+def _has_rephrased(questions: Questions) -> bool:
+    """Does any question have a question_rephrase?"""
+    return any(_optional(record, "question_rephrase", location) for location, record in questions)
 
 
 def _optional(record: dict, key: str, location: str) -> str | None:

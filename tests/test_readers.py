@@ -286,6 +286,34 @@ def test_vqa_rad_in_both_layouts_says_which_it_reads(tmp_path, capsys):
     assert f"reading trainset.json and testset.json of {tmp_path}; 'VQA_RAD Dataset Public.json' is not" in said
     draw_images(tmp_path / "images", "synpic1.jpg")
     assert next(vqa_rad.rows(tmp_path, "vqa")).image == tmp_path / "images" / "synpic1.jpg"
+    with pytest.raises(UserError, match="have no question_rephrase: leave --rephrased out"):
+        list(vqa_rad.rows(tmp_path, "vqa", rephrased=True))
+
+
+def test_rephrased_questions_train_and_leak_nothing(tmp_path, capsys):
+    published_miniature(tmp_path)
+    plain = list(vqa_rad.rows(tmp_path, "vqa"))
+    rows = list(vqa_rad.rows(tmp_path, "vqa", rephrased=True))
+    more = [row for row in rows if row not in plain]
+    assert [row for row in rows if row in plain] == plain and len(more) == 99        # of every second, but for null
+    assert {row.split for row in more} == {"train"} and more[0].answer == "12" and more[0].closed is False
+
+    by_question = {row.text: row for row in plain}
+    reasons = {row.text: row.skip for row in more}
+    assert reasons.pop("is finding 26  there?") and reasons.pop("Is finding 908 there?")
+    for text, skip in reasons.items():
+        own = by_question[text.replace("Can", "Is").replace("be seen", "there")]
+        assert skip == ("rephrased question of validation" if own.split == "val" else None)
+    assert 3 <= sum(skip is not None for skip in reasons.values()) <= 20
+
+    flags = "--task", "vqa", "--rephrased"
+    assert prepared("vqa_rad", tmp_path, tmp_path / "pack", *flags) == 0
+    meta = json.loads((tmp_path / "pack" / "meta.json").read_text())
+    assert sum(meta["samples"].values()) + sum(meta["skipped"].values()) == 209 + 99
+    assert prepared("slake", tmp_path, tmp_path / "none", *flags) == 2
+    assert "--rephrased is for vqa_rad: leave it out for slake" in capsys.readouterr().err
+    texts = [row.text for row in vqa_rad.rows(tmp_path, "pretrain", rephrased=True) if not row.skip]
+    assert "Can finding 0 be seen? 12." in texts or by_question["Is finding 0 there?"].split == "val"
 
 
 # ------------------------------------------------------------------------------------------------------ SLAKE
