@@ -548,6 +548,40 @@ def test_retrieval_takes_an_image_with_two_captions_and_no_pair_twice(tmp_path, 
     assert samples == again
 
 
+# ------------------------------------------------------------------------------------- ROCO as Kaggle has it
+
+def test_roco_of_kaggle(tmp_path, capsys):
+    """Tables for captions.txt, images under their names of PubMed Central; one cannot be opened."""
+    root = tmp_path / "all_data"
+    for name, split, numbers in (("train", "train", range(25)), ("validation", "val", range(30, 32)),
+                                 ("test", "test", range(40, 42))):
+        folder = root / name / "radiology"
+        files = {i: f"PMC40837{i:02}_AMHSR-4-14-g002.jpg" for i in numbers}
+        write_csv(folder / f"radiology{split}data.csv", ("id", "name", "caption"),
+                  *[(f"ROCO_{i:05}", file, f' Axial CT, "number" {i}.\n') for i, file in files.items()])
+        draw_images(folder / "images", *files.values())
+        write(root / name / "non-radiology" / f"{split}data.csv", "id,name,caption\n")
+        write(root / name / "non-radiology" / "captions.txt", "ROCO_00001\tA photograph of it.\n")
+    with open(root / "train" / "radiology" / "radiologytraindata.csv", "a") as file:
+        file.write("ROCO_00090,PMC4083700_AMHSR-4-14-g002.jpg,Two words\r\n"
+                   "ROCO_00091,PMC4240561_MA-68-291-g002.jpg,An image that is broken\r\n")
+    (root / "train" / "radiology" / "images" / "PMC4240561_MA-68-291-g002.jpg").write_bytes(b"\xff\xd8\xff no more")
+
+    rows = list(roco.rows(root, "pretrain"))
+    assert rows[1] == Row("train", root / "train/radiology/images/PMC4083701_AMHSR-4-14-g002.jpg",
+                          ' Axial CT, "number" 1.\n')
+    assert prepared("roco", tmp_path, tmp_path / "pack") == 0
+    assert f"prepare: reading {root}, not {tmp_path}" in capsys.readouterr().err
+    meta = json.loads((tmp_path / "pack" / "meta.json").read_text())
+    assert meta["samples"] == {"train": 25, "val": 2, "test": 2} and meta["images"] == 29
+    assert meta["skipped"] == {"under 3 words": 1, "unreadable image": 1}
+    assert "PMC4240561_MA-68-291-g002.jpg" in (tmp_path / "pack" / "skipped.jsonl").read_text()
+    assert prepared("roco", root / "test", tmp_path / "irtr", "--task", "irtr") == 0
+
+    write(root / "test" / "radiology" / "captions.txt", "PMC4083740_AMHSR-4-14-g002\tThe text file is read.\n")
+    assert [row.text for row in roco.rows(root, "pretrain") if row.split == "test"] == ["The text file is read.\n"]
+
+
 # ------------------------------------------------------------------------------------------------- real data
 
 @needs(not (REAL / "vqa_rad").is_dir())
