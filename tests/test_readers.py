@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import Row, clean_text, find_root, medpix, melinda, prepare, roco, slake, vqa_med_2019, vqa_rad
+from data import (Row, clean_text, find_root, medpix, melinda, prepare, roco, rocov2, slake,
+                  vqa_med_2019, vqa_rad)
 from data.answers import normalise_answer, question_row
 from data.pack import SPLITS
 from data.write_pack import filter_rows, unusable, write_pack
@@ -580,6 +581,55 @@ def test_roco_of_kaggle(tmp_path, capsys):
 
     write(root / "test" / "radiology" / "captions.txt", "PMC4083740_AMHSR-4-14-g002\tThe text file is read.\n")
     assert [row.text for row in roco.rows(root, "pretrain") if row.split == "test"] == ["The text file is read.\n"]
+
+
+# ----------------------------------------------------------------------------------------------------- ROCOv2
+
+def rocov2_miniature(root, folders):
+    """Tables as on Zenodo; folders: where each split has its images, below root."""
+    for (name, count), folder in zip({"train": 4, "valid": 3, "test": 3}.items(), folders, strict=True):
+        ids = [f"ROCOv2_2023_{name}_{i:06}" for i in range(1, count + 1)]
+        captions = [(image, f'Axial CT, "{i}"\nof the chest') for i, image in enumerate(ids)]
+        write_csv(root / f"{name}_captions.csv", ("ID", "Caption"), *captions, (f"ROCOv2_2023_{name}_000099", "A CT"))
+        write_csv(root / f"{name}_concepts.csv", ("ID", "CUIs"), (ids[0], "C0040405;C0817096"), (ids[1], "C1306645"))
+        write_csv(root / f"{name}_concepts_manual.csv", ("ID", "CUIs"), (ids[0], "C0000000"))
+        (root / f"{name}_images" / name).mkdir(parents=True)                         # made, and left empty
+        draw_images(root / folder, *[f"{image}.jpg" for image in ids])
+    write(root / "cui_mapping.csv", "CUI,Canonical name\n")
+
+
+@pytest.mark.parametrize("folders", [
+    ("train_images/train", "valid_images/valid", "test_images/test"), ("train_images", "valid_images", "test_images"),
+    ("train", "valid", "test"), (".", ".", ".")])
+def test_rocov2(tmp_path, folders, capsys):
+    root = tmp_path / "rocov2"
+    rocov2_miniature(root, folders)
+    rows = list(rocov2.rows(root, "pretrain"))
+    assert rows[0] == Row("train", root / folders[0] / "ROCOv2_2023_train_000001.jpg",
+                          'Axial CT, "0"\nof the chest', group="C0040405")
+    assert [row.group for row in rows[:4]] == ["C0040405", "C1306645", None, None]
+    assert prepared("rocov2", root / folders[0], tmp_path / "pack") == (2 if "/" in folders[0] else 0)
+    assert prepared("rocov2", tmp_path, tmp_path / "high") == 0
+    assert f"prepare: reading {root}, not {tmp_path}" in capsys.readouterr().err
+    meta = json.loads((tmp_path / "high" / "meta.json").read_text())
+    assert meta["samples"] == {"train": 4, "val": 3, "test": 3} and meta["skipped"] == {"under 3 words": 3}
+
+
+def test_rocov2_retrieval_and_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(roco, "RETRIEVAL_PAIRS", 2)
+    rocov2_miniature(tmp_path, ("train", "valid", "test"))
+    kept, _ = filter_rows(rocov2.rows(tmp_path, "irtr"), "irtr")
+    assert [sum(row.split == split for row in kept) for split in SPLITS] == [4, 2, 2]
+    (tmp_path / "test_concepts.csv").unlink()
+    assert {row.group for row in rocov2.rows(tmp_path, "pretrain") if row.split == "test"} == {None}
+    with pytest.raises(UserError, match="nothing for the task cls"):
+        list(rocov2.rows(tmp_path, "cls"))
+    write_csv(tmp_path / "test_captions.csv", ("ID", "Text"), ("a", "b"))
+    with pytest.raises(UserError, match="test_captions.csv, line 1: has no Caption"):
+        list(rocov2.rows(tmp_path, "pretrain"))
+    (tmp_path / "valid_captions.csv").unlink()
+    with pytest.raises(UserError, match="valid_captions.csv cannot be read"):
+        list(rocov2.rows(tmp_path, "pretrain"))
 
 
 # ------------------------------------------------------------------------------------------------- real data
