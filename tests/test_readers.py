@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import (Row, clean_text, find_root, medpix, melinda, prepare, roco, rocov2, slake,
+from data import (Row, clean_text, find_root, hash_to_unit, medpix, melinda, openi, prepare, roco, rocov2, slake,
                   vqa_med_2019, vqa_rad)
 from data.answers import normalise_answer, question_row
 from data.pack import SPLITS
@@ -630,6 +630,113 @@ def test_rocov2_retrieval_and_what_is_missing(tmp_path, monkeypatch):
     (tmp_path / "valid_captions.csv").unlink()
     with pytest.raises(UserError, match="valid_captions.csv cannot be read"):
         list(rocov2.rows(tmp_path, "pretrain"))
+
+
+# ----------------------------------------------------------------------------------------------------- Open-i
+
+OPENI = "uid", "MeSH", "Problems", "image", "indication", "comparison", "findings", "impression"
+
+
+def openi_miniature(root, images="images/images_normalized"):
+    """40 reports with two images each, and what is odd in the real files."""
+    reports = [(uid, "normal", "normal", "Chest PA and Lateral", "", "", f"Heart {uid} is normal.", "No disease.")
+               for uid in range(1, 41)]
+    reports[0] = (1, "Cardiomegaly/borderline;Lung/hyperdistention", "Cardiomegaly;Lung", "", "", "XXXX.",
+                  "Borderline cardiomegaly. Midline sternotomy XXXX.", "Inferior XXXX XXXX, XXXX. No acute disease.")
+    reports[1] = (2, "normal", "", "PA and lateral chest XXXX, XXXX", "", "", "", "")
+    reports[2] = (3, "No Indexing", "No Indexing", "", "", "", "", "Clear lungs, no effusion.")
+    reports[3] = (4, "", "", "", "", "", "XXXX XXXX.", "XXXX.")
+    reports[4] = (5, "", "", "", "", "", "Normal chest.", "")
+    reports[7] = (8, "", "Opacity", "", "", "", "Opacity on the left.", "")
+    projections = [(uid, f"{uid}_IM-{uid:04}-{number}.dcm.png", view) for uid in range(1, 40)      # not of the last
+                   for number, view in ((1001, "Frontal"), (2001, "Lateral"))]
+    projections.append((99, "99_IM-0099-1001.dcm.png", "Frontal"))
+    write_csv(root / "indiana_reports.csv", OPENI, *reports)
+    write_csv(root / "indiana_projections.csv", ("uid", "filename", "projection"), *projections)
+    draw_images(root / images, *[name for _, name, _ in projections[2:]])                          # some are absent
+
+
+@pytest.mark.parametrize("images", ["images/images_normalized", "images_normalized"])
+def test_openi(tmp_path, images, capsys):
+    root = tmp_path / "chest-xrays-indiana-university"
+    openi_miniature(root, images)
+    rows = list(openi.rows(root, "cls"))
+    assert "openi: 1 of 40 reports are not used: " in capsys.readouterr().err
+    assert rows[0]._replace(split="") == Row(
+        "", root / images / "1_IM-0001-1001.dcm.png",
+        "Borderline cardiomegaly. Midline sternotomy. Inferior. No acute disease.",
+        label="abnormal", group="Frontal", patient="1")
+    by_uid = {row.patient: row for row in rows}
+    assert [by_uid[uid].label for uid in ("2", "3", "4", "5", "6")] == ["normal", None, None, None, "normal"]
+    assert {uid: row.skip for uid, row in by_uid.items() if row.skip} == {
+        "2": "no findings and no impression", "4": "no findings and no impression", "99": "no report"}
+    assert [row.group for row in rows[:2]] == ["Frontal", "Lateral"] and len(rows) == 79
+    for row in rows:
+        chance = hash_to_unit(row.patient)
+        assert row.split == ("test" if chance < 0.1 else "val" if chance < 0.2 else "train")
+    assert {row.split for row in rows} == set(SPLITS)
+
+    assert prepared("openi", tmp_path, tmp_path / "pack") == 0                # a level too high
+    assert f"prepare: reading {root}, not {tmp_path}:" in capsys.readouterr().err
+    meta = json.loads((tmp_path / "pack" / "meta.json").read_text())
+    assert meta["skipped"] == {"missing image": 2, "no findings and no impression": 4, "no report": 1,
+                               "under 3 words": 2}
+    assert sum(meta["samples"].values()) == 70 and meta["groups"] == ["Frontal", "Lateral"]
+    assert prepared("openi", root / Path(images).parts[0], tmp_path / "cls", "--task", "cls") == 0
+    meta = json.loads((tmp_path / "cls" / "meta.json").read_text())
+    assert meta["labels"] == ["abnormal", "normal"] and meta["skipped"]["no label"] == 4
+
+    with pytest.raises(UserError, match="openi has nothing for the task vqa"):
+        list(openi.rows(root, "vqa"))
+    with open(root / "indiana_reports.csv", "a") as file:
+        file.write("7,,,,,,Again.,\n")
+    with pytest.raises(UserError, match="indiana_reports.csv, line 42: the uid '7' is there twice"):
+        list(openi.rows(root, "cls"))
+    with pytest.raises(UserError, match="has no indiana_reports.csv and no annotation.json"):
+        list(openi.rows(tmp_path / "nowhere", "cls"))
+
+
+@pytest.mark.parametrize("given, left", [
+    ("The XXXX is clear.", "The is clear."), ("XXXX XXXX opacity", "opacity"), ("chest x-XXXX.", "chest x."),
+    ("No XXXX, XXXX. Clear.", "No. Clear."), ("XXXX-year-old", "year-old"), ("Dr. XXXX's note", "Dr. note"),
+    ("Seen. (XXXX, XXXX) Then", "Seen. Then"), ("nodule (XXXX mm).", "nodule (mm)."), ("(see XXXX).", "(see)."),
+    ("a cyst, XXXX", "a cyst"), ("Clear. XXXX", "Clear."), ("XXXX. XXXX", ""), ("the XXXX/XXXX, lung", "the, lung"),
+    ("No  change ... , fine,", "No change ... , fine,"), ("XXX and XXXXXX", "XXX and"),
+    ("(" * 3000 + "XXXX" + ")" * 3000, "")])
+def test_anonymised_words_leave_no_trace(given, left):
+    assert openi._without_placeholders(given) == left
+
+
+def test_openi_of_r2gen(tmp_path, capsys):
+    root = tmp_path / "iu_xray"
+    study = {"id": "CXR2384_IM-0942", "report": "The heart is normal in size. XXXX lungs.",
+             "image_path": ["CXR2384_IM-0942/0.png", "CXR2384_IM-0942/1.png"], "split": "train"}
+    short = {"id": "CXR1_IM-0001", "report": "Normal chest.", "image_path": ["CXR1_IM-0001/0.png"], "split": "train"}
+    parts = {"train": [study, short], "val": [study | {"id": "CXR2_IM-0002", "report": None}], "test": [study]}
+    write(root / "annotation.json", parts)
+    draw_images(root / "images", *study["image_path"], *short["image_path"])
+    rows = list(openi.rows(root, "irtr"))
+    assert rows[1] == Row("train", root / "images" / "CXR2384_IM-0942" / "1.png",
+                          "The heart is normal in size. lungs.", patient="CXR2384_IM-0942")
+    assert [row.split for row in rows] == ["train"] * 3 + ["val"] * 2 + ["test"] * 2
+    assert [row.skip for row in rows[2:4]] == ["under 3 words", "no findings and no impression"]
+    assert prepared("openi", root / "images", tmp_path / "pack") == 0
+    with pytest.raises(UserError, match="annotation.json has no classes: choose --task pretrain or irtr"):
+        list(openi.rows(root, "cls"))
+
+    for content, sentence in (({"train": []}, "annotation.json: has no list 'val'"),
+                              ({"train": 3}, "annotation.json, train: not a JSON list"),
+                              ([study], "annotation.json: has no list 'train'"),
+                              ({"train": [study, {"id": 1}]}, "train, element 2: has no report"),
+                              ({"train": [study | {"image_path": []}]}, "train, element 1: has no image_path")):
+        write(root / "annotation.json", content)
+        with pytest.raises(UserError, match=sentence):
+            list(openi.rows(root, "pretrain"))
+
+    openi_miniature(root)
+    capsys.readouterr()
+    assert len(list(openi.rows(root, "cls"))) == 79
+    assert "indiana_reports.csv; annotation.json is not used" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- real data

@@ -42,7 +42,7 @@ INLINE = [" ".join(found.split()) for text in PROSE.values()
           for found in re.findall(r"`((?:python (?:-m )?)?[\w./]+ [^`]+)`", text)]
 INLINE = [command for command in INLINE if re.match(r"python |\S+\.py ", command)]
 # These need data, weights or machines that not everybody has: parsed, not run.
-FOREIGN = re.compile("MedPix|medpix|roco|medicat|vqa_rad|Slake|slake|VQA-Med|vqa_med|melinda|"
+FOREIGN = re.compile("MedPix|medpix|roco|openi|medicat|vqa_rad|Slake|slake|VQA-Med|vqa_med|melinda|"
                      "MINILM|runs/base")
 SHORT = ("--steps 1 --batch_size 8 --micro_batch 4 --eval_samples 8 --test_samples 8 --gpus 0 "
          "--dtype float32").split()
