@@ -1,12 +1,15 @@
 """Data sets as published. One small file reads each; prepare.py packs what it yields.
 
 A reader is a module with one function, `rows(root, task)`, that yields a Row for every (image,
-text) pair. `root` is the user's --root; `task` is "pretrain", "vqa", "cls" or "irtr".
+text) pair. `root` is the user's --root; `task` is "pretrain", "vqa", "cls" or "irtr". MARKERS, if
+it has them, are what find_root knows the data set's folder by.
 This file holds what the readers share. `location` is always a file and a line in it, for errors.
 """
 import csv
 import hashlib
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
@@ -30,6 +33,40 @@ class Row(NamedTuple):
     group: str | None = None     # modality, body part: hard negatives are of the same group
     patient: str | None = None   # who is shown: the summary counts patients in several splits
     skip: str | None = None      # why this row is not packed; it is counted and listed instead
+
+
+# ------------------------------------------------------------------------------- finding the folder
+
+def find_root(root: Path, *markers: str | tuple[str, ...]) -> Path:
+    """The folder to read: `root`, else its only child with a marker, else its parent if it has one.
+
+    A marker is a path below the folder, or a glob pattern; a tuple of them must be there together.
+    If the folder is not `root`, a line on stderr names it. If no folder fits, `root` is returned:
+    the reader then names the file that is missing. UserError if several children fit.
+    """
+    if _has_marker(root, markers) or not root.exists():
+        return root
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir()] if root.is_dir() else []
+    fitting = [path for path in folders if path.name != "__MACOSX" and _has_marker(path, markers)]
+    require(len(fitting) <= 1, f"{root} holds {len(fitting)} folders with the data set's files "
+                               f"({', '.join(path.name for path in fitting)}): give one as --root")
+
+    # A path such as "." has no parent of its own: it is made absolute.
+    folder = fitting[0] if fitting else Path(os.path.abspath(root)).parent
+    if not fitting and not _has_marker(folder, markers):
+        return root
+    print(f"prepare: reading {folder}, not {root}: the data set's files are there",
+          file=sys.stderr)
+    return folder
+
+
+def _has_marker(folder: Path, markers: tuple[str | tuple[str, ...], ...]) -> bool:
+    """Is one of the markers in the folder?"""
+    for marker in markers:
+        patterns = (marker,) if isinstance(marker, str) else marker
+        if all(any(folder.glob(pattern)) for pattern in patterns):
+            return True
+    return False
 
 
 # ------------------------------------------------------------------------------------ reading files
@@ -58,15 +95,23 @@ def read_jsonl(path: Path, *keys: str) -> Iterator[tuple[int, dict]]:
             yield number, _with_keys(record, keys, f"{path}, line {number}")
 
 
-def read_json_list(path: Path, *keys: str) -> Iterator[tuple[int, dict]]:
+def read_json_list(path: Path, *keys: str, within: str | None = None
+                   ) -> Iterator[tuple[int, dict]]:
     """(number from 1, object) for every element of a JSON file that is one list.
 
-    Each object must have `keys`, as in read_jsonl.
+    Each object must have `keys`, as in read_jsonl. within: the file is an object, and the list is
+    found under this key of it.
     """
     records = _parse_json("".join(read_lines(path)), path, 1)
-    require(isinstance(records, list), f"{path}: not a JSON list: is it the right file?")
+    location = str(path)
+    if within is not None:
+        require(isinstance(records, dict) and within in records,
+                f"{path}: has no list '{within}': is it the right file?")
+        records = records[within]
+        location = f"{path}, {within}"
+    require(isinstance(records, list), f"{location}: not a JSON list: is it the right file?")
     for number, record in enumerate(records, start=1):
-        yield number, _with_keys(record, keys, f"{path}, element {number}")
+        yield number, _with_keys(record, keys, f"{location}, element {number}")
 
 
 def read_csv(path: Path, *columns: str) -> Iterator[tuple[int, dict[str, str]]]:

@@ -6,10 +6,11 @@
 from pathlib import Path
 from typing import Iterator
 
-from data import Row, hash_to_unit, read_jsonl, text_list, too_short
+from data import Row, find_root, hash_to_unit, read_jsonl, text_list, too_short
 from m3ae_mini.config import require
 
 ANNOTATIONS = "s2_full_figures_oa_nonroco_combined_medical_top4_public.jsonl"
+MARKERS = (f"release/{ANNOTATIONS}",)
 HELD_OUT = 1000   # images for validation, and as many for test
 
 
@@ -22,6 +23,7 @@ def rows(root: Path, task: str) -> Iterator[Row]:
     """
     require(task == "pretrain",
             f"medicat has nothing for the task {task}: choose --task pretrain")
+    root = find_root(root, *MARKERS)
 
     figures = []                                                 # (paper, image's file name, texts)
     path = root / "release" / ANNOTATIONS

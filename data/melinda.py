@@ -6,13 +6,16 @@
 from pathlib import Path
 from typing import Iterator
 
-from data import Row, read_csv
+from data import Row, find_root, read_csv
 from m3ae_mini.config import require
+
+MARKERS = (("melinda_images", "train.csv"),)
 
 
 def rows(root: Path, task: str) -> Iterator[Row]:
     """The class is `p_meth_label`, the coarse method of participant detection (seven classes)."""
     require(task == "cls", f"melinda has nothing for the task {task}: choose --task cls")
+    root = find_root(root, *MARKERS)
 
     for split, name in ("train", "train"), ("val", "dev"), ("test", "test"):
         columns = ("figure_file", "caption", "p_meth_label")

@@ -19,12 +19,13 @@ from typing import Iterable, Iterator
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import Row, phantoms
+from data import Row, find_root, phantoms
 from data.pack import Pack
 from data.write_pack import write_pack
 from m3ae_mini.config import UserError, require
 
-READERS = "medicat medpix melinda phantoms roco slake table vqa_med_2019 vqa_rad".split()
+READERS = ("medicat medpix melinda openi phantoms roco rocov2 slake table vqa_med_2019 "
+           "vqa_rad").split()
 TASKS = ("pretrain", "vqa", "cls", "irtr")
 
 
@@ -162,6 +163,8 @@ def command_line() -> argparse.ArgumentParser:
              "crops (default: 288)")
     add("--task", choices=TASKS, default="pretrain",
         help="task to pack for: pre-training, questions, classes, retrieval")
+    add("--rephrased", action="store_true",
+        help="vqa_rad: the authors' second wording of a training question is one more question")
     add("--exclude", type=Path, metavar="FOLDER",
         help="leave out the images that are also in FOLDER, known by their files' names (the part "
              "after the last underscore is enough)")
@@ -203,14 +206,21 @@ def run(args: argparse.Namespace) -> None:
             f"{args.name} needs --root, the data set's folder")
     require(args.root is None or args.root.exists(), f"{args.root} does not exist: correct --root")
 
+    require(not args.rephrased or args.name == "vqa_rad",
+            f"--rephrased is for vqa_rad: leave it out for {args.name}")
+
     # Read the annotations, then write the pack.
     began = time.perf_counter()
-    rows = importlib.import_module(f"data.{args.name}").rows(args.root, args.task)
+    reader = importlib.import_module(f"data.{args.name}")
+    markers = getattr(reader, "MARKERS", ())
+    root = find_root(args.root, *markers) if markers else args.root
+    options = {"rephrased": True} if args.rephrased else {}
+    rows = reader.rows(root, args.task, **options)
     if args.exclude is not None:
         rows = mark_excluded(rows, args.exclude)
-    is_table = args.root is not None and args.root.is_file()
+    is_table = root is not None and root.is_file()
     meta = write_pack(rows, args.out, args.name, args.task, args.size,
-                      root=args.root.parent if is_table else args.root, workers=args.workers,
+                      root=root.parent if is_table else root, workers=args.workers,
                       allow_missing=args.allow_missing, overwrite=args.overwrite)
     print_summary(meta, args.out, time.perf_counter() - began)
 

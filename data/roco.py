@@ -3,6 +3,12 @@
     {train,validation|val,test}/radiology/captions.txt       ROCO_00001<TAB> caption
     {train,validation|val,test}/radiology/images/ROCO_00001.jpg
 
+Its copy on Kaggle ("roco-dataset", folder all_data) has a table instead, read if there is no
+captions.txt:
+
+    {train,validation,test}/radiology/radiology{train,val,test}data.csv    id,name,caption
+    {train,validation,test}/radiology/images/…                             what name says
+
 MedICaT has sentences of the papers that mention an image of ROCO. They become further texts of
 the image if the two files that join them exist: ROCO's list of links, and MedICaT's
 `roco_files`, in ROCO's folder or in medicat/release next to it.
@@ -14,10 +20,12 @@ import os
 from pathlib import Path
 from typing import Iterator
 
-from data import Row, hash_to_unit, read_jsonl, read_lines, text_list, too_short
+from data import (Row, find_root, hash_to_unit, read_csv, read_jsonl, read_lines, text_list,
+                  too_short)
 from m3ae_mini.config import require
 
 FOLDERS = {"train": ["train"], "val": ["validation", "val"], "test": ["test"]}
+MARKERS = tuple(f"{name}/radiology" for names in FOLDERS.values() for name in names)
 RETRIEVAL_PAIRS = 2000   # of validation, and of test
 
 
@@ -26,6 +34,7 @@ def rows(root: Path, task: str) -> Iterator[Row]:
     validation and of test, the first usable ones in the order of a hash of the image's name."""
     require(task in ("pretrain", "irtr"),
             f"roco has nothing for the task {task}: choose --task pretrain or irtr")
+    root = find_root(root, *MARKERS)
 
     folders = {split: root / name / "radiology" for split, names in FOLDERS.items()
                for name in names if (root / name / "radiology").is_dir()}
@@ -33,45 +42,40 @@ def rows(root: Path, task: str) -> Iterator[Row]:
                      "and test")
 
     for split, folder in folders.items():
-        captions = _captions(folder / "captions.txt")
-        if task == "pretrain":
-            mentions = _mentions(root, folder, split)
-            for name, caption in captions:
-                for text in [caption] + mentions.get(name, []):
-                    yield _row(split, folder, name, text)
-        elif split == "train":
-            for name, caption in captions:
-                yield _row(split, folder, name, caption)
-        else:
-            yield from _retrieval_pairs(split, folder, captions)
+        captions = _captions(folder, split)
+        mentions = _mentions(root, folder, split) if task == "pretrain" else {}
+        pairs = [Row(split, folder / "images" / file, text, skip=too_short(text))
+                 for name, file, caption in captions
+                 for text in [caption] + mentions.get(name, [])]
+        yield from retrieval_pairs(pairs) if task == "irtr" and split != "train" else pairs
 
 
-def _row(split: str, folder: Path, name: str, text: str) -> Row:
-    """The row of an image and one of its texts."""
-    return Row(split, folder / "images" / f"{name}.jpg", text, skip=too_short(text))
+def retrieval_pairs(pairs: list[Row]) -> Iterator[Row]:
+    """The first 2,000 usable pairs, ordered by a hash of the image's name: the same everywhere."""
+    taken = 0
+    for row in sorted(pairs, key=lambda row: hash_to_unit(row.image.stem)):
+        if taken == RETRIEVAL_PAIRS:
+            return
+        taken += row.skip is None and os.path.isfile(row.image)
+        yield row
 
 
-def _captions(path: Path) -> list[tuple[str, str]]:
-    """[(image's name, caption)] in the file's order."""
-    pairs = []
+def _captions(folder: Path, split: str) -> list[tuple[str, str, str]]:
+    """[(ROCO's name of the image, its file, caption)] in the annotations' order."""
+    path = folder / "captions.txt"
+    table = folder / f"radiology{split}data.csv"
+    if table.is_file() and not path.is_file():
+        return [(record["id"], record["name"].strip(), record["caption"])
+                for _, record in read_csv(table, "id", "name", "caption")]
+
+    captions = []
     for number, line in enumerate(read_lines(path), start=1):
         name, tab, caption = line.partition("\t")
         if tab:
-            pairs.append((name.strip(), caption))
+            captions.append((name.strip(), f"{name.strip()}.jpg", caption))
         else:
             require(not line.strip(), f"{path}, line {number}: no tab between image and caption")
-    return pairs
-
-
-def _retrieval_pairs(split: str, folder: Path, captions: list[tuple[str, str]]) -> Iterator[Row]:
-    """The first 2,000 usable pairs, ordered by a hash of the name: the same ones everywhere."""
-    taken = 0
-    for name, caption in sorted(captions, key=lambda pair: hash_to_unit(pair[0])):
-        if taken == RETRIEVAL_PAIRS:
-            return
-        row = _row(split, folder, name, caption)
-        taken += row.skip is None and os.path.isfile(row.image)
-        yield row
+    return captions
 
 
 def _mentions(root: Path, folder: Path, split: str) -> dict[str, list[str]]:

@@ -6,10 +6,11 @@
 from pathlib import Path
 from typing import Iterator
 
-from data import Row, read_json_list
+from data import Row, find_root, read_json_list
 from data.answers import question_row
 from m3ae_mini.config import require
 
+MARKERS = (("imgs", "train.json"),)
 KEYS = "img_name", "question", "answer", "answer_type", "q_lang"
 
 
@@ -17,6 +18,7 @@ def rows(root: Path, task: str) -> Iterator[Row]:
     """Answers are normalised (data.answers). As in the paper, only questions in English are
     packed. The group of an image is its modality and location."""
     require(task == "vqa", f"slake has nothing for the task {task}: choose --task vqa")
+    root = find_root(root, *MARKERS)
 
     for split, name in ("train", "train"), ("val", "validate"), ("test", "test"):
         path = root / f"{name}.json"

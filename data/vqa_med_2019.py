@@ -16,17 +16,23 @@ or the layout of M³AE's release:
 from pathlib import Path
 from typing import Iterator
 
-from data import Row, read_lines
+from data import Row, find_root, read_lines
 from data.answers import normalise_answer
 from m3ae_mini.config import require
 
 CATEGORIES = "Modality", "Plane", "Organ"   # as in the paper, which leaves abnormalities out
+
+# The release's layout, or the folder that holds both official archives, at any usual depth.
+MARKERS = ("train/QA", ("C1_Modality_train.txt", "C1_Modality_val.txt"),
+           ("*/C1_Modality_train.txt", "*/C1_Modality_val.txt"),
+           ("*/*/C1_Modality_train.txt", "*/*/C1_Modality_val.txt"))
 
 
 def rows(root: Path, task: str) -> Iterator[Row]:
     """Answers are normalised (data.answers). If several are right, they stay one answer,
     each normalised, joined by "#". No file says which questions are closed: `closed` is None."""
     require(task == "vqa", f"vqa_med_2019 has nothing for the task {task}: choose --task vqa")
+    root = find_root(root, *MARKERS)
 
     # The release's layout.
     if (root / "train" / "QA").is_dir():
@@ -47,10 +53,12 @@ def rows(root: Path, task: str) -> Iterator[Row]:
 
 def _find(root: Path, name: str) -> Path:
     """The file or folder `name` in root or up to three folders below, as archives unpack."""
-    paths = (path for depth in range(4) for path in sorted(root.glob("*/" * depth + name)))
+    paths = (path for depth in range(4) for path in sorted(root.glob("*/" * depth + name))
+             if "__MACOSX" not in path.parts)
     found = next(paths, None)
     require(found, f"{root} has no {name}, neither itself nor in its folders: --root is the "
-                   "folder that holds the unpacked archives of training, validation and test")
+                   "folder that holds the unpacked archives of training, validation and test "
+                   "(the test images are a second archive in that of the test)")
     return found
 
 

@@ -37,7 +37,8 @@ from m3ae_mini.loader import Samples, load, validation_micro_batches
 from m3ae_mini.tokenizer import Tokenizer
 from test_loader import CAPTIONS, bert_tokenizer
 from test_prepare import medpix_entry, roco_miniature, write_lines
-from test_readers import MELINDA, med_miniature, rad_miniature, slake_entry, write_csv
+from test_readers import (MELINDA, med_miniature, openi_miniature, published_miniature, rad_miniature,
+                          rocov2_miniature, slake_entry, write_csv)
 from test_train import SMALL
 from test_weights import hugging_face, released, saved
 
@@ -401,7 +402,10 @@ class Tokenizers(Target):
 class Annotations(Target):
     """The annotations of every data set, through the command line of data.prepare: status 0 or 2."""
     READERS = {"medicat": "pretrain", "medpix": "cls", "melinda": "cls", "roco": "pretrain", "slake": "vqa",
-               "table": "vqa", "csv": "cls", "vqa_med_2019": "vqa", "released": "vqa", "vqa_rad": "vqa"}
+               "table": "vqa", "csv": "cls", "vqa_med_2019": "vqa", "released": "vqa", "vqa_rad": "vqa",
+               "published": "vqa", "openi": "cls", "r2gen": "irtr", "rocov2": "pretrain", "kaggle": "pretrain"}
+    NAMES = {"csv": "table", "released": "vqa_med_2019", "published": "vqa_rad", "r2gen": "openi",
+             "kaggle": "roco"}                                   # of the readers that read a second layout
 
     def __init__(self, tmp):
         root, medicat.HELD_OUT = tmp / "in", 1
@@ -431,6 +435,14 @@ class Annotations(Target):
             for category in "Modality", "Organ", "Plane":
                 write_lines(root / "released" / split / "QA" / f"{category}.csv", "synpic3|what is it?|CT")
         rad_miniature(root / "vqa_rad")
+        published_miniature(root / "published")
+        openi_miniature(root / "openi")
+        rocov2_miniature(root / "rocov2", ("train", "valid", "test"))
+        study = {"id": "CXR1", "report": "The XXXX is clear.", "image_path": ["0.png", "1.png"], "split": "train"}
+        write_lines(root / "r2gen" / "annotation.json", json.dumps(dict.fromkeys(("train", "val", "test"), [study])))
+        for name, split in ("train", "train"), ("validation", "val"), ("test", "test"):
+            write_csv(root / "kaggle" / name / "radiology" / f"radiology{split}data.csv", ("id", "name", "caption"),
+                      ("ROCO_1", "PMC1_a.jpg", "A CT here."), ("ROCO_2", "PMC2_b.jpg", "An, MR there."))
         self.names = [str(path.relative_to(root)) for path in sorted(root.rglob("*"))
                       if path.suffix in (".jsonl", ".json", ".csv", ".txt")]
         self.out = tmp / "pack"
@@ -447,13 +459,16 @@ class Annotations(Target):
         images += [f"slake/imgs/a/{i}.jpg" for i in (1, 2)]
         images += [f"table/{i}.png" for i in range(6)] + [f"csv/{i}.png" for i in range(4)]
         images += [f"released/{split}/images/synpic3.jpg" for split in ("train", "val", "test")]
+        images += ["r2gen/images/0.png", "r2gen/images/1.png"]
+        images += [f"kaggle/{name}/radiology/images/PMC{i}.jpg" for i in ("1_a", "2_b")
+                   for name in ("train", "validation", "test")]
         for name in images:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             Image.new("L", (9, 9), 7).save(root / name)
         Image.new("L", (9, 9), 7).save(root.parent / "secret.png")
 
     def prepared(self, reader):
-        name = {"csv": "table", "released": "vqa_med_2019"}.get(reader, reader)
+        name = self.NAMES.get(reader, reader)
         return prepare.main([
             name, "--root", str(self.folder / reader), "--out", str(self.out), "--task", self.READERS[reader],
             "--size", "8", "--allow_missing", "--overwrite", "--workers", "1"])

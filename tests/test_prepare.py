@@ -633,7 +633,7 @@ def test_medpix(tmp_path):
     assert rows == list(medpix.rows(root, "cls"))
     assert [row.split for row in rows] == ["train", "train", "val", "test"]
     assert rows[0] == Row("train", root / "images" / "MPX1_synpic1.png", "Mass.\n\n• large", label="Head",
-                          group="CT Head")
+                          group="CT Head", patient="MPX1")
     assert [row.skip for row in rows] == [None, "placeholder caption", None, None]
     assert (rows[2].label, rows[2].group) == ("Abdomen", "MR Abdomen")
 

@@ -6,6 +6,7 @@ import re
 import shlex
 import string
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import gpu
 import results
 import train
 import walk
-from data import phantoms, prepare
+from data import phantoms, prepare, table
 from m3ae_mini import M3AE, config, evaluate, objectives, weights
 from m3ae_mini.config import PRESETS, UserError
 
@@ -42,7 +43,7 @@ INLINE = [" ".join(found.split()) for text in PROSE.values()
           for found in re.findall(r"`((?:python (?:-m )?)?[\w./]+ [^`]+)`", text)]
 INLINE = [command for command in INLINE if re.match(r"python |\S+\.py ", command)]
 # These need data, weights or machines that not everybody has: parsed, not run.
-FOREIGN = re.compile("MedPix|medpix|roco|medicat|vqa_rad|Slake|slake|VQA-Med|vqa_med|melinda|"
+FOREIGN = re.compile("MedPix|medpix|roco|openi|medicat|vqa_rad|Slake|slake|VQA-Med|vqa_med|melinda|"
                      "MINILM|runs/base")
 SHORT = ("--steps 1 --batch_size 8 --micro_batch 4 --eval_samples 8 --test_samples 8 --gpus 0 "
          "--dtype float32").split()
@@ -394,6 +395,21 @@ def test_the_loss_of_the_readme_is_a_loss(small_config, random_batch, monkeypatc
     assert "siglip_loss" in evaluate.validation_metrics(
         model, batch | {"random_negative_index": batch["itm_index"],
                         "hard_negative_index": batch["itm_index"]})
+
+
+def test_the_recipe_for_hugging_face_writes_a_table(tmp_path, monkeypatch):
+    """"From Hugging Face": run with a stand-in for their library, its table is read by `table`."""
+    (code,) = [text for language, text in BLOCKS["data/README.md"] if language == "py"]
+    assert len(code.splitlines()) <= 12
+    rows = [{"image": Image.new("L", (9, 7), i), "caption": f'A "CT",\n{i}'} for i in range(3)]
+    library = types.ModuleType("datasets")
+    library.load_dataset = lambda name: {"train": rows, "validation": rows[:2], "test": rows[:1]}
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    found = list(table.rows(tmp_path / "mine", "pretrain"))
+    assert [row.split for row in found] == ["train"] * 3 + ["val"] * 2 + ["test"]
+    assert found[1].text == 'A "CT",\n1' and Image.open(found[1].image).getpixel((0, 0)) == 1
 
 
 def test_the_reader_of_the_readme_reads(tmp_path):
