@@ -5,6 +5,8 @@
     python finetune.py cls --data packs/medpix --preset small --init runs/medpix --out runs/parts
     python finetune.py irtr --init runs/pretrain --zero_shot         rank by the matching head alone
     python finetune.py vqa --init runs/vqa --predict chest.png "Is there a pneumothorax?"
+    python finetune.py irtr --init runs/pretrain --search "effusion on the left"
+    python finetune.py embed --init runs/pretrain --data packs/medpix --out features.npz
 """
 import math
 from dataclasses import asdict, dataclass, replace
@@ -12,24 +14,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import m3ae_mini                       # before torch: sets OMP_WAIT_POLICY
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from data import clean_text
 from data.baselines import mean_image
-from data.images import open_image, square
 from data.labels import label_ids, list_labels, saved_labels
+from data.predict import use_run
 from data.prepare import open_packs
 from data.task_metrics import (
     figure_intervals, figures, predict_table, report_table, score, write_table)
 from data.texts import choose_tokenizer, text_notes
-from m3ae_mini import M3AE, checkpoint, config, optim, plots, weights
-from m3ae_mini.config import ModelConfig, RunConfig, TrainConfig, UserError, opt, require
+from m3ae_mini import M3AE, checkpoint, config, optim, weights
+from m3ae_mini.config import ModelConfig, RunConfig, TrainConfig, opt, require
 from m3ae_mini.distributed import (
     DistEnv, keep_freed_memory, launch_torchrun, num_processes, pick_device, run,
     started_by_torchrun)
-from m3ae_mini.loader import Samples, normalise
+from m3ae_mini.loader import Samples
 from m3ae_mini.model import use_grad_checkpointing
 from m3ae_mini.retrieval import Ranking
 from m3ae_mini.tokenizer import Tokenizer
@@ -75,12 +75,17 @@ def main():
     # Settings: a preset's for the task, and those given as flags.
     configs = ModelConfig, TrainConfig, RunConfig, TaskConfig
     parser = config.make_parser(__doc__, configs)
-    parser.add_argument("task", choices=("vqa", "cls", "irtr"))
-    parser.add_argument("--predict", nargs=2, metavar=("IMAGE", "TEXT"),
-                        help="the most likely answers of the run --init for this image and text")
+    parser.add_argument("task", choices=("vqa", "cls", "irtr", "embed"))
+    parser.add_argument(
+        "--predict", nargs="+", metavar=("IMAGE", "TEXT"),
+        help="answers of the run --init: for an image and a text, a table, or a folder of images")
+    parser.add_argument(
+        "--search", metavar="QUERY", help="irtr: what of --data fits these words, or this image")
     cfg, train_cfg, run_cfg, task_cfg, args = config.parse(parser, configs)
-    if args.predict:
-        return predict(cfg.task, Path(train_cfg.init), *args.predict)
+
+    # The use of a finished run: nothing is trained.
+    if args.predict or args.search or cfg.task == "embed":
+        return use_run(cfg.task, args, run_cfg.data, pick_device(run_cfg))
     run_cfg.out = args.out or f"runs/{cfg.task}"
     out = Path(run_cfg.out)
     train_cfg.check()
@@ -260,55 +265,6 @@ def report(model: M3AE, data: Data, run_cfg: RunConfig, dist_env: DistEnv, step:
     print(f"\nOn {count:,} test samples (step {step:,}), with 95 % intervals:")
     print(report_table(found, ranges))
     print(f"Predictions: {out / 'test_predictions.csv'}")
-
-
-# --------------------------------------------------------------------------------------- prediction
-
-@torch.no_grad()
-def predict(task: str, run_dir: Path, image_path: str, text: str) -> None:
-    """Print the five most likely answers of a fine-tuned run, and plot where the text attends."""
-    # The run.
-    labels = saved_labels(run_dir, task, with_blind=False)
-    require(labels,
-            f"{run_dir} is not a run of finetune.py {task} without --blind: give one with --init")
-    tokenizer = Tokenizer.load(run_dir)
-    cfg, state = weights.load_m3ae(run_dir)
-    model = M3AE(cfg).eval()
-    model.load_state_dict(state)
-
-    # The image.
-    try:
-        image = square(open_image(Path(image_path)), cfg.image_size).convert("RGB")
-    except Exception as error:         # Pillow raises many types on a damaged file
-        raise UserError(f"{image_path} can't be read as an image ({error})") from None
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)       # (3, S, S)
-
-    # The text.
-    (token_ids, _), = tokenizer.encode([clean_text(text)])
-    longest = cfg.max_text_len - 2
-    require(0 < len(token_ids) <= longest,
-            f"the text has {len(token_ids)} tokens: use 1 to {longest}")
-    ids = torch.tensor([[tokenizer.cls_id, *token_ids, tokenizer.sep_id]])  # (1, T)
-
-    # The answers.
-    batch = {
-        "image": normalise(pixels[None]),                             # (1, 3, S, S)
-        "text_ids": ids,
-        "text_mask": torch.ones_like(ids),
-        f"{task}_labels": torch.zeros(1, dtype=torch.long)}
-    logits = model(batch)[f"{task}_logits"][0, :len(labels)]          # (A,)
-    probabilities = logits.sigmoid() if task == "vqa" else logits.softmax(0)
-    top = probabilities.topk(min(5, len(labels)))
-    for probability, i in zip(top.values.tolist(), top.indices.tolist()):
-        print(f"{probability:7.1%}  {labels[i]}")
-
-    if not hasattr(model.fusion, "attention_map"):
-        print("no attention is drawn: this fusion has no attention_map")
-        return
-    out = run_dir / "plots" / f"{Path(image_path).stem[:60]}-attention.png"
-    out.parent.mkdir(exist_ok=True)
-    plots.attention_map(model, batch, tokenizer.words(ids[0]), out)
-    print(f"attention: {out}")
 
 
 if __name__ == "__main__":
