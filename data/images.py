@@ -1,75 +1,27 @@
 """From an image file to the bytes of a pack: decoded, resized, cropped to a square.
 
-open_image decodes a file, square resizes it, store_image makes the bytes that images.bin holds.
-store_images does this for many images, in several processes.
+open_image decodes a file (decode.py), square resizes it, store_image makes the bytes that
+images.bin holds. store_images does this for many images, in several processes.
 """
 import os
 import signal
-import warnings
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from pathlib import Path
 from typing import Iterator
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data import Source
+from data.decode import open_image
 from m3ae_mini.config import UserError
 
-# Pillow's other formats are left out. For PostScript it starts a program, and none is medical.
-FORMATS = "BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP".split()
 DECODE_BATCH = 16   # images that a process decodes per task
 
 
 # ---------------------------------------------------------------------------------------- one image
-
-def open_image(path: Path) -> Image.Image:
-    """Decode an image file as it is meant to be seen -> mode L (grey) or RGB.
-
-    The EXIF rotation is applied. Grey of more than 8 bits is stretched: its minimum becomes 0,
-    its maximum 255. Transparency is drawn over black. The rest is converted; colour of 16 bits
-    keeps its upper 8.
-
-    Pillow's errors if the file is damaged, truncated or has more than 89 megapixels. ValueError
-    if it holds several images, or 16-bit grey with transparency, of which Pillow reads only 8
-    bits.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")   # odd tags: no pixel depends on them
-        warnings.simplefilter("error", Image.DecompressionBombWarning)   # the 89 megapixels
-        with Image.open(path, formats=FORMATS) as file:
-            # Refuse what Pillow would read only in part. MPO is a JPEG with its preview.
-            if file.format != "MPO" and getattr(file, "n_frames", 1) > 1:
-                raise ValueError(f"it holds {file.n_frames} images: export the one you mean")
-            if any(str(tile[3]).startswith("LA;16") for tile in file.tile):
-                raise ValueError("it has 16 bits with transparency: export it without "
-                                 "transparency")
-
-            # TIFF tag 262, PhotometricInterpretation. Pillow heeds it at 8 bits only.
-            white_is_zero = getattr(file, "tag_v2", {}).get(262) == 0
-            image = ImageOps.exif_transpose(file)   # decodes all of it
-
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            values = np.asarray(image, dtype=np.float64)
-            return _stretch_to_8_bits(-values if white_is_zero else values)
-        if image.has_transparency_data:
-            black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-            image = Image.alpha_composite(black, image.convert("RGBA"))
-        return image.convert("L" if image.mode in ("1", "L") else "RGB")
-
-
-def _stretch_to_8_bits(values: np.ndarray) -> Image.Image:
-    """Grey values (H, W) of any range -> mode L. NaN and infinite values turn black."""
-    finite = np.isfinite(values)
-    if not finite.any():
-        raise ValueError("no pixel is a number")
-    low, high = values[finite].min(), values[finite].max()
-    share = np.where(finite, values - low, 0) / max(high - low, np.finfo(float).tiny)
-    return Image.fromarray(np.rint(share * 255).astype(np.uint8))
-
 
 def square(image: Image.Image, size: int) -> Image.Image:
     """Resize the shorter side to `size` pixels (bicubic), then crop the centre: (size, size).
