@@ -8,6 +8,7 @@ open_packs opens what --data of train.py and finetune.py names.
 """
 import argparse
 import importlib
+import math
 import os
 import signal
 import sys
@@ -20,7 +21,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from data import Row, phantoms
+from data.images import FITS
 from data.pack import Pack
+from data.summary import TableReport
 from data.write_pack import write_pack
 from m3ae_mini.config import UserError, require
 
@@ -120,15 +123,13 @@ def contact_sheet(pack: Pack, count: int = 24, columns: int = 6, cell: int = 208
 
 
 def print_summary(meta: dict, out: Path, seconds: float) -> None:
-    """Print what a new pack holds and how long it took."""
+    """Print the summary of a new pack, its size, and how long it took."""
     megabytes = sum(file["bytes"] for file in meta["files"].values()) / 1e6
-    print(f"{out}: {meta['images']:,} images of {meta['size']} x {meta['size']}, "
-          f"{megabytes:,.1f} MB, {seconds:.1f} s "
+    summary = (out / "summary.txt").read_text(encoding="utf-8")
+    encoding = sys.stdout.encoding or "utf-8"   # a terminal may know fewer letters
+    print(f"{out}: {megabytes:,.1f} MB, {seconds:.1f} s "
           f"({1000 * seconds / meta['images']:.1f} ms per image)")
-    print("samples: " + ", ".join(f"{count:,} {split}" for split, count in meta["samples"].items()))
-    if meta["skipped"]:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in meta["skipped"].items())
-        print(f"skipped: {reasons} (listed in {out / 'skipped.jsonl'})")
+    print(summary.encode(encoding, "replace").decode(encoding), end="")
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -136,7 +137,7 @@ def print_summary(meta: dict, out: Path, seconds: float) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Return the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
     try:
-        run(command_line().parse_args(arguments))
+        run(command_line().parse_args(join_window(arguments)))
     except UserError as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 2
@@ -162,9 +163,18 @@ def command_line() -> argparse.ArgumentParser:
              "crops (default: 288)")
     add("--task", choices=TASKS, default="pretrain",
         help="task to pack for: pre-training, questions, classes, retrieval")
+    add("--fit", choices=FITS, default="crop",
+        help="crop: keep the centre square, cut the edges off; pad: keep all, add black (default: "
+             "crop)")
+    add("--window", type=window, metavar="LOW,HIGH",
+        help="grey of more than 8 bits: the values of the file that become black and white in all "
+             "images, such as -160,240 (default: each image's own minimum and maximum)")
     add("--exclude", type=Path, metavar="FOLDER",
         help="leave out the images that are also in FOLDER, known by their files' names (the part "
              "after the last underscore is enough)")
+    add("--allow_leaks", action="store_true",
+        help="pack a table whose own splits have the same image and text in training and in val "
+             "or test")
     add("--allow_missing", action="store_true",
         help="continue if more than 5 %% of the images are missing or unreadable")
     add("--overwrite", action="store_true", help="replace the pack if there is one")
@@ -180,6 +190,27 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
     return int(text)
+
+
+def join_window(arguments: list[str] | None) -> list[str]:
+    """`--window -160,240` as argparse takes it: a value that begins with a - needs a =."""
+    joined = list(sys.argv[1:] if arguments is None else arguments)
+    if "--window" in joined[:-1]:
+        at = joined.index("--window")
+        joined[at:at + 2] = [f"--window={joined[at + 1]}"]
+    return joined
+
+
+def window(text: str) -> tuple[float, float]:
+    """A flag's LOW,HIGH with LOW below HIGH."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low = high = 0.0
+    if not -math.inf < low < high < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not LOW,HIGH, two numbers with LOW below "
+                                         "HIGH, such as -160,240")
+    return low, high
 
 
 def run(args: argparse.Namespace) -> None:
@@ -205,13 +236,17 @@ def run(args: argparse.Namespace) -> None:
 
     # Read the annotations, then write the pack.
     began = time.perf_counter()
-    rows = importlib.import_module(f"data.{args.name}").rows(args.root, args.task)
+    reader = importlib.import_module(f"data.{args.name}")
+    is_table = args.name == "table"
+    report = TableReport() if is_table else None
+    rows = reader.rows(args.root, args.task, *([report] if is_table else []))
+    root = args.root.parent if is_table and args.root.is_file() else args.root
     if args.exclude is not None:
         rows = mark_excluded(rows, args.exclude)
-    is_table = args.root is not None and args.root.is_file()
-    meta = write_pack(rows, args.out, args.name, args.task, args.size,
-                      root=args.root.parent if is_table else args.root, workers=args.workers,
-                      allow_missing=args.allow_missing, overwrite=args.overwrite)
+    meta = write_pack(rows, args.out, args.name, args.task, args.size, root=root,
+                      workers=args.workers, allow_missing=args.allow_missing,
+                      overwrite=args.overwrite, fit=args.fit, window=args.window, table=report,
+                      allow_leaks=args.allow_leaks)
     print_summary(meta, args.out, time.perf_counter() - began)
 
 

@@ -179,12 +179,12 @@ def test_square_is_pils_resize_and_crop(width, height, size):
 def test_grey_takes_one_plane(tmp_path):
     grey = noise(20, 20)
     grey.convert("RGB").save(tmp_path / "grey.png")
-    assert store_image(tmp_path / "grey.png", 20) == grey.tobytes()
+    assert store_image(tmp_path / "grey.png", 20).pixels == grey.tobytes()
 
     pixels = np.stack([np.asarray(grey)] * 3, axis=2)
     pixels[3, 4, 2] ^= 1   # one pixel is not grey
     Image.fromarray(pixels).save(tmp_path / "colour.png")
-    assert store_image(tmp_path / "colour.png", 20) == pixels.transpose(2, 0, 1).tobytes()
+    assert store_image(tmp_path / "colour.png", 20).pixels == pixels.transpose(2, 0, 1).tobytes()
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "bmp", "tiff", "gif", "webp", "ppm"])
