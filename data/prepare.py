@@ -15,12 +15,12 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import Iterable, Iterator
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import Row, phantoms
+from data import phantoms
+from data.exclude import mark_excluded
 from data.images import FITS
 from data.pack import Pack
 from data.summary import TableReport
@@ -59,26 +59,6 @@ def phantom_pack(size: int, task: str) -> Path:
             if not folder.exists():   # else another process has written the same pack
                 raise
     return folder
-
-
-# -------------------------------------------------------------------------------------- leaving out
-
-def mark_excluded(rows: Iterable[Row], folder: Path) -> Iterator[Row]:
-    """Yield the rows, with those skipped whose image is also in `folder`. UserError if none is.
-
-    An image is known by its file's stem, or by what follows the last underscore of it:
-    "MPX1007_synpic46719.png" of MedPix is "synpic46719.jpg" of VQA-RAD.
-    """
-    require(folder.is_dir(), f"{folder} is not a folder: correct --exclude")
-    stems = {file.stem for file in folder.rglob("*")}
-    found = False
-    for row in rows:
-        stem = row.image.stem if isinstance(row.image, Path) else None
-        known = stem is not None and (stem in stems or stem.rsplit("_", 1)[-1] in stems)
-        found |= known
-        yield row._replace(skip=row.skip or "excluded") if known else row
-    require(found, f"none of the images is in {folder} or below it: give the folder that holds "
-                   "the image files, or leave --exclude out")
 
 
 # -------------------------------------------------------------------------------- looking at a pack
@@ -170,8 +150,8 @@ def command_line() -> argparse.ArgumentParser:
         help="grey of more than 8 bits: the values of the file that become black and white in all "
              "images, such as -160,240 (default: each image's own minimum and maximum)")
     add("--exclude", type=Path, metavar="FOLDER",
-        help="leave out the images that are also in FOLDER, known by their files' names (the part "
-             "after the last underscore is enough)")
+        help="leave out the images that are also in FOLDER, by file name (the part after the last "
+             "underscore is enough) or by likeness, and all other images of their patients")
     add("--allow_leaks", action="store_true",
         help="pack a table whose own splits have the same image and text in training and in val "
              "or test")
@@ -242,7 +222,7 @@ def run(args: argparse.Namespace) -> None:
     rows = reader.rows(args.root, args.task, *([report] if is_table else []))
     root = args.root.parent if is_table and args.root.is_file() else args.root
     if args.exclude is not None:
-        rows = mark_excluded(rows, args.exclude)
+        rows = mark_excluded(rows, args.exclude, root, args.workers)
     meta = write_pack(rows, args.out, args.name, args.task, args.size, root=root,
                       workers=args.workers, allow_missing=args.allow_missing,
                       overwrite=args.overwrite, fit=args.fit, window=args.window, table=report,
