@@ -15,7 +15,7 @@ from data.decode import DEEP_COLOUR, DEEP_GREY, UNUSED_ALPHA
 from data.images import CONSTANT, NEARLY_BLACK, StoredImage
 from data.leaks import crossing, leaked, leaks
 
-GROUPS_SHOWN = 12
+GROUPS_SHOWN = 6
 EXAMPLES = 3         # merged spellings that are shown
 
 
