@@ -32,7 +32,8 @@ class Row(NamedTuple):
     label: str | None = None     # classification
     group: str | None = None     # modality, body part: hard negatives are of the same group
     patient: str | None = None   # who is shown: the summary counts patients in several splits
-    skip: str | None = None      # why this row is not packed; it is counted and listed instead
+    skip: str | None = None      # why this row is not packed, "reason" or "reason: detail"; it is
+                                 # counted and listed instead
 
 
 # ------------------------------------------------------------------------------- finding the folder
@@ -117,11 +118,14 @@ def read_json_list(path: Path, *keys: str, within: str | None = None
 def read_csv(path: Path, *columns: str) -> Iterator[tuple[int, dict[str, str]]]:
     """(number of its last line, {column: field}) for every row of a CSV file with a header.
 
-    The header must have `columns`.
+    The header must have `columns`. UserError if it is separated by semicolons or tabs.
     """
     table = csv.reader(read_lines(path), strict=True)
     try:
         names = next(table, [])
+        mark = next((mark for mark in ";\t" if len(names) == 1 and mark in names[0]), None)
+        require(mark is None, f"{path}, line 1: the fields are separated by "
+                              f"{'semicolons' if mark == ';' else 'tabs'}: save it with commas")
         twice = next((name for name in names if names.count(name) > 1), None)
         require(twice is None, f"{path}, line 1: there are two columns '{twice}': rename or "
                                "remove one")

@@ -1,9 +1,14 @@
 """What the readers of question-answering data sets share: the spelling of answers.
 
-The spelling is that of the VQA v2 evaluation (Goyal et al., CVPR 2017), as in the M³AE paper.
+normalise_answer is the rule of the VQA v2 evaluation (Goyal et al., CVPR 2017), as in the M³AE
+paper. It was made for photos: it drops signs. canonical_answer is the same rule, but signs,
+comparisons and numbers survive it: "<5 mm" and ">5 mm", "HER2+" and "HER2-", "none" and "zero"
+stay different. On VQA-RAD both give 498 answers, 461 of them in the training file.
 """
 import re
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Iterator
 
 from data import Row
 from m3ae_mini.config import require
@@ -23,6 +28,49 @@ CONTRACTIONS = {word.replace("'", ""): word for word in (
     "what's where's who'd who'll who's why's you'd you'll you're you've o'clock ma'am "
     "y'all").split()}
 
+# Signs that canonical_answer keeps, in one spelling: (pattern, what stands there afterwards).
+SIGNS = (
+    (r"(?<![\d,])\d{1,3}(,\d{3})+(?![\d,])", lambda found: found[0].replace(",", "")),   # 1,000
+    (r"\s*([<>]=?)\s*", r" \1"),                          # "< 5" is "<5"
+    (r"(?<=\w)\s+([+-])(?=\s*([,;)]|$))", r"\1"),         # "ER +" at the end is "ER+"
+    (r"(?<=\d)\s*([-/])\s*(?=\.?\d)", r"\1"),             # "2 - 3" is "2-3"
+    (r"(^|\s)-\s+(?=\.?\d)", r"\1-"))                     # "- 2.5" is "-2.5"
+KEEP = re.compile(
+    r"[<>+]|(?<=[<>])=|\bnone\b"
+    r"|(?<=[\w+%])-(?![\w-])"                             # HER2-
+    r"|(?<![\w-])-(?=\.?\d)|(?<=\()-(?=\))|^-$"           # -2.5, (-)
+    r"|(?<=\d)[-/](?=\.?\d)|(?<=\d),(?=\d)")              # 2-3, 1/2; 2,5
+# While the rule of normalise_answer runs, each is a letter that no text uses.
+LETTERS = {kept: chr(0xE000 + i) for i, kept in enumerate(("none", *"<>=+-/,"))}
+
+_spellings: dict[str, set[str]] | None = None   # what collect_spellings collects
+
+
+@contextmanager
+def collect_spellings() -> Iterator[dict[str, set[str]]]:
+    """Within the block: {answer: its spellings, as given}, of all answers that are normalised."""
+    global _spellings
+    _spellings = {}
+    try:
+        yield _spellings
+    finally:
+        _spellings = None
+
+
+def canonical_answer(text: str) -> str:
+    """normalise_answer that keeps signs, comparisons and numbers: "< 5 mm." -> "<5 mm".
+
+    Kept are < > <= >=; every +; a - after a word, before a number or between two; a / between
+    digits; a comma between digits unless it marks thousands; and none, which is no number.
+    """
+    kept = text.lower().strip()
+    for pattern, instead in SIGNS:
+        kept = re.sub(pattern, instead, kept)
+    answer = _normalise(KEEP.sub(lambda found: LETTERS[found[0]], kept))
+    for sign, letter in LETTERS.items():
+        answer = answer.replace(letter, sign)
+    return _collect(answer, text)
+
 
 def normalise_answer(text: str) -> str:
     """The spelling in which answers are compared: "The X-ray, two views." -> "x ray 2 views".
@@ -32,6 +80,18 @@ def normalise_answer(text: str) -> str:
     before a digit. Number words become digits, articles go, lost apostrophes come back. An
     answer of nothing but articles and marks becomes "".
     """
+    return _collect(_normalise(text), text)
+
+
+def _collect(answer: str, given: str) -> str:
+    """The answer, its spelling noted if somebody collects them."""
+    if _spellings is not None:
+        _spellings.setdefault(answer, set()).add(" ".join(given.split()))
+    return answer
+
+
+def _normalise(text: str) -> str:
+    """The rule of normalise_answer."""
     text = given = text.lower()
     comma_in_number = re.search(r"\d,\d", given)
     for mark in PUNCTUATION:   # looks for blanks in the answer as given, not for those made here
@@ -56,6 +116,6 @@ def question_row(split: str, image: Path, record: dict, location: str,
             f"{location}: the answer_type is '{record['answer_type']}', it must be OPEN or CLOSED")
     answer = record["answer"]
     if answer is not None:
-        answer = normalise_answer(str(answer).replace("#", " "))
+        answer = canonical_answer(str(answer).replace("#", " "))
     question = "" if record["question"] is None else str(record["question"])
     return Row(split, image, question, answer, closed=answer_type == "CLOSED", group=group)

@@ -6,6 +6,7 @@
     samples.jsonl   one line per (image, text) pair: train, then val, then test
     samples.npy     the same as numbers (SAMPLE_DTYPE)
     skipped.jsonl   every row that was left out, and why
+    summary.txt     what a person should know of it, as printed when it was made
 """
 import contextlib
 import hashlib
@@ -34,7 +35,7 @@ SAMPLE_DTYPE = np.dtype([("image", "<i4"), ("text", "<i4"), ("label", "<i4"), ("
 
 # What a line of samples.jsonl may hold.
 KEY_TYPES = {"image": int, "text": str, "split": str, "answer": str, "closed": bool,
-             "label": str, "group": str, "source": str}
+             "label": str, "group": str, "patient": str, "source": str}
 PHANTOM_SOURCE = re.compile(r"Phantom\(seed=\d{1,9}, number=\d{1,9}\)")
 
 

@@ -149,7 +149,8 @@ def predict_many(run: LoadedRun, source: Path, text: str, out: Path) -> None:
                                                    "error")}
     num_truncated, bad = 0, []
     for start in tqdm(range(0, len(pairs), BATCH), desc="batches", leave=False):
-        part, images, errors = pairs[start:start + BATCH], [], []
+        part = pairs[start:start + BATCH]
+        images, errors = [], []
         for path, _ in part:
             try:
                 images.append(read_images([path], run))
@@ -285,7 +286,8 @@ def match_score(model: M3AE, text: Tensor, image: Tensor, mask: Tensor) -> float
 
 def draw_found(query: str, found: list[tuple], path: Path) -> None:
     """A sheet of the results: image, scores, caption; two rows of five."""
-    cell, high, font = 200, 300, ImageFont.load_default(12)
+    cell, high = 200, 300              # pixels
+    font = ImageFont.load_default(12)
     sheet = Image.new("RGB", (5 * cell, 30 + high * -(-len(found) // 5)), plots.BACK)
     draw = ImageDraw.Draw(sheet)
     draw.text((8, 8), textwrap.shorten(query, 120), plots.INK, plots.FONT)

@@ -8,19 +8,22 @@ open_packs opens what --data of train.py and finetune.py names.
 """
 import argparse
 import importlib
+import math
 import os
 import signal
 import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import Iterable, Iterator
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import Row, find_root, phantoms
+from data import find_root, phantoms
+from data.exclude import mark_excluded
+from data.images import FITS
 from data.pack import Pack
+from data.summary import TableReport
 from data.write_pack import write_pack
 from m3ae_mini.config import UserError, require
 
@@ -57,26 +60,6 @@ def phantom_pack(size: int, task: str) -> Path:
             if not folder.exists():   # else another process has written the same pack
                 raise
     return folder
-
-
-# -------------------------------------------------------------------------------------- leaving out
-
-def mark_excluded(rows: Iterable[Row], folder: Path) -> Iterator[Row]:
-    """Yield the rows, with those skipped whose image is also in `folder`. UserError if none is.
-
-    An image is known by its file's stem, or by what follows the last underscore of it:
-    "MPX1007_synpic46719.png" of MedPix is "synpic46719.jpg" of VQA-RAD.
-    """
-    require(folder.is_dir(), f"{folder} is not a folder: correct --exclude")
-    stems = {file.stem for file in folder.rglob("*")}
-    found = False
-    for row in rows:
-        stem = row.image.stem if isinstance(row.image, Path) else None
-        known = stem is not None and (stem in stems or stem.rsplit("_", 1)[-1] in stems)
-        found |= known
-        yield row._replace(skip=row.skip or "excluded") if known else row
-    require(found, f"none of the images is in {folder} or below it: give the folder that holds "
-                   "the image files, or leave --exclude out")
 
 
 # -------------------------------------------------------------------------------- looking at a pack
@@ -121,15 +104,13 @@ def contact_sheet(pack: Pack, count: int = 24, columns: int = 6, cell: int = 208
 
 
 def print_summary(meta: dict, out: Path, seconds: float) -> None:
-    """Print what a new pack holds and how long it took."""
+    """Print the summary of a new pack, its size, and how long it took."""
     megabytes = sum(file["bytes"] for file in meta["files"].values()) / 1e6
-    print(f"{out}: {meta['images']:,} images of {meta['size']} x {meta['size']}, "
-          f"{megabytes:,.1f} MB, {seconds:.1f} s "
+    summary = (out / "summary.txt").read_text(encoding="utf-8")
+    encoding = sys.stdout.encoding or "utf-8"   # a terminal may know fewer letters
+    print(f"{out}: {megabytes:,.1f} MB, {seconds:.1f} s "
           f"({1000 * seconds / meta['images']:.1f} ms per image)")
-    print("samples: " + ", ".join(f"{count:,} {split}" for split, count in meta["samples"].items()))
-    if meta["skipped"]:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in meta["skipped"].items())
-        print(f"skipped: {reasons} (listed in {out / 'skipped.jsonl'})")
+    print(summary.encode(encoding, "replace").decode(encoding), end="")
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -137,7 +118,7 @@ def print_summary(meta: dict, out: Path, seconds: float) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Return the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
     try:
-        run(command_line().parse_args(arguments))
+        run(command_line().parse_args(join_window(arguments)))
     except UserError as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 2
@@ -165,9 +146,18 @@ def command_line() -> argparse.ArgumentParser:
         help="task to pack for: pre-training, questions, classes, retrieval")
     add("--rephrased", action="store_true",
         help="vqa_rad: the authors' second wording of a training question is one more question")
+    add("--fit", choices=FITS, default="crop",
+        help="crop: keep the centre square, cut the edges off; pad: keep all, add black (default: "
+             "crop)")
+    add("--window", type=window, metavar="LOW,HIGH",
+        help="grey of more than 8 bits: the values of the file that become black and white in all "
+             "images, such as -160,240 (default: each image's own minimum and maximum)")
     add("--exclude", type=Path, metavar="FOLDER",
-        help="leave out the images that are also in FOLDER, known by their files' names (the part "
-             "after the last underscore is enough)")
+        help="leave out the images that are also in FOLDER, by file name (the part after the last "
+             "underscore is enough) or by likeness, and all other images of their patients")
+    add("--allow_leaks", action="store_true",
+        help="pack a table whose own splits have the same image and text in training and in val "
+             "or test")
     add("--allow_missing", action="store_true",
         help="continue if more than 5 %% of the images are missing or unreadable")
     add("--overwrite", action="store_true", help="replace the pack if there is one")
@@ -183,6 +173,27 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
     return int(text)
+
+
+def join_window(arguments: list[str] | None) -> list[str]:
+    """`--window -160,240` as argparse takes it: a value that begins with a - needs a =."""
+    joined = list(sys.argv[1:] if arguments is None else arguments)
+    if "--window" in joined[:-1]:
+        at = joined.index("--window")
+        joined[at:at + 2] = [f"--window={joined[at + 1]}"]
+    return joined
+
+
+def window(text: str) -> tuple[float, float]:
+    """A flag's LOW,HIGH with LOW below HIGH."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low = high = 0.0
+    if not -math.inf < low < high < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not LOW,HIGH, two numbers with LOW below "
+                                         "HIGH, such as -160,240")
+    return low, high
 
 
 def run(args: argparse.Namespace) -> None:
@@ -205,7 +216,6 @@ def run(args: argparse.Namespace) -> None:
     require(args.root is not None or args.name == "phantoms",
             f"{args.name} needs --root, the data set's folder")
     require(args.root is None or args.root.exists(), f"{args.root} does not exist: correct --root")
-
     require(not args.rephrased or args.name == "vqa_rad",
             f"--rephrased is for vqa_rad: leave it out for {args.name}")
 
@@ -214,14 +224,18 @@ def run(args: argparse.Namespace) -> None:
     reader = importlib.import_module(f"data.{args.name}")
     markers = getattr(reader, "MARKERS", ())
     root = find_root(args.root, *markers) if markers else args.root
+    is_table = args.name == "table"
+    report = TableReport() if is_table else None
     options = {"rephrased": True} if args.rephrased else {}
-    rows = reader.rows(root, args.task, **options)
+    rows = reader.rows(root, args.task, *([report] if is_table else []), **options)
+    if is_table and root.is_file():
+        root = root.parent
     if args.exclude is not None:
-        rows = mark_excluded(rows, args.exclude)
-    is_table = root is not None and root.is_file()
-    meta = write_pack(rows, args.out, args.name, args.task, args.size,
-                      root=root.parent if is_table else root, workers=args.workers,
-                      allow_missing=args.allow_missing, overwrite=args.overwrite)
+        rows = mark_excluded(rows, args.exclude, root, args.workers)
+    meta = write_pack(rows, args.out, args.name, args.task, args.size, root=root,
+                      workers=args.workers, allow_missing=args.allow_missing,
+                      overwrite=args.overwrite, fit=args.fit, window=args.window, table=report,
+                      allow_leaks=args.allow_leaks)
     print_summary(meta, args.out, time.perf_counter() - began)
 
 

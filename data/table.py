@@ -3,91 +3,139 @@
     image,text,split                  {"image": "a/1.png", "text": "Normal chest.", "split": "val"}
     a/1.png,Normal chest.,val
 
-Columns: image (or picture, path, file), relative to the table's folder; text (or caption,
-question). Optional: answer (spelt as in data.answers; "#" separates alternatives), closed (is
-it a yes/no question or a choice?), label, group (modality, body part), patient, split.
+Columns: image, relative to the table's folder; text. Optional: answer (spelt as in
+data.answers; "#" separates alternatives), closed (is it a yes/no question or a choice?), label
+(one class), group (modality, body part), patient, split. NAMES has the other names by which they
+are known, in any case, with blanks, underscores or none. Two names of one thing are refused.
 
 Without a split column, a hash of the patient (or of the image's path) decides: 10 % test, 10 %
-val, 80 % train. The result is the same every time.
+val, 80 % train. The result is the same every time. A TableReport says what was read as what.
 """
 import os
+import re
 from pathlib import Path
 from typing import Iterator
 
 from data import Row, hash_to_unit, read_csv, read_jsonl
-from data.answers import normalise_answer
+from data.answers import canonical_answer
+from data.summary import TableReport
 from m3ae_mini.config import require
 
-IMAGE = "image", "picture", "path", "file"
-TEXT = "text", "caption", "question"
+NAMES = {
+    "image": ("image", "picture", "path", "file"),
+    "text": ("text", "caption", "question"),
+    "answer": ("answer",),
+    "closed": ("closed",),
+    "label": ("label",),
+    "group": ("group",),
+    "patient": ("patient", "patientid", "patientname", "patientnumber", "pid", "subject",
+                "subjectid"),
+    # A patient may have several of these: they count as the patient if no column above is there.
+    "case": ("case", "caseid", "study", "studyid", "studyuid", "studyinstanceuid", "exam", "examid",
+             "accession", "accessionnumber"),
+    "split": ("split", "set", "subset", "fold", "phase", "partition")}
+ROLES = {name: role for role, names in NAMES.items() for name in names}
 SPLITS = {"train": "train", "training": "train",
-          "val": "val", "valid": "val", "validation": "val", "dev": "val",
+          "val": "val", "valid": "val", "validation": "val", "validate": "val", "dev": "val",
           "test": "test", "testing": "test"}
-COLUMNS = {*IMAGE, *TEXT, "answer", "closed", "label", "group", "patient", "split"}
 CLOSED = {"closed": True, "true": True, "yes": True, "1": True,
           "open": False, "false": False, "no": False, "0": False}
 
 
-def rows(root: Path, task: str) -> Iterator[Row]:
+def rows(root: Path, task: str, report: TableReport | None = None) -> Iterator[Row]:
     """`root` is the table, or a folder that holds one. UserError names a malformed row by file
-    and line. What the task needs of a row (an answer, a label) is checked when it is packed."""
+    and line. What the task needs of a row (an answer, a label) is checked when it is packed.
+    The report, if given, is filled in."""
     path = _table(root)
-    with_split = set()   # holds True if a row has a split, False if a row has none
-    for number, fields in _fields(path):
+    report = report or TableReport()
+    filled: dict[str, set[bool]] = {"split": set(), "patient": set()}   # has a row a value?
+    for number, record in read_csv(path) if path.suffix.lower() == ".csv" else read_jsonl(path):
         location = f"{path}, line {number}"
-        image = _first(fields, IMAGE, location)
-        text = _first(fields, TEXT, location)
-        require(image, f"{location}: the image's name is empty")
-        with_split.add(bool(fields.get("split")))
-        require(len(with_split) == 1, f"{location}: some rows have a split and some none: give it "
-                                      "in all rows, or in none")
-        patient = fields.get("patient") or os.path.normpath(image)
-        yield Row(_split(fields, patient, location), Path(os.path.normpath(path.parent / image)),
-                  text, answer=_answer(fields), closed=_closed(fields, location),
-                  label=fields.get("label"), group=fields.get("group"))
+        fields = _fields(record, location, report)
+        require(fields["image"], f"{location}: the image's name is empty")
+        for role, known in filled.items():
+            known.add(bool(fields.get(role)))
+            require(len(known) == 1,
+                    f"{location}: some rows have a {role} and some none: give it in all rows, or "
+                    "in none")
+        report.split_given = bool(fields.get("split"))
+        label = fields.get("label")
+        require(not label or not re.search(r"[|;]", label),
+                f"{location}: the label '{label}' holds several labels, which is not supported "
+                "yet: give one label a row, or rename the column")
+
+        patient = fields.get("patient")
+        image = os.path.normpath(fields["image"])
+        split = _split(fields.get("split"), patient or image, report, location)
+        yield Row(split, Path(os.path.normpath(path.parent / image)), fields["text"],
+                  answer=_answer(fields), closed=_closed(fields, location), label=label,
+                  group=fields.get("group"), patient=patient or None)
 
 
 def _table(root: Path) -> Path:
-    """The one .csv or .jsonl file of a folder, or the file itself."""
-    files = [root] if root.is_file() else sorted(root.iterdir())
-    tables = [file for file in files if file.suffix.lower() in (".csv", ".jsonl")]
-    require(tables, f"{root} holds no table: it needs a .csv with a header or a .jsonl")
-    names = ", ".join(table.name for table in tables)
-    require(len(tables) == 1,
-            f"{root} holds {len(tables)} tables ({names}): give one of them as --root")
-    return tables[0]
+    """The one .csv or .jsonl file of a folder, or of the folders in it; or the file itself."""
+    def tables(files) -> list[Path]:
+        return [file for file in files if file.suffix.lower() in (".csv", ".jsonl")]
+
+    found = [root] if root.is_file() else tables(sorted(root.iterdir()))
+    found = tables(found) or tables(sorted(root.glob("*/*")))
+    require(found, f"{root} holds no table: it needs a .csv with a header or a .jsonl")
+    names = ", ".join(str(table.relative_to(root)) for table in found[:9] if table != root)
+    require(len(found) == 1,
+            f"{root} holds {len(found)} tables ({names}): give one of them as --root")
+    return found[0]
 
 
-def _fields(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line number, {column in lower case: field})"""
-    for number, record in read_csv(path) if path.suffix.lower() == ".csv" else read_jsonl(path):
-        fields = {}
-        for key, value in record.items():
-            column = key.strip().lower()
-            require(column not in fields, f"{path}, line {number}: there are two columns "
-                                          f"'{column}': rename or remove one")
-            require(column not in COLUMNS or not isinstance(value, (list, dict)),
-                    f"{path}, line {number}: {key} is not plain text, but a list or an object")
-            fields[column] = "" if value is None else str(value).strip()
-        yield number, fields
+def _fields(record: dict, location: str, report: TableReport) -> dict[str, str]:
+    """{role: field} of a row. Columns of no role join report.unused."""
+    seen: set[str] = set()
+    fields: dict[str, str] = {}
+    names: dict[str, str] = {}   # {role: the column's name}
+    for key, value in record.items():
+        name = key.strip()
+        require(name.lower() not in seen, f"{location}: there are two columns '{name.lower()}': "
+                                          "rename or remove one")
+        seen.add(name.lower())
+        role = ROLES.get(_plain(name))
+        if role is None:
+            report.unused[name] = None
+            continue
+        require(not isinstance(value, (list, dict)),
+                f"{location}: {name} is not plain text, but a list or an object")
+        require(role not in names,
+                f"{location}: which is meant, {names.get(role)} or {name}? rename or remove the "
+                "other")
+        names[role] = name
+        fields[role] = "" if value is None else str(value).strip()
+
+    for role in "image", "text":
+        others = ", ".join(NAMES[role][1:])
+        require(role in fields, f"{location}: no column {role} (or {others}) among "
+                                f"{', '.join(map(str.strip, record))}")
+    if "case" in names and "patient" in names:
+        report.unused[names.pop("case")] = None
+    elif "case" in names:
+        names["patient"] = names.pop("case")
+        fields["patient"] = fields["case"]
+    for role, name in names.items():   # the lines of a JSON lines file may differ
+        before = report.columns.setdefault(role, name)
+        require(_plain(before) == _plain(name),
+                f"{location}: which is meant, {before} or {name}? rename or remove the other")
+    return fields
 
 
-def _first(fields: dict[str, str], names: tuple[str, ...], location: str) -> str:
-    """The field of the one column among `names` that the table has."""
-    found = [name for name in names if name in fields]
-    require(found, f"{location}: no column {names[0]} (or {', '.join(names[1:])}) among "
-                   f"{', '.join(fields)}")
-    require(len(found) == 1, f"{location}: which is meant, {' or '.join(found)}? rename or remove "
-                             "the other")
-    return fields[found[0]]
+def _plain(name: str) -> str:
+    """A column's name without case, blanks and underscores: "Patient ID" is "patientid"."""
+    return re.sub(r"[\W_]+", "", name.lower())
 
 
-def _split(fields: dict[str, str], patient: str, location: str) -> str:
+def _split(name: str | None, patient: str, report: TableReport, location: str) -> str:
     """The split given, else one by a hash of the patient."""
-    name = fields.get("split")
     if name:
+        column = report.columns["split"]
         require(name.lower() in SPLITS,
-                f"{location}: the split is '{name}', it must be train, val or test")
+                f"{location}: the {column} is '{name}', it must be train, val or test: correct it, "
+                "or rename the column")
         return SPLITS[name.lower()]
     chance = hash_to_unit(patient)   # all rows of a patient, or of an image, go to one split
     return "test" if chance < 0.1 else "val" if chance < 0.2 else "train"
@@ -98,7 +146,7 @@ def _answer(fields: dict[str, str]) -> str | None:
     if "answer" not in fields:
         return None
     parts = [part.strip() for part in fields["answer"].split("#")]
-    return "#".join(filter(None, (normalise_answer(part) or part.lower() for part in parts)))
+    return "#".join(filter(None, (canonical_answer(part) or part.lower() for part in parts)))
 
 
 def _closed(fields: dict[str, str], location: str) -> bool | None:

@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections import Counter
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Iterable, Iterator
 
@@ -17,22 +18,39 @@ import numpy as np
 from tqdm import tqdm
 
 from data import Row, Source, clean_text
-from data.images import store_images
+from data.answers import collect_spellings
+from data.decode import Window
+from data.images import StoredImage, map_images, store_image
+from data.leaks import refuse_leaks
 from data.pack import PACK_VERSION, SAMPLE_DTYPE, SPLITS
+from data.summary import PackedImages, TableReport, source_name, summarise
 from m3ae_mini.config import UserError, require
 
 MAX_BAD_SHARE = 0.05   # of the images: if more are missing or unreadable, no pack is written
 
+# Why an image cannot be packed, and what to do about it.
+OUTSIDE = "outside the data set's folder"
+MISSING = "missing image"
+UNREADABLE = "unreadable image"
+ADVICE = {OUTSIDE: "give --root a folder that holds the table and the images",
+          MISSING: "put them into the data set's folder",
+          UNREADABLE: "replace or convert them"}
+
 
 def write_pack(rows: Iterable[Row], out: Path | str, name: str, task: str, size: int, *,
                root: Path | None = None, workers: int | None = None,
-               allow_missing: bool = False, overwrite: bool = False) -> dict:
+               allow_missing: bool = False, overwrite: bool = False,
+               fit: str = "crop", window: Window | None = None,
+               table: TableReport | None = None, allow_leaks: bool = False) -> dict:
     """Write the pack `out` with images of `size` × `size` pixels -> its meta.json
 
-    root: images outside this folder are refused. UserError if `out` exists (unless it is a pack
-    and `overwrite` is set) or cannot be written, if more than 5 % of the images are missing or
-    unreadable (unless `allow_missing`), or if no training row is left. On an error nothing is
-    left behind; after a SIGKILL a folder OUT.tmp-PID.
+    root: images outside this folder are refused. fit, window: as in images.square and
+    decode.decode. table: what the reader of a user's table fills in while `rows` are read.
+
+    UserError if `out` exists (unless it is a pack and `overwrite` is set) or cannot be written,
+    if more than 5 % of the images are missing or unreadable (unless `allow_missing`), if the
+    table's own splits leak (leaks.py; unless `allow_leaks`), or if no training row is left. On an
+    error nothing is left behind; after a SIGKILL a folder OUT.tmp-PID.
     """
     out = Path(out)
     require(overwrite or not out.exists(),
@@ -40,47 +58,57 @@ def write_pack(rows: Iterable[Row], out: Path | str, name: str, task: str, size:
     require(not out.exists() or (out / "meta.json").is_file(),
             f"{out} is not a pack, so --overwrite does not touch it: choose another --out")
 
-    # Missing images are found now: decoding may take hours.
-    kept, skipped = filter_rows(rows, task)
-    sources = list(dict.fromkeys(row.image for row in kept))
-    bad = BadImages(len(sources), allow_missing)
-    real_root = root and Path(os.path.realpath(root))
-    for source in sources:
-        if reason := unusable(source, real_root):
-            bad[source] = (reason, None)
-    bad.check()
+    # Missing images, and leaks between files, are found now: decoding may take hours.
+    with collect_spellings() as spellings:
+        kept, skipped = filter_rows(rows, task)
+    bad = find_bad_images(kept, root, allow_missing)
+    refuse = table is not None and table.split_given and not allow_leaks
+    if refuse:
+        refuse_leaks(kept, task, content=str)
 
     with atomic_dir(out, overwrite) as folder:
         # Decode and write the images. Those that cannot be read join the bad ones.
         files: dict[str, dict] = {}   # name: {"bytes": …, "sha256": …}
-        good = [source for source in sources if source not in bad]
-        with (closing(store_images(good, size, workers)) as results,
+        good = [source for source in dict.fromkeys(row.image for row in kept) if source not in bad]
+        store = partial(store_image, size=size, fit=fit, window=window)
+        with (closing(map_images(store, good, workers)) as results,
               tqdm(results, total=len(good), desc=name, unit="image") as progress):
-            image_index = write_images(folder, files, zip(good, progress, strict=True), bad)
+            images = write_images(folder, files, zip(good, progress, strict=True), bad)
 
         # Rows without an image are skipped, too. What is left must be enough to train on.
         skipped += [skip_entry(row, *bad[row.image]) for row in kept if row.image in bad]
         kept = [row for row in kept if row.image not in bad]
-        reasons = dict(sorted(Counter(entry["reason"] for entry in skipped).items()))
-        samples = {split: sum(row.split == split for row in kept) for split in SPLITS}
-        why = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items()) or "no rows"
-        require(samples["train"], f"{name} has no training rows to pack ({why}): "
-                                  "correct --root or --task")
+        if refuse:
+            refuse_leaks(kept, task, images.content)
+        meta = describe(kept, skipped, name, task, size, fit, window)
 
-        # Write the texts and what is known of them, then the rows that were skipped.
-        labels = sorted({row.label for row in kept if row.label})
-        groups = sorted({row.group for row in kept if row.group})
-        write_samples(folder, files, kept, image_index, labels, groups, root)
+        # Write the texts and what is known of them, the rows that were skipped, the summary.
+        write_samples(folder, files, kept, images.index, meta["labels"], meta["groups"], root)
         with HashedFile(folder / "skipped.jsonl", files) as file:
             file.write(b"".join(map(json_line, skipped)))
+        with HashedFile(folder / "summary.txt", files) as file:
+            summary = summarise(meta, kept, images, spellings, table, root)
+            file.write(summary.encode("utf-8", "replace"))
 
         # meta.json comes last: it holds the checksums of all other files.
-        meta = {"version": PACK_VERSION, "name": name, "task": task, "size": size,
-                "images": len(image_index), "samples": samples, "labels": labels,
-                "groups": groups, "skipped": reasons, "files": files}
+        meta["files"] = files
         with HashedFile(folder / "meta.json", {}) as file:
             file.write(json.dumps(meta, indent=1).encode())
     return meta
+
+
+def describe(kept: list[Row], skipped: list[dict], name: str, task: str, size: int, fit: str,
+             window: Window | None) -> dict:
+    """meta.json, but for the checksums. UserError if no training row is left."""
+    reasons = dict(sorted(Counter(entry["reason"] for entry in skipped).items()))
+    samples = {split: sum(row.split == split for row in kept) for split in SPLITS}
+    why = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items()) or "no rows"
+    require(samples["train"], f"{name} has no training rows to pack ({why}): "
+                              "correct --root or --task")
+    return {"version": PACK_VERSION, "name": name, "task": task, "size": size, "fit": fit,
+            "window": window and list(window), "images": len({row.image for row in kept}),
+            "samples": samples, "labels": sorted({row.label for row in kept if row.label}),
+            "groups": sorted({row.group for row in kept if row.group}), "skipped": reasons}
 
 
 # ------------------------------------------------------------------------------- which rows, images
@@ -97,9 +125,10 @@ def filter_rows(rows: Iterable[Row], task: str) -> tuple[list[Row], list[dict]]:
     for row in rows:
         row = row._replace(text=clean_text(row.text), answer=clean_text(row.answer) or None,
                            label=clean_text(row.label) or None,
-                           group=clean_text(row.group) or None)
+                           group=clean_text(row.group) or None,
+                           patient=clean_text(row.patient) or None)
         pair = (row.split, row.image, row.text)
-        reason = row.skip
+        reason, _, detail = (row.skip or "").partition(": ")
         if not reason and not row.text:
             reason = "no text"
         elif not reason and task == "vqa" and row.answer is None:
@@ -110,7 +139,7 @@ def filter_rows(rows: Iterable[Row], task: str) -> tuple[list[Row], list[dict]]:
             reason = "duplicate"
 
         if reason:
-            skipped.append(skip_entry(row, reason))
+            skipped.append(skip_entry(row, reason, detail))
         else:
             seen.add(pair)
             kept.append(row)
@@ -133,10 +162,22 @@ def unusable(source: Source, root: Path | None) -> str | None:
         return None
     try:
         if root is not None and not Path(os.path.realpath(source)).is_relative_to(root):
-            return "outside the data set's folder"
+            return OUTSIDE
     except ValueError:   # no system call takes a NUL, or half a surrogate pair
-        return "missing image"
-    return None if os.path.isfile(source) else "missing image"
+        return MISSING
+    return None if os.path.isfile(source) else MISSING
+
+
+def find_bad_images(rows: list[Row], root: Path | None, allow_missing: bool) -> "BadImages":
+    """The images of the rows that cannot be used, as far as is known without opening them."""
+    sources = list(dict.fromkeys(row.image for row in rows))
+    bad = BadImages(len(sources), allow_missing)
+    real_root = root and Path(os.path.realpath(root))
+    for source in sources:
+        if reason := unusable(source, real_root):
+            bad[source] = (reason, None)
+    bad.check()
+    return bad
 
 
 class BadImages(dict):
@@ -152,33 +193,33 @@ class BadImages(dict):
         source, (reason, detail) = next(iter(self.items()), (None, (None, None)))
         require(len(self) <= self.limit,
                 f"{len(self):,} of {self.total:,} images cannot be packed, the first is {source} "
-                f"({detail or reason}): put them into the data set's folder, or leave them out "
-                "with --allow_missing")
+                f"({detail or reason}): {ADVICE.get(reason)}, or leave them out with "
+                "--allow_missing")
 
 
 # ---------------------------------------------------------------------------------------- the files
 
 def write_images(folder: Path, files: dict[str, dict],
-                 results: Iterable[tuple[Source, bytes | str]],
-                 bad: BadImages) -> dict[Source, int]:
-    """Write images.bin and offsets.npy -> the index of each image that could be read.
+                 results: Iterable[tuple[Source, StoredImage | str]],
+                 bad: BadImages) -> PackedImages:
+    """Write images.bin and offsets.npy -> the images that could be read.
 
-    results: pairs of a source and what store_images yields for it.
+    results: pairs of a source and what map_images yields for it.
     """
-    image_index: dict[Source, int] = {}
+    images = PackedImages()
     offsets = [0]
     with HashedFile(folder / "images.bin", files) as file:
         for source, result in results:
             if isinstance(result, str):
-                bad[source] = ("unreadable image", result)
+                bad[source] = (UNREADABLE, result)
                 bad.check()
             else:
-                file.write(result)
-                offsets.append(offsets[-1] + len(result))
-                image_index[source] = len(image_index)
+                file.write(result.pixels)
+                offsets.append(offsets[-1] + len(result.pixels))
+                images.add(source, result, hashlib.sha256(result.pixels).digest())
     with HashedFile(folder / "offsets.npy", files) as file:
         np.save(file, np.array(offsets, dtype=np.int64))
-    return image_index
+    return images
 
 
 def write_samples(folder: Path, files: dict[str, dict], rows: list[Row],
@@ -196,10 +237,9 @@ def write_samples(folder: Path, files: dict[str, dict], rows: list[Row],
         # The line, with the keys that are known.
         line = {"image": image_index[row.image], "text": row.text, "split": row.split}
         optional = {"answer": row.answer, "closed": row.closed, "label": row.label,
-                    "group": row.group}
+                    "group": row.group, "patient": row.patient}
         line |= {key: value for key, value in optional.items() if value is not None}
-        is_file = root is not None and isinstance(row.image, Path)
-        line["source"] = os.path.relpath(row.image, root) if is_file else str(row.image)
+        line["source"] = source_name(row.image, root)
         lines.append(json_line(line))
 
         # The same as numbers; -1 means unknown.
