@@ -201,7 +201,7 @@ def make_table(cells: list[Cell]) -> tuple[str, dict]:
     found: dict = {}
     for task, row, run in cells:
         for name, value in run.test_metrics().items():
-            if name not in ("step", "split", "loss", "score"):
+            if name not in ("step", "split", "loss", "score") and name[:4] not in ("low_", "high"):
                 metrics = found.setdefault(task, {}).setdefault(row, {})
                 metrics.setdefault(name, []).append(value)
 
