@@ -1,0 +1,165 @@
+"""The use of a finished run: many predictions, search, features, and the same from Python."""
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.pack import Pack
+from data.predict import answer, load_run, make_batch, read_images, read_texts
+from m3ae_mini.config import UserError
+from m3ae_mini.loader import normalise
+from test_finetune import contrasted, packs, pretrained, started                       # fixtures, too
+
+
+@pytest.fixture(scope="module")
+def classes(packs, pretrained, tmp_path_factory):
+    """The folder of a short run of cls."""
+    out = tmp_path_factory.mktemp("runs") / "cls"
+    with pytest.MonkeyPatch.context() as patch:
+        started(patch, "cls", "--data", packs["cls"], "--init", pretrained, "--steps", 2, "--out", out)
+    return out
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of 40 images, three of them broken."""
+    folder, random = tmp_path / "images", np.random.default_rng(2)
+    folder.mkdir()
+    for i in range(40):
+        pixels = random.integers(0, 256, (20 + i % 3, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02}.png")
+    for i in 0, 17, 39:
+        path = folder / f"{i:02}.png"
+        path.write_bytes(path.read_bytes()[:99])
+    return folder
+
+
+def read_rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_folder_of_images(classes, images, tmp_path, monkeypatch, capsys):
+    """In batches, as one by one; what can't be read is named, and nothing else is lost."""
+    out = tmp_path / "found.csv"
+    started(monkeypatch, "cls", "--init", classes, "--predict", images, "A nodule.", "--out", out)
+    printed, rows = capsys.readouterr().out, read_rows(out)
+    assert f"37 of 40 predictions: {out}" in printed
+    assert "warning: 3 images can't be read: " in printed and "17.png" in printed
+    assert [row["image"] for row in rows] == [str(path) for path in sorted(images.iterdir())]
+    bad = [row for row in rows if row["error"]]
+    assert [row["image"][-6:] for row in bad] == ["00.png", "17.png", "39.png"]
+    assert not any(row["prediction"] or row["probability"] for row in bad)
+
+    run = load_run(classes)
+    assert isinstance(run.model, torch.nn.Module) and not run.model.training
+    for row in rows[1:4] + rows[20:22]:
+        probabilities = answer(run, read_images([row["image"]], run), ["A nodule."])[0]
+        assert row["prediction"] == run.labels[probabilities.argmax()]
+        assert float(row["probability"]) == pytest.approx(probabilities.max().item(), abs=1e-5)
+
+    with pytest.raises(UserError, match="found.csv exists already"):
+        started(monkeypatch, "cls", "--init", classes, "--predict", images, "--out", out)
+    started(monkeypatch, "cls", "--init", classes, "--predict", images)        # the text may be empty
+    assert len(read_rows(classes / "predictions.csv")) == 40
+
+
+def test_a_table_of_images(packs, pretrained, images, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "vqa"
+    started(monkeypatch, "vqa", "--data", packs["vqa"], "--init", pretrained, "--steps", 1, "--out", run,
+            "--test_samples", 0)
+    table = tmp_path / "mine.csv"
+    table.write_text("image,text\nimages/01.png,What is seen?\nimages/17.png,What is seen?\n"
+                     f"images/02.png,{'left ' * 50}\nimages/nowhere.png,Where?\n")
+    started(monkeypatch, "vqa", "--init", run, "--predict", table, "--out", tmp_path / "out.csv")
+    printed, rows = capsys.readouterr().out, read_rows(tmp_path / "out.csv")
+    assert [bool(row["error"]) for row in rows] == [False, True, False, True]
+    assert [row["text"][:5] for row in rows] == ["What ", "What ", "left ", "Where"]
+    assert "2 of 4 predictions" in printed and "1 texts of more than 32 tokens were truncated" in printed
+    for arguments, sentence in (((table, "What?"), "a table brings its own texts"),
+                                ((images,), "a folder of images needs the question, too"),
+                                ((tmp_path / "empty",), "a folder of images needs the question")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=sentence):
+            started(monkeypatch, "vqa", "--init", run, "--predict", *arguments, "--out", tmp_path / "x.csv")
+
+
+def test_search_by_words_and_by_image(packs, contrasted, images, tmp_path, monkeypatch, capsys):
+    """The ten best by ITC, in the order of the matching head, each image or text once."""
+    flags = ["--init", contrasted, "--data", packs["irtr"]]
+    started(monkeypatch, "irtr", *flags, "--search", "large nodule on the left", "--out", tmp_path / "a.png")
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10 and last == f"drawn: {tmp_path / 'a.png'}"
+    assert Image.open(tmp_path / "a.png").size == (1000, 630)
+    scores = [float(line.split()[0]) for line in lines]
+    sources = [line.split()[3] for line in lines]
+    assert scores == sorted(scores, reverse=True) and len(set(sources)) == 10
+
+    # By hand: the ITC scores of all images of the pack.
+    run, pack = load_run(contrasted), Pack(packs["irtr"])
+    itc = run.model.objectives["itc"]
+    ids, mask, _ = read_texts(["large nodule on the left"], run)
+    pixels = np.empty((3, 16, 16), dtype=np.uint8)
+    found = {}
+    with torch.no_grad():
+        text = itc.text_features(run.model.encode_text(ids, mask))
+        for line in pack.lines():
+            pack.read_image(line["image"], pixels)
+            image = run.model.encode_image(normalise(torch.from_numpy(pixels)[None]))
+            found[line["source"]] = itc.scores(text, itc.image_features(image)).item()
+    assert set(sources) == set(sorted(found, key=lambda source: -found[source])[:10])
+
+    image = images / "01.png"
+    started(monkeypatch, "irtr", *flags, "--search", image, "--out", tmp_path / "b.png")
+    *lines, _ = capsys.readouterr().out.splitlines()
+    texts = [line.split(".png  ")[1] for line in lines]
+    assert len(texts) == len(set(texts)) == 10
+
+
+def test_features(packs, contrasted, tmp_path, monkeypatch, capsys):
+    started(monkeypatch, "embed", "--init", contrasted, "--data", packs["pretrain"], "--out",
+            tmp_path / "f.npz")
+    features, lines = np.load(tmp_path / "f.npz"), list(Pack(packs["pretrain"]).lines())
+    assert features["source"].tolist() == [line["source"] for line in lines]
+    assert features["caption"].tolist() == [line["text"] for line in lines]
+    run = load_run(contrasted)
+    width = run.cfg.fusion_width
+    assert features["image"].shape == features["text"].shape == (len(lines), width)
+    assert features["pair"].shape == (len(lines), 2 * width)
+
+    # The last sample by hand.
+    pixels = np.empty((3, 16, 16), dtype=np.uint8)
+    Pack(packs["pretrain"]).read_image(lines[-1]["image"], pixels)
+    image = normalise(torch.from_numpy(pixels)[None])
+    batch = make_batch(run, image, [lines[-1]["text"]])
+    with torch.no_grad():
+        text = run.model.encode_text(batch["text_ids"], batch["text_mask"])
+        image = run.model.encode_image(image)
+        pair = run.model.pooled_pair(text, image, batch["text_mask"])
+    for name, value in ("image", image[0, 0]), ("text", text[0, 0]), ("pair", pair[0]):
+        assert np.abs(features[name][-1] - value.numpy()).max() < 1e-5
+    with pytest.raises(UserError, match="f.npz exists already"):
+        started(monkeypatch, "embed", "--init", contrasted, "--data", packs["pretrain"], "--out",
+                tmp_path / "f.npz")
+
+
+def test_what_the_use_of_a_run_refuses(packs, pretrained, contrasted, monkeypatch):
+    for task, flags, sentence in (
+            ("irtr", ["--init", pretrained, "--search", "nodule"], "has no ITC head, which a search needs"),
+            ("vqa", ["--init", contrasted, "--search", "nodule"], "--search is for irtr, not vqa"),
+            ("embed", [], "give the run with --init"),
+            ("embed", ["--init", "nowhere"], "no tokenizer at nowhere")):
+        with pytest.raises(UserError, match=sentence):
+            started(monkeypatch, task, *flags, "--data", packs["irtr"])
+
+
+def test_a_blind_run_answers_no_image(packs, pretrained, images, tmp_path, monkeypatch):
+    run = tmp_path / "blind"
+    started(monkeypatch, "cls", "--data", packs["cls"], "--init", pretrained, "--steps", 1, "--blind",
+            "--out", run, "--test_samples", 0)
+    assert json.loads((run / "config.json").read_text())["task"]["blind"]
+    with pytest.raises(UserError, match="is not a run of finetune.py cls without --blind"):
+        started(monkeypatch, "cls", "--init", run, "--predict", images)
