@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data.baselines import mean_image
 from data.labels import label_ids, list_labels, saved_labels
 from data.predict import use_run
-from data.prepare import open_packs
+from data.prepare import describe_packs, open_packs
 from data.task_metrics import (
     figure_intervals, figures, predict_table, report_table, score, write_table)
 from data.texts import choose_tokenizer, text_notes
@@ -233,13 +233,12 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
 
     unused = optim.dry_run(cfg, train_cfg, train.example())
     optim.epochs_to_steps(train_cfg, run_cfg, train.n)
-    fingerprints = [pack.fingerprint() for pack in packs]
     settings = {
         "model": asdict(cfg),
         "train": asdict(train_cfg),
         "run": asdict(run_cfg),
         "task": asdict(task_cfg),
-        "data": {"packs": fingerprints, "tokenizer": tokenizer.hash, "labels": labels}}
+        "data": describe_packs(packs) | {"tokenizer": tokenizer.hash, "labels": labels}}
     ranking = Ranking(task_cfg.rank, task_cfg.rerank)
     return Data(train, val, test, labels, ranking, tokenizer, cfg, unused, settings)
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.baselines import trivial_baselines
-from data.prepare import open_packs
+from data.prepare import describe_packs, open_packs
 from data.texts import choose_tokenizer, text_notes
 from m3ae_mini import M3AE, checkpoint, config, evaluate, masking, optim, plots, weights
 from m3ae_mini.config import ModelConfig, RunConfig, TrainConfig
@@ -165,12 +165,11 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
     val = Samples(packs, "val", tokenizer, cfg, train_cfg)
     unused = optim.dry_run(cfg, train_cfg, train.example())
     optim.epochs_to_steps(train_cfg, run_cfg, train.n)
-    fingerprints = [pack.fingerprint() for pack in packs]
     settings = {
         "model": asdict(cfg),
         "train": asdict(train_cfg),
         "run": asdict(run_cfg),
-        "data": {"packs": fingerprints, "tokenizer": tokenizer.hash}}
+        "data": describe_packs(packs) | {"tokenizer": tokenizer.hash}}
     return Data(train, val, tokenizer, cfg, unused, settings)
 
 

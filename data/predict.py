@@ -17,11 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import clean_text, table
-from data.images import open_image, square
+from data.decode import open_image
+from data.images import square
 from data.labels import saved_labels
 from data.prepare import open_packs
 from data.task_metrics import write_table
 from m3ae_mini import M3AE, ModelConfig, plots, weights
+from m3ae_mini.checkpoint import saved_settings
 from m3ae_mini.config import TrainConfig, UserError, require
 from m3ae_mini.loader import LoadedBatch, Samples, load, normalise, validation_micro_batches
 from m3ae_mini.tokenizer import Tokenizer
@@ -38,6 +40,8 @@ class LoadedRun(NamedTuple):
     cfg: ModelConfig
     tokenizer: Tokenizer
     labels: list[str]                  # answers or classes; empty for other tasks
+    fit: str                           # as its pack's images were stored: see images.square
+    window: list[float] | None         # see decode.decode
     device: torch.device
 
 
@@ -49,15 +53,21 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> LoadedRu
     model = M3AE(cfg).eval()
     model.load_state_dict(state)
     labels = saved_labels(folder, cfg.task, with_blind=False) or []
-    return LoadedRun(folder, model.to(device), cfg, tokenizer, labels, torch.device(device))
+    data = (saved_settings(folder) or {}).get("data", {})
+    return LoadedRun(folder, model.to(device), cfg, tokenizer, labels, data.get("fit", "crop"),
+                     data.get("window"), torch.device(device))
 
 
 def read_images(paths: list[str | Path], run: LoadedRun) -> Tensor:
-    """Image files -> (B, 3, S, S), normalised, on the run's device. UserError names a bad one."""
+    """Image files -> (B, 3, S, S), normalised, on the run's device. UserError names a bad one.
+
+    They are fitted into the square, and grey of more than 8 bits is windowed, as in the run's
+    first pack."""
     pixels = []
     for path in paths:
         try:
-            image = square(open_image(Path(path)), run.cfg.image_size).convert("RGB")
+            image = open_image(Path(path), run.window)
+            image = square(image, run.cfg.image_size, run.fit).convert("RGB")
         except Exception as error:     # Pillow raises many types on a damaged file
             raise UserError(f"{path} can't be read as an image ({error})") from None
         pixels.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))     # (3, S, S)

@@ -50,6 +50,13 @@ def open_packs(names: str, size: int, crop: float, task: str = "pretrain") -> li
     return packs
 
 
+def describe_packs(packs: list[Pack]) -> dict:
+    """What config.json keeps of a run's packs; --predict treats images as the first pack does."""
+    meta = packs[0].meta
+    return {"packs": [pack.fingerprint() for pack in packs], "fit": meta.get("fit", "crop"),
+            "window": meta.get("window")}
+
+
 def phantom_pack(size: int, task: str) -> Path:
     """The folder of the phantoms' pack, in packs/. It is written if it does not exist."""
     folder = Path(f"packs/phantoms-{task}-{size}")

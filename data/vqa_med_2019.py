@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Iterator
 
 from data import Row, find_root, read_lines
-from data.answers import normalise_answer
+from data.answers import canonical_answer
 from m3ae_mini.config import require
 
 CATEGORIES = "Modality", "Plane", "Organ"   # as in the paper, which leaves abnormalities out
@@ -74,7 +74,7 @@ def _questions(split: str, path: Path, folder: Path, parts: int = 3) -> Iterator
 
         image, *category, question, answer = values
         known = not category or category[0].capitalize() in CATEGORIES
-        answers = map(normalise_answer, answer.split("#"))
+        answers = map(canonical_answer, answer.split("#"))
         yield Row(split, folder / (image if "." in image else f"{image}.jpg"), question,
                   "#".join(filter(None, answers)),
                   skip=None if known else f"question on {category[0]}")

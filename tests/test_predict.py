@@ -163,3 +163,27 @@ def test_a_blind_run_answers_no_image(packs, pretrained, images, tmp_path, monke
     assert json.loads((run / "config.json").read_text())["task"]["blind"]
     with pytest.raises(UserError, match="is not a run of finetune.py cls without --blind"):
         started(monkeypatch, "cls", "--init", run, "--predict", images)
+
+
+def test_images_are_prepared_as_in_the_pack(pretrained, images, tmp_path, monkeypatch):
+    """--fit pad and --window of the pack hold for what is predicted."""
+    from data import prepare
+    rows = [f"images/{i:02}.png,A nodule.,{split},{label}"
+            for i, (split, label) in enumerate(zip(["train"] * 8 + ["val", "test"] * 2, "ab" * 6), 1)]
+    (tmp_path / "t.csv").write_text("\n".join(["image,text,split,label", *rows]))
+    arguments = ["table", "--root", str(tmp_path / "t.csv"), "--task", "cls", "--size", "16", "--fit", "pad",
+                 "--window=-10,500", "--out", str(tmp_path / "pack")]
+    prepare.run(prepare.command_line().parse_args(arguments))
+    started(monkeypatch, "cls", "--data", tmp_path / "pack", "--init", pretrained, "--steps", 1, "--out",
+            tmp_path / "run", "--test_samples", 0)
+    run, pack = load_run(tmp_path / "run"), Pack(tmp_path / "pack")
+    assert (run.fit, run.window) == ("pad", [-10, 500])
+    pixels = np.empty((3, 16, 16), dtype=np.uint8)
+    line = next(pack.lines())
+    pack.read_image(line["image"], pixels)
+    expected = normalise(torch.from_numpy(pixels.copy())[None])
+    assert torch.equal(read_images([images / line["source"].split("/")[-1]], run), expected)
+    # Grey of 16 bits: 245 lies in the middle of the window.
+    Image.fromarray(np.full((16, 16), 245, dtype=np.uint16)).save(tmp_path / "deep.png")
+    deep = read_images([tmp_path / "deep.png"], run)
+    assert torch.allclose(deep, normalise(torch.full((1, 3, 16, 16), 127.5)), atol=0.02)
