@@ -106,7 +106,7 @@ def test_flags(command, monkeypatch):
     if name in SCRIPTS:
         cfg, train_cfg, run_cfg, *_ = parsed(SCRIPTS[name], arguments, monkeypatch)
         cfg.num_answers = cfg.num_classes = 1              # the data would tell
-        for settings in cfg, train_cfg, run_cfg:
+        for settings in (cfg, train_cfg, run_cfg) if cfg.task != "embed" else ():
             settings.check()
         nodes = re.search(r"--nnodes (\d+) --nproc-per-node (\d+)", command)
         counts = {int(nodes[1]) * int(nodes[2])} if nodes else {run_cfg.gpus or 1, 1, 2, 4, 8}
@@ -181,6 +181,9 @@ def test_commands_run_in_order(tmp_path, monkeypatch, capsys):
     report, prediction = report_and_prediction()
     assert not set(without_numbers(report)) - set(without_numbers(printed[COMMANDS[0]]))
     told = next(text for command, text in printed.items() if "chest.png" in command).splitlines()
+    (lines,) = [text for language, text in BLOCKS["README.md"] if "load_run" in text]
+    exec(compile(lines, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip() in {line.split("%")[1].strip() for line in told[:-1]}
     assert len(told) == len(prediction.splitlines()) and told[-1] == prediction.splitlines()[-1]
 
 
@@ -302,7 +305,8 @@ ROWS = {"none": "unchanged", "without MLM": "no_mlm", "without MIM": "no_mim",
         "without ITM": "no_itm", "mask 50 % of the patches and 50 % of the words": "mask_50_50",
         "a Transformer predicts the words, not an MLP": "transformer_text_head",
         "an MLP predicts the pixels, not a Transformer": "mlp_pixel_decoder",
-        "pixels decoded after the last fusion layer": "pixels_last"}
+        "pixels decoded after the last fusion layer": "pixels_last",
+        "a fourth loss: image-text contrast (`--itc 1`)": "itc"}
 
 
 def test_the_ablations(tmp_path):
@@ -346,7 +350,7 @@ def test_files_and_tests_that_are_named_exist():
     assert len(files) > 20
     assert not sorted(name for name in files if not (ROOT / name).is_file())
     sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    tests = set(re.findall(r"\btest_\w+\b(?!\.py)", text))
+    tests = set(re.findall(r"\btest_\w+\b(?!\.(?:py|csv))", text))
     assert len(tests) > 15
     assert not sorted(name for name in tests if f"def {name}(" not in sources)
 
@@ -372,8 +376,7 @@ def test_names_and_flags_that_are_written_exist():
 
 
 def python_block(name):
-    (code,) = [text for language, text in BLOCKS[name] if language == "python"]
-    return code
+    return next(text for language, text in BLOCKS[name] if language == "python")
 
 
 def test_the_loss_of_the_readme_is_a_loss(small_config, random_batch, monkeypatch):
