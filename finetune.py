@@ -31,7 +31,6 @@ from m3ae_mini.distributed import (
     started_by_torchrun)
 from m3ae_mini.loader import Samples
 from m3ae_mini.model import use_grad_checkpointing
-from m3ae_mini.retrieval import Ranking
 from m3ae_mini.tokenizer import Tokenizer
 from train import fit
 
@@ -64,7 +63,7 @@ class Data(NamedTuple):
     val: Samples
     test: Samples
     labels: list[str]                  # the answer list or the classes; retrieval has none
-    ranking: Ranking                   # of retrieval's candidates
+    ranking: tuple[str, int]           # of retrieval's candidates: --rank, --rerank
     tokenizer: Tokenizer
     cfg: ModelConfig                   # with the sizes of vocabulary and label list
     unused: list[str]                  # names of the parameters that no loss reads
@@ -239,14 +238,14 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
         "run": asdict(run_cfg),
         "task": asdict(task_cfg),
         "data": describe_packs(packs) | {"tokenizer": tokenizer.hash, "labels": labels}}
-    ranking = Ranking(task_cfg.rank, task_cfg.rerank)
+    ranking = task_cfg.rank, task_cfg.rerank
     return Data(train, val, test, labels, ranking, tokenizer, cfg, unused, settings)
 
 
 def report(model: M3AE, data: Data, run_cfg: RunConfig, dist_env: DistEnv, step: int) -> None:
     """Evaluate on the test split; log and print the metrics."""
     count = min(run_cfg.test_samples, data.test.n)
-    if data.cfg.task == "irtr" and data.ranking.by == "match":
+    if data.cfg.task == "irtr" and data.ranking[0] == "match":
         dist_env.print(f"scoring up to {count:,} × {count:,} pairs; --rank itc --rerank 32 would "
                        f"score {64 * count:,}")
     table = predict_table(

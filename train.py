@@ -6,6 +6,7 @@
 """
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -213,12 +214,9 @@ def fit(model: M3AE, net: torch.nn.Module, optimizer, scaler, train: Samples, va
     sums: dict[str, torch.Tensor] = {}
     num_steps, num_skipped = 0, 0      # since the log's last line, as are the sums
     clock = time.perf_counter()
-    bar = tqdm(
-        total=train_cfg.steps,
-        initial=step,
-        unit="step",
-        disable=not dist_env.is_main,
-        dynamic_ncols=True)
+    show_bar = dist_env.is_main and sys.stderr.isatty()    # else a line each --log_every
+    bar = tqdm(total=train_cfg.steps, initial=step, unit="step", disable=not show_bar,
+               dynamic_ncols=True)
     model.train()
 
     while step < train_cfg.steps and not stopping:
@@ -269,6 +267,8 @@ def fit(model: M3AE, net: torch.nn.Module, optimizer, scaler, train: Samples, va
                           samples_per_s=speed, **losses)
                 bar.set_postfix_str(checkpoint.format_metrics(losses) + f"  {speed:,.0f} samples/s")
                 bar.update(step - bar.n)
+                if not show_bar:
+                    print(checkpoint.progress_line(step, train_cfg, lr, speed, losses), flush=True)
             sums = {}
             num_steps, num_skipped = 0, 0
             clock = time.perf_counter()

@@ -158,7 +158,7 @@ def predict_many(run: LoadedRun, source: Path, text: str, out: Path) -> None:
     rows: dict[str, list] = {name: [] for name in ("image", "text", "prediction", "probability",
                                                    "error")}
     num_truncated, bad = 0, []
-    for start in tqdm(range(0, len(pairs), BATCH), desc="batches", leave=False):
+    for start in tqdm(range(0, len(pairs), BATCH), desc="batches", leave=False, disable=None):
         part = pairs[start:start + BATCH]
         images, errors = [], []
         for path, _ in part:

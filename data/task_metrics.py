@@ -20,7 +20,7 @@ from m3ae_mini.checkpoint import write_atomic
 from m3ae_mini.distributed import DistEnv
 from m3ae_mini.evaluate import task_logits
 from m3ae_mini.loader import Samples
-from m3ae_mini.retrieval import Ranking, retrieval_ranks
+from m3ae_mini.retrieval import retrieval_ranks
 
 NUMBERS = ("probability", "right", "in_list", "rank")     # columns of numbers, as are "p: …"
 Table = dict[str, np.ndarray]
@@ -34,10 +34,10 @@ def targets(line: dict, task: str) -> list[str]:
 # ---------------------------------------------------------------------------------------- the table
 
 def predict_table(model: M3AE, samples: Samples, labels: list[str], dist_env: DistEnv, limit: int,
-                  ranking: Ranking) -> Table:
+                  ranking: tuple[str, int]) -> Table:
     """The table of at most `limit` samples, evenly spaced, on every rank.
 
-    labels: the answer list or the classes."""
+    labels: the answer list or the classes; ranking: see retrieval_ranks."""
     task = model.cfg.task
     if task == "irtr":
         model.eval()

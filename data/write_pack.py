@@ -72,7 +72,7 @@ def write_pack(rows: Iterable[Row], out: Path | str, name: str, task: str, size:
         good = [source for source in dict.fromkeys(row.image for row in kept) if source not in bad]
         store = partial(store_image, size=size, fit=fit, window=window)
         with (closing(map_images(store, good, workers)) as results,
-              tqdm(results, total=len(good), desc=name, unit="image") as progress):
+              tqdm(results, total=len(good), desc=name, unit="image", disable=None) as progress):
             images = write_images(folder, files, zip(good, progress, strict=True), bad)
 
         # Rows without an image are skipped, too. What is left must be enough to train on.

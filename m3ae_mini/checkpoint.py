@@ -3,23 +3,20 @@ import atexit
 import json
 import math
 import os
-import re
 import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import nn
 
-from .config import UserError, reading, require
+from .config import TrainConfig, UserError, reading, require
 from .distributed import DistEnv
 
-# A line of metrics.jsonl as Log writes it: {"step": 20, "split": "train", "loss": 1.5, ...}
-LINE = re.compile(r'{"step": \d{1,9}, "split": "\w+"'
-                  r'(, "(\\.|[^"\\])*": (-?\d{1,20}(\.\d+)?(e[+-]\d+)?|null))*}')
 CHECKPOINTS = ("new.pt", "last.pt", "prev.pt")     # new.pt: left by a kill between two renames
 LOCKS: list = []                  # open lock files; they lock their folders until this process ends
 
@@ -194,9 +191,10 @@ class Log:
         write_atomic(self.path, lambda file: file.write(text.encode()))
 
     def lines(self) -> list[dict]:
-        """The log's lines as dicts, without lines that a power cut has torn."""
+        """The log's lines as dicts. A line that a power cut has torn has no end: it is left out."""
         text = self.path.read_text(errors="replace") if self.path.is_file() else ""
-        return [json.loads(line) for line in text.splitlines() if LINE.fullmatch(line)]
+        with reading(self.path):
+            return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
 
     def write(self, step: int, split: str, **values: float) -> None:
         """Append a line; numbers that are not finite become null."""
@@ -209,3 +207,12 @@ class Log:
 def format_metrics(metrics: dict[str, float]) -> str:
     """Metrics in one line for the terminal, without the recall of each class."""
     return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if " " not in name)
+
+
+def progress_line(step: int, train_cfg: TrainConfig, lr: float, speed: float,
+                  losses: dict[str, float]) -> str:
+    """A line for a log that is no terminal: losses, rate, samples/s, GPU memory, remaining time."""
+    seconds = (train_cfg.steps - step) * train_cfg.batch_size / speed
+    memory = f"  {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" * torch.cuda.is_initialized()
+    return (f"step {step:,} of {train_cfg.steps:,}  {format_metrics(losses)}  lr {lr:.2e}  "
+            f"{speed:,.0f} samples/s{memory}  {timedelta(seconds=round(seconds))} left")

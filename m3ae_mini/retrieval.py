@@ -1,6 +1,5 @@
 """Retrieval: rank texts for an image and images for a text (paper, section 3.3)."""
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,21 +15,15 @@ from .objectives import M3AE
 PAIRS = 128                                     # (image, text) pairs of one pass through the fusion
 
 
-class Ranking(NamedTuple):
-    """How retrieval ranks the candidates of a query."""
-    by: str = "match"                  # match: the fusion scores every pair; itc: ITC does
-    rerank: int = 0                    # itc: how many best candidates the fusion ranks again
-
-
 @torch.no_grad()
 def retrieval_ranks(model: M3AE, samples: Samples, dist_env: DistEnv, limit: int,
-                    ranking: Ranking) -> dict[str, tuple[np.ndarray, Tensor]]:
+                    ranking: tuple[str, int]) -> dict[str, tuple[np.ndarray, Tensor]]:
     """Rank texts for images and images for texts, among at most `limit` samples
 
     Returns {"t2i": (samples of the text queries (Q,), rank of the first right image of each (Q,)),
-    "i2t": the same for the images (P,)}. Each image and each text is encoded once a process. By
-    "match" the fusion runs for every pair. By "itc" all scores are one matrix product; then the
-    fusion runs for the `rerank` best candidates of each query (as in ALBEF)."""
+    "i2t": the same for the images (P,)}. Each image and each text is encoded once a process.
+    ranking: ("match", 0), the fusion scores every pair; or ("itc", k), all scores are one matrix
+    product, and the fusion ranks the k best candidates of each query again (as in ALBEF)."""
     # The images and the texts among the samples, each once.
     indices = np.concatenate([n for _, _, n in validation_micro_batches(samples, limit)])  # (n,)
     image_id, text_id, _ = samples.identities(indices)                # (n,) each
@@ -43,14 +36,15 @@ def retrieval_ranks(model: M3AE, samples: Samples, dist_env: DistEnv, limit: int
         # Texts (Q, T, D), their masks (Q, T), images (P, 1+L, D).
         texts, masks = encode_texts(model, samples, indices[first_text], dist_env)
         images = encode_images(model, samples, indices[first_image], dist_env)
-        if ranking.by == "match":
+        by, count = ranking
+        if by == "match":
             candidates = torch.arange(len(texts)).expand(len(images), -1)     # (P, Q)
             t2i = i2t = pair_scores(model, texts, masks, images, candidates, "i2t", dist_env).T
         else:
             itc = model.objectives["itc"]
             scores = itc.scores(itc.text_features(texts), itc.image_features(images))  # (Q, P)
-            t2i = rerank(model, scores, texts, masks, images, ranking.rerank, "t2i", dist_env)
-            i2t = rerank(model, scores, texts, masks, images, ranking.rerank, "i2t", dist_env)
+            t2i = rerank(model, scores, texts, masks, images, count, "t2i", dist_env)
+            i2t = rerank(model, scores, texts, masks, images, count, "i2t", dist_env)
     return {"t2i": (indices[first_text], first_right(t2i, right)),
             "i2t": (indices[first_image], first_right(i2t.T, right.T))}
 
@@ -79,7 +73,7 @@ def pair_scores(model: M3AE, texts: Tensor, masks: Tensor, images: Tensor, candi
     fc = model.objectives["irtr"].fc
     scores = torch.zeros(candidates.shape, device=dist_env.device)    # (queries, k)
     own = range(dist_env.rank, len(candidates), dist_env.world_size)
-    for query in tqdm(own, desc="pairs", leave=False, disable=not dist_env.is_main):
+    for query in tqdm(own, desc="pairs", leave=False, disable=None if dist_env.is_main else True):
         for start in range(0, candidates.shape[1], PAIRS):
             one, many = slice(query, query + 1), candidates[query, start:start + PAIRS]
             text, image = (one, many) if direction == "t2i" else (many, one)

@@ -430,7 +430,8 @@ def test_an_interrupt_leaves_nothing(tmp_path):
 
     process = subprocess.Popen(
         [sys.executable, "-m", "data.prepare", "table", "--root", root, "--out", tmp_path / "packs" / "p"],
-        cwd=REPO, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        cwd=REPO, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a background job ignores it
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
         if any(file.stat().st_size for file in tmp_path.glob("packs/p.tmp-*/images.bin")):
