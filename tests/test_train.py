@@ -3,6 +3,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -196,6 +197,18 @@ def test_a_run_leaves_what_it_promises(pack, tmp_path, monkeypatch, capsys):
     for words in ("On 10 test samples", "most frequent token", "mean patch"):
         assert words in report
     assert not list(out.glob("*.tmp"))
+
+
+def test_a_log_that_is_no_terminal_gets_lines(pack, tmp_path, monkeypatch, capfd):
+    """A batch system's log has a line each --log_every, and no bars without line ends."""
+    flags = [*SMALL, "--data", pack, "--out", tmp_path / "run", "--steps", 4, "--log_every", 2]
+    started(monkeypatch, *flags, "--test_samples", 0)
+    printed = capfd.readouterr()
+    lines = [line for line in printed.out.splitlines() if " of 4  " in line]
+    assert [line.split("  ")[0] for line in lines] == ["step 2 of 4", "step 4 of 4"]
+    assert all(re.search(r"mlm_loss .* lr \S+e-\d\d  [\d,]+ samples/s  0:00:0\d left$", line)
+               for line in lines)
+    assert "\r" not in printed.out + printed.err
 
 
 def test_no_metric_against_hard_negatives_where_the_data_name_no_groups(tmp_path, monkeypatch, capsys):
