@@ -1,5 +1,7 @@
 """Fine-tune M³AE on questions (vqa), classes (cls) or retrieval (irtr); test it once.
 
+Each task has defaults of its own: TASKS in m3ae_mini/config.py. --help shows those of pre-training.
+
     python finetune.py vqa --init runs/pretrain                      on phantoms, after train.py
     python finetune.py vqa --init none --tokenizer runs/pretrain     the same from random weights
     python finetune.py cls --data packs/medpix --preset small --init runs/medpix --out runs/parts
@@ -79,7 +81,7 @@ def main():
         "--predict", nargs="+", metavar=("IMAGE", "TEXT"),
         help="answers of the run --init: for an image and a text, a table, or a folder of images")
     parser.add_argument(
-        "--search", metavar="QUERY", help="irtr: what of --data fits these words, or this image")
+        "--search", metavar="QUERY", help="irtr: images for words, or texts for an image file")
     cfg, train_cfg, run_cfg, task_cfg, args = config.parse(parser, configs)
 
     # The use of a finished run: nothing is trained.
@@ -261,7 +263,7 @@ def report(model: M3AE, data: Data, run_cfg: RunConfig, dist_env: DistEnv, step:
     checkpoint.Log(out, math.inf).write(step, "test", **found, **low, **high)
     write_table(table, out / "test_predictions.csv")
     print(f"\nOn {count:,} test samples (step {step:,}), with 95 % intervals:")
-    print(report_table(found, ranges))
+    print(report_table(found, ranges, len(table["source"])))
     print(f"Predictions: {out / 'test_predictions.csv'}")
 
 

@@ -50,7 +50,7 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> LoadedRu
     folder = Path(folder)
     tokenizer = Tokenizer.load(folder)
     cfg, state = weights.load_m3ae(folder)
-    model = M3AE(cfg).eval()
+    model = M3AE(cfg).eval().requires_grad_(False)
     model.load_state_dict(state)
     labels = saved_labels(folder, cfg.task, with_blind=False) or []
     data = (saved_settings(folder) or {}).get("data", {})
@@ -134,8 +134,8 @@ def predict_one(run: LoadedRun, path: Path, text: str) -> None:
     images = read_images([path], run)                                         # (1, 3, S, S)
     (token_ids, _), = run.tokenizer.encode([clean_text(text)])
     longest = run.cfg.max_text_len - 2
-    require(0 < len(token_ids) <= longest,
-            f"the text has {len(token_ids)} tokens: use 1 to {longest}")
+    require(0 < len(token_ids) <= longest, f"the text has {len(token_ids)} tokens: give one of 1 "
+            f"to {longest} after the image, as in training")
     probabilities = answer(run, images, [text])[0]                            # (A,)
     top = probabilities.topk(min(5, len(run.labels)))
     for probability, i in zip(top.values.tolist(), top.indices.tolist()):
@@ -155,14 +155,16 @@ def predict_many(run: LoadedRun, source: Path, text: str, out: Path) -> None:
     """Write a row for each image of a table or a folder: its answer, or why it can't be read."""
     require(not out.exists(), f"{out} exists already: choose another --out")
     pairs = named_pairs(source, text, run.cfg.task)
+    num_empty = sum(not clean_text(words) for _, words in pairs)
     rows: dict[str, list] = {name: [] for name in ("image", "text", "prediction", "probability",
                                                    "error")}
     num_truncated, bad = 0, []
     for start in tqdm(range(0, len(pairs), BATCH), desc="batches", leave=False, disable=None):
         part = pairs[start:start + BATCH]
         images, errors = [], []
-        for path, _ in part:
+        for path, words in part:
             try:
+                require(run.cfg.task == "cls" or clean_text(words), "no question")
                 images.append(read_images([path], run))
                 errors.append("")
             except UserError as error:
@@ -179,11 +181,13 @@ def predict_many(run: LoadedRun, source: Path, text: str, out: Path) -> None:
                 rows[name].append(value)
     write_table({name: np.array(column, dtype=object) for name, column in rows.items()}, out)
     print(f"{len(pairs) - len(bad):,} of {len(pairs):,} predictions: {out}")
+    if num_empty and run.cfg.task == "cls":
+        print(f"warning: {num_empty:,} images have no text, but the run was trained with texts")
     if num_truncated:
         print(f"{num_truncated:,} texts of more than {run.cfg.max_text_len} tokens were truncated")
     if bad:
-        print(f"warning: {len(bad):,} images can't be read: {', '.join(map(str, bad[:5]))}"
-              + ", …" * (len(bad) > 5))
+        print(f"warning: no prediction for {len(bad):,} (see the column error): "
+              f"{', '.join(map(str, bad[:5]))}" + ", …" * (len(bad) > 5))
 
 
 def named_pairs(source: Path, text: str, task: str) -> list[tuple[Path, str]]:
@@ -216,7 +220,7 @@ def embed(folder: Path, packs: str, out: str | None, device: torch.device) -> No
 
     image, text (n, D): class tokens of the encoders; pair (n, 2D): the pooled pair, which the heads
     read; source, caption, split (n,): texts."""
-    path = Path(out or "features.npz")
+    path = Path(out or folder / "features.npz")
     require(not path.exists(), f"{path} exists already: choose another --out")
     run = load_run(folder, device)
     columns: dict[str, list] = {}
@@ -240,9 +244,12 @@ def search(folder: Path, query: str, packs: str, out: str | None, device: torch.
     """Draw the best images for words, or the best texts for an image file, with their scores.
 
     ITC ranks all samples; the matching head ranks the best again."""
-    run = load_run(folder, device)
+    run, path = load_run(folder, device), Path(out or folder / "plots" / "search.png")
     require("itc" in run.model.objectives,
             f"{folder} has no ITC head, which a search needs: pre-train with --itc 1")
+    require(path.suffix == ".png", f"--out {path}: name a file that ends in .png")
+    require(Path(query).is_file() or not Path(query).suffix and "/" not in query,
+            f"there is no file {query}: give an image file, or words without a slash")
     by_image, itc = Path(query).is_file(), run.model.objectives["itc"]
     if by_image:
         asked = run.model.encode_image(read_images([query], run))             # (1, 1+L, D)
@@ -275,11 +282,13 @@ def search(folder: Path, query: str, packs: str, out: str | None, device: torch.
             asked, encoded[None], mask)
         found.append((match_score(run.model, text, picture, mask), score, line, image))
     found.sort(key=lambda item: -item[0])
-    path = Path(out or folder / "plots" / "search.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_found(query, found, path)
+    print(f"the {len(found)} best {'texts' if by_image else 'images'} by ITC, in the order of "
+          "matching (higher is better):")
     for matching, score, line, _ in found:
-        print(f"{matching:8.2f}  ITC {score:6.2f}  {line['source']}  {line['text'][:80]}")
+        print(f"matching {matching:6.2f}  ITC {score:6.2f}  {line['split']}  {line['source']}  "
+              f"{line['text'][:80]}")
     print(f"drawn: {path}")
 
 

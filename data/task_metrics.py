@@ -24,6 +24,7 @@ from m3ae_mini.retrieval import retrieval_ranks
 
 NUMBERS = ("probability", "right", "in_list", "rank")     # columns of numbers, as are "p: …"
 Table = dict[str, np.ndarray]
+FEW_ROWS = 50                          # a warning is printed for smaller test sets
 
 
 def targets(line: dict, task: str) -> list[str]:
@@ -160,10 +161,15 @@ def figure_intervals(table: Table, task: str) -> dict[str, tuple[float, float]]:
 METRIC_NAMES = {                       # in the report; others as they are
     "acc": "accuracy", "acc_open": "on open questions", "acc_closed": "on closed questions",
     "answer_not_in_list": "right answer not in the list", "macro_f1": "macro F1",
-    "mean_auroc": "mean AUROC"}
+    "mean_auroc": "mean AUROC",
+    **{f"{direction}_{figure}": f"{words}, {what}"
+       for direction, words in (("t2i", "text to image"), ("i2t", "image to text"))
+       for figure, what in (("r1", "recall at 1"), ("r5", "recall at 5"), ("r10", "recall at 10"),
+                            ("median_rank", "median rank"))}}
 
 
-def report_table(found: dict[str, float], ranges: dict[str, tuple[float, float]]) -> str:
+def report_table(found: dict[str, float], ranges: dict[str, tuple[float, float]],
+                 num_rows: int) -> str:
     """A line for each figure: its name, its value, its interval."""
     lines = []
     for name, value in found.items():
@@ -171,4 +177,6 @@ def report_table(found: dict[str, float], ranges: dict[str, tuple[float, float]]
         low, high = map(number.format, ranges.get(name, (value, value)))
         lines.append(f"  {METRIC_NAMES.get(name, name):32}{number.format(value):>7}  "
                      f"({low} to {high})")
+    if num_rows < FEW_ROWS:
+        lines.append(f"  warning: {num_rows} rows are few: intervals of so few are too narrow")
     return "\n".join(lines)

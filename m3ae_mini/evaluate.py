@@ -142,12 +142,12 @@ def itm_metrics(model: M3AE, batch: dict, text: Tensor, image: Tensor) -> dict[s
 
 
 def itc_metrics(model: M3AE, batch: dict, text: Tensor, image: Tensor) -> dict[str, Tensor]:
-    """Loss of ITC, and how often the text's own image has the highest score."""
-    out = model.objectives["itc"](model, batch, text, image)
-    logits, loss = out["itc_logits"], out["itc_loss"]                 # (B, B), ()
-    right = logits.argmax(1) == torch.arange(len(logits), device=logits.device)  # (B,)
-    return {"itc_loss": torch.stack([loss * len(logits), loss.new_tensor(len(logits))]),
-            "itc_acc": sum_and_count(right)}
+    """Loss of ITC, how often the text's own image has the highest score, and chance."""
+    out, rows = model.objectives["itc"](model, batch, text, image), torch.ones(len(text))  # (B,)
+    right = out["itc_logits"].argmax(1).cpu() == torch.arange(len(text))  # (B,)
+    metrics = {"itc_loss": out["itc_loss"].cpu() * rows, "itc_acc": right,
+               "itc_chance": rows / len(text)}                        # (B,) each
+    return {name: sum_and_count(values).to(text.device) for name, values in metrics.items()}
 
 
 METRICS = {"mlm": mlm_metrics, "mim": mim_metrics, "itm": itm_metrics, "itc": itc_metrics}
@@ -164,7 +164,7 @@ TABLE = """
   reconstruction error        {mim_loss:6.3f}   mean patch: {mean_patch:.3f} ({error_below:+.0%})
     gain over a random text   {mim_gain_random:+6.3f}
     noise floor               {noise_floor:6.3f}   the same image without noise
-  ITC, image of a text        {itc_acc:6.1%}   chance, among 32 images: 3.1%"""
+  ITC, image of a text        {itc_acc:6.1%}   chance: {itc_chance:.1%}"""
 
 
 def pretraining_table(metrics: dict[str, float]) -> str:

@@ -335,7 +335,7 @@ def export() -> None:
     cfg, state = load_m3ae(run_folder)
     content = {"state_dict": to_official(state, cfg), "model_config": asdict(cfg)}
     require(from_official(content["state_dict"], cfg).keys() == state.keys(),
-            f"{run_folder} holds tensors that have no released name: it can't be exported")
+            f"{run_folder} can't be exported: ITC and losses of your own have no released names")
     write_atomic(out, lambda file: torch.save(content, file))
     print(f"wrote {out}")
 

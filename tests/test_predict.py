@@ -48,7 +48,7 @@ def test_a_folder_of_images(classes, images, tmp_path, monkeypatch, capsys):
     started(monkeypatch, "cls", "--init", classes, "--predict", images, "A nodule.", "--out", out)
     printed, rows = capsys.readouterr().out, read_rows(out)
     assert f"37 of 40 predictions: {out}" in printed
-    assert "warning: 3 images can't be read: " in printed and "17.png" in printed
+    assert "warning: no prediction for 3 (see the column error): " in printed and "17.png" in printed
     assert [row["image"] for row in rows] == [str(path) for path in sorted(images.iterdir())]
     bad = [row for row in rows if row["error"]]
     assert [row["image"][-6:] for row in bad] == ["00.png", "17.png", "39.png"]
@@ -63,8 +63,9 @@ def test_a_folder_of_images(classes, images, tmp_path, monkeypatch, capsys):
 
     with pytest.raises(UserError, match="found.csv exists already"):
         started(monkeypatch, "cls", "--init", classes, "--predict", images, "--out", out)
-    started(monkeypatch, "cls", "--init", classes, "--predict", images)        # the text may be empty
+    started(monkeypatch, "cls", "--init", classes, "--predict", images)
     assert len(read_rows(classes / "predictions.csv")) == 40
+    assert "warning: 40 images have no text, but the run was trained with" in capsys.readouterr().out
 
 
 def test_a_table_of_images(packs, pretrained, images, tmp_path, monkeypatch, capsys):
@@ -73,12 +74,13 @@ def test_a_table_of_images(packs, pretrained, images, tmp_path, monkeypatch, cap
             "--test_samples", 0)
     table = tmp_path / "mine.csv"
     table.write_text("image,text\nimages/01.png,What is seen?\nimages/17.png,What is seen?\n"
-                     f"images/02.png,{'left ' * 50}\nimages/nowhere.png,Where?\n")
+                     f"images/02.png,{'left ' * 50}\nimages/nowhere.png,Where?\nimages/03.png,\n")
     started(monkeypatch, "vqa", "--init", run, "--predict", table, "--out", tmp_path / "out.csv")
     printed, rows = capsys.readouterr().out, read_rows(tmp_path / "out.csv")
-    assert [bool(row["error"]) for row in rows] == [False, True, False, True]
-    assert [row["text"][:5] for row in rows] == ["What ", "What ", "left ", "Where"]
-    assert "2 of 4 predictions" in printed and "1 texts of more than 32 tokens were truncated" in printed
+    assert [bool(row["error"]) for row in rows] == [False, True, False, True, True]
+    assert [row["text"][:5] for row in rows] == ["What ", "What ", "left ", "Where", ""]
+    assert rows[-1]["error"] == "no question"
+    assert "2 of 5 predictions" in printed and "1 texts of more than 32 tokens were truncated" in printed
     for arguments, sentence in (((table, "What?"), "a table brings its own texts"),
                                 ((images,), "a folder of images needs the question, too"),
                                 ((tmp_path / "empty",), "a folder of images needs the question")):
@@ -91,11 +93,12 @@ def test_search_by_words_and_by_image(packs, contrasted, images, tmp_path, monke
     """The ten best by ITC, in the order of the matching head, each image or text once."""
     flags = ["--init", contrasted, "--data", packs["irtr"]]
     started(monkeypatch, "irtr", *flags, "--search", "large nodule on the left", "--out", tmp_path / "a.png")
-    *lines, last = capsys.readouterr().out.splitlines()
+    first, *lines, last = capsys.readouterr().out.splitlines()
+    assert first == "the 10 best images by ITC, in the order of matching (higher is better):"
     assert len(lines) == 10 and last == f"drawn: {tmp_path / 'a.png'}"
     assert Image.open(tmp_path / "a.png").size == (1000, 630)
-    scores = [float(line.split()[0]) for line in lines]
-    sources = [line.split()[3] for line in lines]
+    scores = [float(line.split()[1]) for line in lines]
+    sources = [line.split()[5] for line in lines]
     assert scores == sorted(scores, reverse=True) and len(set(sources)) == 10
 
     # By hand: the ITC scores of all images of the pack.
@@ -114,7 +117,7 @@ def test_search_by_words_and_by_image(packs, contrasted, images, tmp_path, monke
 
     image = images / "01.png"
     started(monkeypatch, "irtr", *flags, "--search", image, "--out", tmp_path / "b.png")
-    *lines, _ = capsys.readouterr().out.splitlines()
+    _, *lines, _ = capsys.readouterr().out.splitlines()
     texts = [line.split(".png  ")[1] for line in lines]
     assert len(texts) == len(set(texts)) == 10
 
@@ -150,6 +153,8 @@ def test_what_the_use_of_a_run_refuses(packs, pretrained, contrasted, monkeypatc
     for task, flags, sentence in (
             ("irtr", ["--init", pretrained, "--search", "nodule"], "has no ITC head, which a search needs"),
             ("vqa", ["--init", contrasted, "--search", "nodule"], "--search is for irtr, not vqa"),
+            ("irtr", ["--init", contrasted, "--search", "nodule.png"], "there is no file nodule.png"),
+            ("irtr", ["--init", contrasted, "--search", "a", "--out", "runs/x"], "file that ends in .png"),
             ("embed", [], "give the run with --init"),
             ("embed", ["--init", "nowhere"], "no tokenizer at nowhere")):
         with pytest.raises(UserError, match=sentence):
