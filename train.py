@@ -150,6 +150,8 @@ def main():
     has_test = any(len(pack.split["test"]) for pack in data.train.packs)
     if finished and run_cfg.test_samples and has_test:
         report(model, data, run_cfg, dist_env)
+    elif finished and not has_test:
+        dist_env.print("no report: the data hold no test samples")
 
 
 def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,

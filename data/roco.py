@@ -17,6 +17,7 @@ the image if the two files that join them exist: ROCO's list of links, and MedIC
     roco_files/roco_{train,val,test}_references.jsonl        {"roco_image_id": "PMC123_fig.jpg", …}
 """
 import os
+import sys
 from pathlib import Path
 from typing import Iterator
 
@@ -85,6 +86,9 @@ def _mentions(root: Path, folder: Path, split: str) -> dict[str, list[str]]:
                   for parent in (root, root.parent / "medicat" / "release")]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None or not links.is_file():
+        if path or links.is_file():
+            print(f"warning: {links} or the references of MedICaT ({candidates[0]}) are missing: "
+                  "none are joined", file=sys.stderr)
         return {}
 
     # ROCO's name of each figure: {"PMC123_fig.jpg": "ROCO_00001"}.
@@ -99,4 +103,6 @@ def _mentions(root: Path, folder: Path, split: str) -> dict[str, list[str]]:
         if name := names.get(record["roco_image_id"]):
             sentences = text_list(record, "gorc_references", f"{path}, line {number}")
             mentions.setdefault(name, []).extend(sentences)
+    print(f"{'prepare: ' if mentions else 'warning: '}sentences that mention the image, of {path}: "
+          f"joined to {len(mentions):,} images", file=sys.stderr)
     return mentions

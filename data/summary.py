@@ -76,8 +76,11 @@ def _about_splits(samples: dict[str, int], rows: list[Row],
                   table: TableReport | None) -> Iterator[str]:
     """Samples per split, what decided the split, and the columns of a table."""
     counts = ", ".join(f"{count:,} {split}" for split, count in samples.items())
+    for split, need in (("val", "training needs some"), ("test", "there will be no test report")):
+        if not samples[split]:
+            yield f"warning: no {split} samples: {need}; give more patients, or a split column"
     if table is None:
-        yield f"samples: {counts}; split by the reader of the data set"
+        yield f"samples: {counts}; the data set's own splits"
         return
 
     patient = table.columns.get("patient")
@@ -156,6 +159,8 @@ def _about_images(meta: dict, images: PackedImages, root: Path | None) -> Iterat
            f"black, {deep:,} of more than 8 bits; {edges}")
 
     window = meta["window"]
+    if window and not deep:
+        yield "warning: --window changed nothing: no image has more than 8 bits"
     troubles = {
         CONSTANT: "constant images",
         NEARLY_BLACK: "nearly black images",

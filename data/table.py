@@ -53,6 +53,9 @@ def rows(root: Path, task: str, report: TableReport | None = None) -> Iterator[R
         location = f"{path}, line {number}"
         fields = _fields(record, location, report)
         require(fields["image"], f"{location}: the image's name is empty")
+        needed = {"vqa": "answer", "cls": "label"}.get(task)
+        require(needed is None or needed in fields or path.suffix.lower() != ".csv",
+                f"{location}: no column {needed} among {', '.join(record)}: --task {task} needs it")
         for role, known in filled.items():
             known.add(bool(fields.get(role)))
             require(len(known) == 1,

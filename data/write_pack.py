@@ -32,7 +32,8 @@ MAX_BAD_SHARE = 0.05   # of the images: if more are missing or unreadable, no pa
 OUTSIDE = "outside the data set's folder"
 MISSING = "missing image"
 UNREADABLE = "unreadable image"
-ADVICE = {OUTSIDE: "give --root a folder that holds the table and the images",
+ADVICE = {OUTSIDE: "move the table into a folder that holds the images, or give that folder as "
+                   "--root",
           MISSING: "put them into the data set's folder",
           UNREADABLE: "replace or convert them"}
 
@@ -192,8 +193,8 @@ class BadImages(dict):
         """UserError if more images are bad than allowed."""
         source, (reason, detail) = next(iter(self.items()), (None, (None, None)))
         require(len(self) <= self.limit,
-                f"{len(self):,} of {self.total:,} images cannot be packed, the first is {source} "
-                f"({detail or reason}): {ADVICE.get(reason)}, or leave them out with "
+                f"at least {len(self):,} of {self.total:,} images cannot be packed, the first is "
+                f"{source} ({detail or reason}): {ADVICE.get(reason)}, or leave them out with "
                 "--allow_missing")
 
 

@@ -381,7 +381,7 @@ def test_prediction(packs, pretrained, tmp_path, monkeypatch, capsys):
     (tmp_path / "broken.png").write_bytes(image.read_bytes()[:200])
     for shown, asked, sentence in ((tmp_path / "broken.png", "What?", "can't be read as an image"),
                                    (tmp_path / "none.png", "What?", "can't be read as an image"),
-                                   (image, "left " * 99, "99 tokens: use 1 to 30"),
+                                   (image, "left " * 99, "99 tokens: give one of 1 to 30"),
                                    (image, " ", "0 tokens")):
         with pytest.raises(UserError, match=sentence):
             started(monkeypatch, "vqa", "--init", run, "--predict", shown, asked)
@@ -395,7 +395,7 @@ def test_prediction(packs, pretrained, tmp_path, monkeypatch, capsys):
     for text in (json.dumps(blind), json.dumps(config | {"data": {"labels": 3}}), json.dumps([config]),
                  "[" * 10 ** 5):
         (run / "config.json").write_text(text)
-        with pytest.raises(UserError, match="is not a run of finetune.py vqa"):
+        with pytest.raises(UserError, match="is not a run of finetune.py vqa|config.json can't be read"):
             started(monkeypatch, "vqa", "--init", run, "--predict", image, "What?")
     (run / "config.json").write_text(json.dumps(config | {"data": {"labels": ["one", ["two"]]}}))
     started(monkeypatch, "vqa", "--init", run, "--predict", image, "What?")    # it has four answers

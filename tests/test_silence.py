@@ -452,7 +452,7 @@ def test_images_beside_the_tables_folder(tmp_path, capsys):
     root = write_table(tmp_path / "set" / "tables", "image,text", "../images/x.png,A")
     status, said = prepared(capsys, root, tmp_path / "pack")
     assert status == 2 and "outside the data set's folder" in said
-    assert "give --root a folder that holds the table and the images" in said
+    assert "move the table into a folder that holds the images, or give" in said
     status, lines = prepared(capsys, tmp_path / "set", tmp_path / "pack")     # that mends it
     assert status == 0
     assert [line["source"] for line in Pack(tmp_path / "pack").lines()] == ["images/x.png"]
@@ -711,3 +711,20 @@ def test_what_is_quoted_cannot_command_the_terminal(tmp_path, capsys):
     lines = text.splitlines()
     assert text.replace("\n", "").isprintable() and not any("all is well" in line[:30] for line in lines)
     assert max(map(len, lines)) < 300
+
+
+def test_splits_without_samples_and_a_window_without_use(tmp_path, capsys):
+    """Training would refuse the first only after hours of preparation; the second does nothing."""
+    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text("image,text,split\na.png,Left nodule.,train\n")
+    arguments = ["table", "--root", str(tmp_path / "t.csv"), "--size", "16", "--window", "0,9", "--out",
+                 str(tmp_path / "pack")]
+    prepare.run(prepare.command_line().parse_args(arguments))
+    summary = (tmp_path / "pack" / "summary.txt").read_text()
+    for words in ("warning: no val samples: training needs some", "warning: no test samples: there will be",
+                  "warning: --window changed nothing: no image has more than 8 bits"):
+        assert words in summary and words in capsys.readouterr().out + summary
+    # A table without the column that the task needs.
+    with pytest.raises(UserError, match="t.csv, line 2: no column answer among image, text, split: "
+                       "--task vqa needs it"):
+        prepare.run(prepare.command_line().parse_args([*arguments[:-1], str(tmp_path / "q"), "--task", "vqa"]))
