@@ -291,3 +291,41 @@ def test_text_weights_without_a_configuration(tmp_path):
     saved(tmp_path / "pytorch_model.bin", text_weights("bert."))
     with pytest.raises(UserError, match="--text_heads"):
         load_text(tmp_path)
+
+
+# Files and tensor names as the hub lists them: (kind, prefix, head beside, tokenizer's files, lower case)
+PUBLISHED = {
+    "BiomedBERT": ("bert", "bert.", "cls.predictions.transform.dense.weight", {"do_lower_case": True}, True),
+    "Bio_ClinicalBERT": ("bert", "bert.", "cls.seq_relationship.weight", None, False),
+    "biobert-v1.1": ("bert", "", "", {"do_lower_case": False}, False),
+    "scibert_scivocab_uncased": ("bert", "bert.", "cls.predictions.decoder.weight", None, True),
+    "RadBERT-RoBERTa-4m": ("roberta", "roberta.", "lm_head.dense.weight", {}, False),
+    "biomed_roberta_base": ("roberta", "roberta.", "lm_head.decoder.weight", {}, False)}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_text_encoders(tmp_path, name):
+    """A miniature of each, with pytorch_model.bin: loaded, tokenised, every tensor in its place."""
+    import tokenizers
+    kind, prefix, head, settings, lower = PUBLISHED[name]
+    if kind == "bert":
+        with_vocabulary(tmp_path, lower, **(settings or {}))
+    else:
+        backend = tokenizers.ByteLevelBPETokenizer()
+        backend.train_from_iterator(SENTENCES, vocab_size=340, special_tokens=[
+            "<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+        backend.save_model(str(tmp_path))
+        (tmp_path / "added_tokens.json").write_text("{}")
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.kind == kind and ('"lowercase":true' in tokenizer.json) == lower
+
+    cfg = replace(CFG, text_kind=kind, vocab_size=tokenizer.vocab_size)
+    weights = text_weights(prefix, cfg)
+    weights |= {head: torch.randn(4, 4)} if head else {}
+    fields, state = load_text(hugging_face(tmp_path, kind, prefix, "bin", weights))
+    assert fields["vocab_size"] == tokenizer.vocab_size and fields["text_kind"] == kind
+    net = M3AE(replace(cfg, **fields))
+    table = origin_table(net, *load_pretrained(net, {"--init_text folder": state}))
+    loaded = {key: tensor for key, tensor in net.state_dict().items() if key.startswith("text.")}
+    assert same(loaded, {key: tensor for key, tensor in state.items() if key.startswith("text.")})
+    assert (head.rsplit(".", 1)[0] in table) if head else "pooler" in table
