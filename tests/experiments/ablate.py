@@ -37,11 +37,15 @@ FLAGS = {                              # name: (what it changes, flags of train.
     "mask_50_50": ("half of the patches and of the words are hidden",
                    "--mask_ratio 0.5 --mlm_ratio 0.5"),
     "mask_15_15": ("15 % of the patches and of the words are hidden", "--mask_ratio 0.15"),
+    "mask_50": ("half of the patches are hidden", "--mask_ratio 0.5"),
+    "words_30": ("30 % of the words are hidden", "--mlm_ratio 0.3"),
+    "words_50": ("half of the words are hidden", "--mlm_ratio 0.5"),
     "pixels_last": ("pixels are decoded after the last fusion layer", "--mim_layer -1"),
     "pixels_first": ("pixels are decoded before the fusion", "--mim_layer 0"),
     "raw_pixels": ("pixels are not normalised within a patch", "--no-norm_pix_loss"),
     "single_tokens": ("single tokens are hidden, not whole words", "--no-whole_word"),
-    "itc": ("a fourth loss: image-text contrast", "--itc 1")}
+    "itc": ("a fourth loss: image-text contrast", "--itc 1"),
+    "itc_words_50": ("the contrast, and half of the words are hidden", "--itc 1 --mlm_ratio 0.5")}
 COLUMNS = {                            # (which run, its test metric): head of the column
     ("pretrain", "mlm_gain_hard"): "MLM gain over a hard negative",
     ("pretrain", "itm_acc_hard"): "matching, hard negatives",
