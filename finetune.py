@@ -260,7 +260,8 @@ def report(model: M3AE, data: Data, run_cfg: RunConfig, dist_env: DistEnv, step:
     found, ranges = figures(table, task), figure_intervals(table, task)
     low, high = ({f"{end}_{name}": ranges[name][i] for name in ranges}
                  for i, end in enumerate(("low", "high")))
-    checkpoint.Log(out, math.inf).write(step, "test", **found, **low, **high)
+    log = checkpoint.Log(out, math.inf)
+    log.write(step, "test", **found, score=score(found, task), **low, **high)
     write_table(table, out / "test_predictions.csv")
     print(f"\nOn {count:,} test samples (step {step:,}), with 95 % intervals:")
     print(report_table(found, ranges, len(table["source"])))
