@@ -3,6 +3,7 @@ import atexit
 import json
 import math
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from torch import nn
 from .config import TrainConfig, UserError, reading, require
 from .distributed import DistEnv
 
+# A line of metrics.jsonl as Log writes it: {"step": 20, "split": "train", "loss": 1.5, ...}
+LINE = re.compile(r'{"step": \d{1,9}, "split": "\w+"'
+                  r'(, "(\\.|[^"\\])*": (-?\d{1,20}(\.\d+)?(e[+-]\d+)?|null))*}')
 CHECKPOINTS = ("new.pt", "last.pt", "prev.pt")     # new.pt: left by a kill between two renames
 LOCKS: list = []                  # open lock files; they lock their folders until this process ends
 
@@ -76,8 +80,7 @@ def check_same_settings(out: Path, settings: dict[str, dict]) -> None:
     with reading(out / "config.json"):
         for part in settings.keys() - {"run"} if saved else ():
             for name, value in json.loads(json.dumps(settings[part])).items():
-                old = saved.get(part, {}).get(name)
-                if old != value and name not in ("init", "init_image", "init_text"):
+                if (old := saved.get(part, {}).get(name)) != value and name[:4] != "init":
                     changed.append(f"{name} {old!r:.60} (now {value!r:.60})")
     require(not changed, f"{out} was started with other settings: {', '.join(sorted(changed))}; "
             "give the same, or choose another --out")
@@ -191,10 +194,9 @@ class Log:
         write_atomic(self.path, lambda file: file.write(text.encode()))
 
     def lines(self) -> list[dict]:
-        """The log's lines as dicts. A line that a power cut has torn has no end: it is left out."""
+        """The log's lines as dicts, without lines that a power cut has torn."""
         text = self.path.read_text(errors="replace") if self.path.is_file() else ""
-        with reading(self.path):
-            return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        return [json.loads(line) for line in text.splitlines() if LINE.fullmatch(line)]
 
     def write(self, step: int, split: str, **values: float) -> None:
         """Append a line; numbers that are not finite become null."""

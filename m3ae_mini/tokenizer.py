@@ -61,10 +61,9 @@ class Tokenizer:
         files = [Path(path, name) for name in FILES if Path(path, name).is_file()]
         file = files[0] if files else Path(path)
         require(file.is_file(), f"no tokenizer at {path}: it needs {', '.join(FILES)} or a folder")
-        make = {"vocab.txt": wordpiece, "vocab.json": byte_bpe}
-        make = make.get(file.name, tokenizers.Tokenizer.from_file)
+        make = {"vocab.txt": wordpiece, "vocab.json": byte_bpe}.get(file.name)
         with reading(file):
-            return cls(make(str(file)), str(file))
+            return cls((make or tokenizers.Tokenizer.from_file)(str(file)), str(file))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
