@@ -20,6 +20,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from data.baselines import mean_image
+from data.confusion import draw_confusion
 from data.labels import label_ids, list_labels, saved_labels
 from data.predict import use_run
 from data.prepare import describe_packs, open_packs
@@ -263,6 +264,8 @@ def report(model: M3AE, data: Data, run_cfg: RunConfig, dist_env: DistEnv, step:
     log = checkpoint.Log(out, math.inf)
     log.write(step, "test", **found, score=score(found, task), **low, **high)
     write_table(table, out / "test_predictions.csv")
+    if task == "cls":
+        draw_confusion(table, out / "plots" / "confusion.png")
     print(f"\nOn {count:,} test samples (step {step:,}), with 95 % intervals:")
     print(report_table(found, ranges, len(table["source"])))
     print(f"Predictions: {out / 'test_predictions.csv'}")

@@ -90,6 +90,7 @@ def test_a_run_leaves_what_it_promises(packs, pretrained, tmp_path, monkeypatch,
         found | {f"low_{name}": low for name, (low, _) in ranges.items()}
         | {f"high_{name}": high for name, (_, high) in ranges.items()}, abs=1e-6)
     assert all(low <= found[name] <= high for name, (low, high) in ranges.items())
+    assert (out / "plots" / "confusion.png").exists() == (task == "cls")
     rows = COUNTS["test"] if task != "irtr" else len(set(table["text"])) + len(set(table["source"]))
     assert len(table["source"]) == rows
     assert set(table["source"]) <= {line["source"] for line in Pack(packs[task]).lines("test")}

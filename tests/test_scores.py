@@ -1,10 +1,13 @@
 """Scores by hand, and against scikit-learn where it is installed."""
 import numpy as np
 import pytest
+from PIL import Image
 
 from data import scores
+from data.confusion import draw_confusion
 from data.scores import (
     auroc, confusion_matrix, intervals, macro_f1, weighted_mean, weighted_median)
+from m3ae_mini.plots import BACK, GREEN
 
 
 def ones(n):
@@ -74,3 +77,17 @@ def test_rows_of_one_patient_are_drawn_together():
     low, high = intervals(lambda w: {"acc": weighted_mean(right, w)}, patients)["acc"]
     assert high - low > 0.45
     assert intervals(lambda w: {"acc": np.nan}, patients) == {}
+
+
+def test_a_confusion_matrix_is_drawn(tmp_path):
+    """Greener the larger the share of its row: 3 of 4, 1 of 4, none."""
+    names = np.array(["a"] * 4 + ["a long name of a class"])
+    table = {"target": names, "prediction": np.array(["a", "a", "a", names[4], names[4]]),
+             "p: a": np.zeros(5), f"p: {names[4]}": np.zeros(5)}
+    draw_confusion(table, tmp_path / "c.png")
+    sheet = Image.open(tmp_path / "c.png")
+    cells = [[sheet.getpixel((sheet.width - 12 - (2 - j) * 64 + 5, 54 + i * 64 + 5)) for j in (0, 1)]
+             for i in (0, 1)]
+    red = [[pixel[0] for pixel in row] for row in cells]
+    assert red[1][1] == GREEN[0] and red[1][0] == BACK[0]
+    assert red[0] == [round(BACK[0] + share * (GREEN[0] - BACK[0])) for share in (0.75, 0.25)]

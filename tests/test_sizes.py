@@ -207,7 +207,8 @@ def test_imports_point_one_way(path):
 
 def test_data_imports_little_of_the_package():
     """Its settings and errors; what judges samples or uses a model reads those, too."""
-    more_of = {"predict": {path.stem for path in PACKAGE}, "labels": {"loader"}, "texts": {"loader", "tokenizer"},
+    more_of = {"predict": {path.stem for path in PACKAGE}, "labels": {"loader"}, "confusion": {"plots"},
+               "texts": {"loader", "tokenizer"},
                "baselines": {"evaluate", "loader", "masking", "objectives"},
                "task_metrics": {"__init__", "checkpoint", "distributed", "evaluate", "loader",
                                 "retrieval"}}
