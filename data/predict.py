@@ -194,7 +194,8 @@ def named_pairs(source: Path, text: str, task: str) -> list[tuple[Path, str]]:
     """(image file, text) of each row of a table, or of each file of a folder with one text."""
     if not source.is_dir():
         require(not text, "a table brings its own texts: leave the text out")
-        return [(row.image, row.text) for row in table.rows(source, task)]
+        # As for pre-training: the answers are not known yet.
+        return [(row.image, row.text) for row in table.rows(source, "pretrain")]
     require(text or task == "cls", "a folder of images needs the question, too")
     files = sorted(path for path in source.iterdir() if path.is_file())
     require(files, f"{source} holds no files: give a folder of images")

@@ -187,7 +187,7 @@ def test_what_has_no_released_name_is_not_exported(tmp_path, monkeypatch):
     state = own(CFG) | {"objectives.mim.of_my_own": torch.ones(3)}
     saved(tmp_path / "last.pt", {"model": state, "model_config": asdict(CFG)})
     monkeypatch.setattr(sys, "argv", ["weights.py", "export", str(tmp_path), str(tmp_path / "out.ckpt")])
-    with pytest.raises(UserError, match="tensors that have no released name"):
+    with pytest.raises(UserError, match="ITC and losses of your own have no released names"):
         export()
     assert not (tmp_path / "out.ckpt").exists()
 
