@@ -7,7 +7,7 @@ Each task has defaults of its own: TASKS in m3ae_mini/config.py. --help shows th
     python finetune.py cls --data packs/medpix --preset small --init runs/medpix --out runs/parts
     python finetune.py irtr --init runs/pretrain --zero_shot         rank by the matching head alone
     python finetune.py vqa --init runs/vqa --predict chest.png "Is there a pneumothorax?"
-    python finetune.py irtr --init runs/pretrain --search "effusion on the left"
+    python finetune.py irtr --init runs/itc --search "effusion"      after train.py --itc 1
     python finetune.py embed --init runs/pretrain --data packs/medpix --out features.npz
 """
 import math

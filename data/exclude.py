@@ -1,4 +1,4 @@
-"""--exclude: leave out what another folder of images shows, whatever its files are called.
+"""--exclude: leave out what another folder of images shows, also under other file names.
 
 Data sets share images. MedPix 2.0 has 19 of VQA-RAD's under their own names, and more under
 others: MPX2028_synpic34053 is VQA-RAD's synpic34054.

@@ -109,7 +109,7 @@ def _split(uid: str) -> str:
 
 def _label(record: dict[str, str]) -> str | None:
     """ "normal" if Problems, or where they are empty MeSH, is just that, else "abnormal". None if
-    both are empty, or say that nobody has indexed the report."""
+    both are empty, or say that the report is not indexed."""
     for column in "Problems", "MeSH":
         value = record[column].strip().lower()
         if value not in ("", "no indexing"):

@@ -272,7 +272,7 @@ def search(folder: Path, query: str, packs: str, out: str | None, device: torch.
             scores = itc.scores(feature, itc.image_features(encoded))[0]      # (B,)
         for i, n in enumerate(loaded.indices):
             line = samples.line(n)
-            key = line["text"] if by_image else line["source"]
+            key = line["text"] if by_image else (samples.location[n][0], line["image"])
             best.setdefault(key, (scores[i].item(), line, batch["image"][i].cpu(), encoded[i],
                                   batch["text_mask"][i]))
         best = dict(sorted(best.items(), key=lambda item: -item[1][0])[:FOUND])

@@ -21,7 +21,7 @@ def rows(root: Path, task: str) -> Iterator[Row]:
 
     The group of an image is its first concept, a CUI of UMLS, if there is a table of concepts.
     The images of a split may be in train_images/train, train_images, train (or with valid or test
-    for train), or beside the captions: the first of these that holds an image of the captions.
+    for train), or next to the captions: the first of these that holds an image of the captions.
     """
     require(task in ("pretrain", "irtr"),
             f"rocov2 has nothing for the task {task}: choose --task pretrain or irtr")

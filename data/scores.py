@@ -41,7 +41,9 @@ def auroc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> floa
 
 
 def weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
-    """The smallest value that half of the weight does not exceed."""
+    """The smallest value up to which half of the weight lies."""
+    if not weights.sum():
+        return np.nan
     order = np.argsort(values, kind="stable")
     reached = np.cumsum(weights[order]) >= weights.sum() / 2
     return float(values[order][np.argmax(reached)])

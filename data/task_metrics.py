@@ -149,8 +149,10 @@ def class_figures(table: Table, weights: np.ndarray) -> dict[str, float]:
 
 def score(found: dict[str, float], task: str) -> float:
     """What chooses best.pt: accuracy, or the mean of the recalls."""
-    recalls = [value for name, value in found.items() if "_r" in name and "rank" not in name]
-    return sum(recalls) / len(recalls) if task == "irtr" else found["acc"]
+    if task != "irtr":
+        return found["acc"]
+    recalls = [found[f"{direction}_r{k}"] for direction in ("t2i", "i2t") for k in (1, 5, 10)]
+    return sum(recalls) / len(recalls)
 
 
 def figure_intervals(table: Table, task: str) -> dict[str, tuple[float, float]]:

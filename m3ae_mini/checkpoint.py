@@ -41,7 +41,8 @@ def check_run_dir(out: Path, resume: bool) -> None:
 def open_run_dir(out: Path, resume: bool) -> Path | None:
     """Make the run's folder and lock it against other runs -> its newest whole checkpoint, or None
 
-    A folder in which no run was started, because of a mistake, is removed when Python ends."""
+    A folder in which no run was started, because of a mistake, is removed when Python ends (under
+    torchrun it stays, empty but for its lock, and may be used)."""
     check_run_dir(out, resume)
     try:
         out.mkdir(parents=True, exist_ok=True)

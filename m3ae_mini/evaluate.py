@@ -143,11 +143,11 @@ def itm_metrics(model: M3AE, batch: dict, text: Tensor, image: Tensor) -> dict[s
 
 def itc_metrics(model: M3AE, batch: dict, text: Tensor, image: Tensor) -> dict[str, Tensor]:
     """Loss of ITC, how often the text's own image has the highest score, and chance."""
-    out, rows = model.objectives["itc"](model, batch, text, image), torch.ones(len(text))  # (B,)
-    right = out["itc_logits"].argmax(1).cpu() == torch.arange(len(text))  # (B,)
-    metrics = {"itc_loss": out["itc_loss"].cpu() * rows, "itc_acc": right,
-               "itc_chance": rows / len(text)}                        # (B,) each
-    return {name: sum_and_count(values).to(text.device) for name, values in metrics.items()}
+    out = model.objectives["itc"](model, batch, text, image)
+    ones = torch.ones_like(out["itc_logits"][0])                      # (B,)
+    right = out["itc_logits"].argmax(1) == torch.arange(len(ones), device=ones.device)  # (B,)
+    return {"itc_loss": sum_and_count(out["itc_loss"] * ones), "itc_acc": sum_and_count(right),
+            "itc_chance": sum_and_count(ones / len(ones))}
 
 
 METRICS = {"mlm": mlm_metrics, "mim": mim_metrics, "itm": itm_metrics, "itc": itc_metrics}

@@ -294,7 +294,7 @@ class M3AE(Backbone):
         inputs = {name for objective in self.objectives.values() for name in objective.inputs}
         encoded = {"image": self.encode_image(batch["image"])} if "image" in inputs else {}
 
-        # Both texts in one pass of 2B rows: a GPU is faster with fewer and larger kernels.
+        # Both texts in one pass of 2B rows: half as many kernels for a GPU to launch.
         ids = {"text": batch["text_ids"], "masked_text": batch.get("mlm_ids")}  # (B, T) each
         ids = {name: ids[name] for name in ids if name in inputs}
         if ids:

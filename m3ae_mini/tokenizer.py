@@ -103,7 +103,7 @@ class Tokenizer:
 
 
 def wordpiece(file: str) -> tokenizers.Tokenizer:
-    """The tokenizer of BERT's vocab.txt, with the settings of tokenizer_config.json beside it.
+    """The tokenizer of BERT's vocab.txt, with the settings of the folder's tokenizer_config.json.
 
     Where nothing tells the case, the vocabulary does: lower case if it has no capital letters."""
     settings = read_json(Path(file).with_name("tokenizer_config.json"))
@@ -117,7 +117,7 @@ def wordpiece(file: str) -> tokenizers.Tokenizer:
 
 
 def byte_bpe(file: str) -> tokenizers.Tokenizer:
-    """The tokenizer of RoBERTa's vocab.json, with the merges.txt beside it."""
+    """The tokenizer of RoBERTa's vocab.json, with the folder's merges.txt."""
     settings = read_json(Path(file).with_name("tokenizer_config.json"))
     tokenizer = tokenizers.ByteLevelBPETokenizer(
         file, str(Path(file).with_name("merges.txt")),

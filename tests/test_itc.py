@@ -119,3 +119,17 @@ def test_reranking_orders_the_best_candidates_by_matching(small_config, random_b
         wanted = sorted(best, key=lambda j: -match[query, j])
         rest = [j for j in scores[query].argsort(descending=True).tolist() if j not in best]
         assert ranked[query].argsort(descending=True).tolist() == wanted + rest
+
+
+def test_the_report_knows_chance(small_config, random_batch):
+    """One of the micro-batch's images: of 4 and of 2 rows, weighted by rows."""
+    from m3ae_mini.evaluate import add, itc_metrics
+    cfg, sums = small_config(itc=1.0), {}
+    torch.manual_seed(0)
+    model = M3AE(cfg).eval()
+    for rows in 4, 2:
+        batch = random_batch(cfg, rows=rows)
+        text = model.encode_text(batch["text_ids"], batch["text_mask"])
+        add(sums, itc_metrics(model, batch, text, model.encode_image(batch["image"])))
+    assert sums["itc_chance"].tolist() == pytest.approx([2.0, 6.0])
+    assert sums["itc_loss"][1] == sums["itc_acc"][1] == 6

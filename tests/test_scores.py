@@ -39,6 +39,11 @@ def test_weights_are_repeats():
     assert weighted_median(values, weights) == np.sort(values[again])[(n - 1) // 2]
 
 
+def test_nothing_that_counts_has_no_median():
+    assert np.isnan(weighted_median(np.array([1.0, 2]), np.zeros(2)))
+    assert weighted_median(np.array([3.0, 1, 2]), ones(3)) == 2
+
+
 def test_macro_f1_by_hand():
     confusion = np.array([[2.0, 1, 0], [0, 1, 0], [0, 0, 0]])         # class 2 occurs nowhere
     assert macro_f1(confusion) == pytest.approx((2 * 2 / 5 + 2 * 1 / 3) / 2)
