@@ -21,9 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.baselines import mean_image
 from data.confusion import draw_confusion
-from data.labels import label_ids, list_labels, saved_labels
+from data.labels import (
+    check_scored, label_ids, label_note, list_labels, saved_labels, several_labels)
 from data.predict import use_run
 from data.prepare import describe_packs, open_packs
+from data.report import log_names
 from data.task_metrics import (
     figure_intervals, figures, predict_table, report_table, score, write_table)
 from data.texts import choose_tokenizer, text_notes
@@ -128,7 +130,7 @@ def main():
             checkpoint.check_same_settings(out, data.settings)
             checkpoint.save_settings(out, data.settings, data.tokenizer)
     dist_env.print(f"{data.train.n:,} training and {data.val.n:,} validation samples; "
-                   f"labels: {len(data.labels):,}")
+                   f"labels: {label_note(data.train, data.labels)}")
     for line in text_notes(data.tokenizer, data.train, data.val, data.test):
         dist_env.print(line)
 
@@ -232,6 +234,9 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
         samples.constant_image = mean
         if labels:
             samples.label_ids = label_ids(samples, labels)
+    several = cfg.task == "cls" and several_labels(packs)
+    if several:
+        check_scored(val)
 
     unused = optim.dry_run(cfg, train_cfg, train.example())
     optim.epochs_to_steps(train_cfg, run_cfg, train.n)
@@ -240,7 +245,8 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
         "train": asdict(train_cfg),
         "run": asdict(run_cfg),
         "task": asdict(task_cfg),
-        "data": describe_packs(packs) | {"tokenizer": tokenizer.hash, "labels": labels}}
+        "data": describe_packs(packs) | {"tokenizer": tokenizer.hash, "labels": labels,
+                                        "several_labels": several}}
     ranking = task_cfg.rank, task_cfg.rerank
     return Data(train, val, test, labels, ranking, tokenizer, cfg, unused, settings)
 
@@ -259,15 +265,13 @@ def report(model: M3AE, data: Data, run_cfg: RunConfig, dist_env: DistEnv, step:
     # The figures, their intervals, and the table that all of them come from.
     out, task = Path(run_cfg.out), data.cfg.task
     found, ranges = figures(table, task), figure_intervals(table, task)
-    low, high = ({f"{end}_{name}": ranges[name][i] for name in ranges}
-                 for i, end in enumerate(("low", "high")))
     log = checkpoint.Log(out, math.inf)
-    log.write(step, "test", **found, score=score(found, task), **low, **high)
+    log.write(step, "test", **found, score=score(found, task), **log_names(ranges))
     write_table(table, out / "test_predictions.csv")
-    if task == "cls":
+    if task == "cls" and not several_labels(data.test.packs):
         draw_confusion(table, out / "plots" / "confusion.png")
     print(f"\nOn {count:,} test samples (step {step:,}), with 95 % intervals:")
-    print(report_table(found, ranges, len(table["source"])))
+    print(report_table(found, ranges, table))
     print(f"Predictions: {out / 'test_predictions.csv'}")
 
 

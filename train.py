@@ -19,8 +19,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.baselines import trivial_baselines
 from data.prepare import describe_packs, open_packs
+from data.report import report_pretraining
 from data.texts import choose_tokenizer, text_notes
 from m3ae_mini import M3AE, checkpoint, config, evaluate, masking, optim, plots, weights
 from m3ae_mini.config import ModelConfig, RunConfig, TrainConfig
@@ -149,7 +149,7 @@ def main():
         dist_env)
     has_test = any(len(pack.split["test"]) for pack in data.train.packs)
     if finished and run_cfg.test_samples and has_test:
-        report(model, data, run_cfg, dist_env)
+        report_pretraining(model, data.train, out, run_cfg.test_samples, dist_env)
     elif finished and not has_test:
         dist_env.print("no report: the data hold no test samples")
 
@@ -299,26 +299,6 @@ def fit(model: M3AE, net: torch.nn.Module, optimizer, scaler, train: Samples, va
     if step < train_cfg.steps:
         dist_env.print(f"stopped after step {step:,}; continue with --resume")
     return step == train_cfg.steps
-
-
-# --------------------------------------------------------------------------------------- the report
-
-def report(model: M3AE, data: Data, run_cfg: RunConfig, dist_env: DistEnv) -> None:
-    """Test the best checkpoint; log and print each metric and its trivial baseline."""
-    out = Path(run_cfg.out)
-    best = checkpoint.load_best(out, dist_env)
-    model.load_state_dict(best["model"])
-    train = data.train
-    test = Samples(train.packs, "test", data.tokenizer, data.cfg, train.train_cfg)
-    metrics = evaluate.pretraining(model, test, dist_env, run_cfg.test_samples)
-    if not dist_env.is_main:
-        return
-
-    metrics |= trivial_baselines(train, test, run_cfg.test_samples, dist_env.device)
-    checkpoint.Log(out, math.inf).write(best["step"], "test", **metrics)
-    print(f"\nOn {min(run_cfg.test_samples, test.n):,} test samples (step {best['step']:,}):")
-    print(evaluate.pretraining_table(metrics))
-    print(f"Plots: {out / 'plots'}")
 
 
 if __name__ == "__main__":

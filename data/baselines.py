@@ -7,7 +7,7 @@ from torch import Tensor
 
 from data.phantoms import draw_clean
 from m3ae_mini import masking
-from m3ae_mini.evaluate import add, sum_and_count
+from m3ae_mini.evaluate import per_row
 from m3ae_mini.loader import VAL_SEED, Samples, load, normalise, validation_micro_batches
 from m3ae_mini.objectives import MIM
 
@@ -37,6 +37,10 @@ def trivial_baselines(train: Samples, test: Samples, limit: int,
 
     tokens: Counter = Counter()
     sums: dict[str, Tensor] = {}
+
+    def add(name: str, values: Tensor, counts: Tensor) -> None:
+        sums[name] = sums.get(name, 0) + per_row(values, counts).sum(0)
+
     for loaded in load(test, validation_micro_batches(test, limit), VAL_SEED, device):
         batch = loaded.batch
         tokens.update(batch["mlm_labels"][batch["mlm_labels"] != -100].tolist())
@@ -45,20 +49,20 @@ def trivial_baselines(train: Samples, test: Samples, limit: int,
         target = MIM.target(batch["image"], cfg)                      # (B, L, 3·P²)
         ids_keep, ids_restore = masking.random_masking(batch["mim_noise"], cfg.mask_ratio)
         hidden = ids_restore >= ids_keep.shape[1]                     # (B, L)
-        add(sums, {"mean_patch": sum_and_count((mean_patch - target).square().mean(-1), hidden)})
+        add("mean_patch", (mean_patch - target).square().mean(-1), hidden)
         if all_phantoms:
             lines = [test.line(n) for n in loaded.indices]
             clean = torch.from_numpy(draw_clean(lines, cfg.image_size))  # (B, S, S)
             clean = normalise(clean[:, None].expand(-1, 3, -1, -1))   # (B, 3, S, S)
             clean = MIM.target(clean.to(target), cfg, like=batch["image"])  # (B, L, 3·P²)
-            add(sums, {"noise_floor": sum_and_count((clean - target).square().mean(-1), hidden)})
+            add("noise_floor", (clean - target).square().mean(-1), hidden)
 
         # Matching from the group alone: "no" if the groups differ, else "yes".
         group = np.array([test.line(n).get("group", "") for n in loaded.indices])
         index = batch["random_negative_index"].cpu().numpy()          # (B,)
         accuracy = torch.from_numpy((1 + (group != group[index])) / 2)  # (B,)
         has_negative = torch.from_numpy(index != np.arange(len(index)))  # (B,)
-        add(sums, {"group_only": sum_and_count(accuracy, has_negative).to(device)})
+        add("group_only", accuracy, has_negative)
 
     metrics = {name: (total / count).item() for name, (total, count) in sums.items()}
     return {"most_frequent_token": max(tokens.values()) / tokens.total()} | metrics

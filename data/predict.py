@@ -21,7 +21,7 @@ from data.decode import open_image
 from data.images import square
 from data.labels import saved_labels
 from data.prepare import open_packs
-from data.task_metrics import write_table
+from data.task_metrics import likely_labels, write_table
 from m3ae_mini import M3AE, ModelConfig, plots, weights
 from m3ae_mini.checkpoint import saved_settings
 from m3ae_mini.config import TrainConfig, UserError, require
@@ -40,6 +40,7 @@ class LoadedRun(NamedTuple):
     cfg: ModelConfig
     tokenizer: Tokenizer
     labels: list[str]                  # answers or classes; empty for other tasks
+    several_labels: bool               # may a row have several of them?
     fit: str                           # as its pack's images were stored: see images.square
     window: list[float] | None         # see decode.decode
     device: torch.device
@@ -54,7 +55,8 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> LoadedRu
     model.load_state_dict(state)
     labels = saved_labels(folder, cfg.task, with_blind=False) or []
     data = (saved_settings(folder) or {}).get("data", {})
-    return LoadedRun(folder, model.to(device), cfg, tokenizer, labels, data.get("fit", "crop"),
+    return LoadedRun(folder, model.to(device), cfg, tokenizer, labels,
+                     data.get("several_labels", False), data.get("fit", "crop"),
                      data.get("window"), torch.device(device))
 
 
@@ -98,7 +100,8 @@ def answer(run: LoadedRun, images: Tensor, texts: list[str]) -> Tensor:
     """Images (B, 3, S, S) and their questions or texts -> probabilities of all labels (B, A)"""
     logits = run.model(make_batch(run, images, texts))[f"{run.cfg.task}_logits"]
     logits = logits[:, :len(run.labels)]                                      # (B, A)
-    return logits.sigmoid() if run.cfg.task == "vqa" else logits.softmax(-1)
+    one_by_one = run.cfg.task == "vqa" or run.several_labels
+    return logits.sigmoid() if one_by_one else logits.softmax(-1)
 
 
 def use_run(task: str, args: Namespace, packs: str, device: torch.device) -> None:
@@ -154,40 +157,60 @@ def predict_one(run: LoadedRun, path: Path, text: str) -> None:
 def predict_many(run: LoadedRun, source: Path, text: str, out: Path) -> None:
     """Write a row for each image of a table or a folder: its answer, or why it can't be read."""
     require(not out.exists(), f"{out} exists already: choose another --out")
-    pairs = named_pairs(source, text, run.cfg.task)
-    num_empty = sum(not clean_text(words) for _, words in pairs)
-    rows: dict[str, list] = {name: [] for name in ("image", "text", "prediction", "probability",
-                                                   "error")}
-    num_truncated, bad = 0, []
+    pairs, task = named_pairs(source, text, run.cfg.task), run.cfg.task
+    probabilities = np.full((len(pairs), len(run.labels)), np.nan, np.float32)        # (n, A)
+    errors, num_truncated = [""] * len(pairs), 0
     for start in tqdm(range(0, len(pairs), BATCH), desc="batches", leave=False, disable=None):
-        part = pairs[start:start + BATCH]
-        images, errors = [], []
-        for path, words in part:
+        images, texts, rows = [], [], []
+        for row, (path, words) in enumerate(pairs[start:start + BATCH], start):
             try:
-                require(run.cfg.task == "cls" or clean_text(words), "no question")
+                require(task == "cls" or clean_text(words), "no question")
                 images.append(read_images([path], run))
-                errors.append("")
+                texts.append(words)
+                rows.append(row)
             except UserError as error:
-                errors.append(str(error))
-                bad.append(path)
-        texts = [words for (_, words), error in zip(part, errors) if not error]
-        num_truncated += read_texts(texts, run)[2] if texts else 0
-        probabilities = answer(run, torch.cat(images), texts).cpu() if images else torch.empty(0, 1)
-        best = iter(zip(*(values.tolist() for values in probabilities.max(-1))))
-        for (path, words), error in zip(part, errors):
-            probability, index = (None, None) if error else next(best)
-            label = "" if error else run.labels[index]
-            for name, value in zip(rows, (str(path), words, label, probability, error)):
-                rows[name].append(value)
-    write_table({name: np.array(column, dtype=object) for name, column in rows.items()}, out)
+                errors[row] = str(error)
+        if rows:
+            probabilities[rows] = answer(run, torch.cat(images), texts).cpu().numpy()
+            num_truncated += read_texts(texts, run)[2]
+    write_table(prediction_columns(run, pairs, probabilities, errors), out)
+
+    bad = [str(path) for (path, _), error in zip(pairs, errors) if error]
+    num_empty = sum(not clean_text(words) for _, words in pairs)
     print(f"{len(pairs) - len(bad):,} of {len(pairs):,} predictions: {out}")
-    if num_empty and run.cfg.task == "cls":
+    if num_empty and task == "cls":
         print(f"warning: {num_empty:,} images have no text, but the run was trained with texts")
     if num_truncated:
         print(f"{num_truncated:,} texts of more than {run.cfg.max_text_len} tokens were truncated")
     if bad:
         print(f"warning: no prediction for {len(bad):,} (see the column error): "
-              f"{', '.join(map(str, bad[:5]))}" + ", …" * (len(bad) > 5))
+              f"{', '.join(bad[:5])}" + ", …" * (len(bad) > 5))
+
+
+def prediction_columns(run: LoadedRun, pairs: list[tuple[Path, str]], probabilities: np.ndarray,
+                       errors: list[str]) -> dict[str, np.ndarray]:
+    """The columns of predict_many's table. probabilities: (n, A); errors: n texts, or "".
+
+    image, text, prediction, probability, error; of cls also "p: LABEL" for each class. With several
+    labels a row, the prediction is those of probability 0.5 and more, and has no probability."""
+    columns: dict[str, list] = {"image": [str(path) for path, _ in pairs],
+                                "text": [text for _, text in pairs]}
+    best = probabilities.argmax(1)                                            # (n,)
+    if run.several_labels:
+        columns["prediction"] = [likely_labels(row, run.labels) for row in probabilities]
+    else:
+        columns["prediction"] = [run.labels[i] for i in best]
+        columns["probability"] = np.take_along_axis(probabilities, best[:, None], 1)[:, 0].tolist()
+    if run.cfg.task == "cls":
+        columns |= {f"p: {label}": probabilities[:, i].tolist()
+                    for i, label in enumerate(run.labels)}
+
+    # An image that can't be read has its error and nothing else.
+    for name, column in columns.items():
+        if name not in ("image", "text"):
+            columns[name] = ["" if error else value for value, error in zip(column, errors)]
+    return {name: np.array(column, dtype=object)
+            for name, column in (columns | {"error": errors}).items()}
 
 
 def named_pairs(source: Path, text: str, task: str) -> list[tuple[Path, str]]:

@@ -13,6 +13,7 @@ from typing import Iterator
 from data import Row, Source
 from data.decode import DEEP_COLOUR, DEEP_GREY, UNUSED_ALPHA
 from data.images import CONSTANT, NEARLY_BLACK, StoredImage
+from data.labels import NO_FINDING, split_labels
 from data.leaks import crossing, leaked, leaks
 
 GROUPS_SHOWN = 6
@@ -63,7 +64,10 @@ def summarise(meta: dict, rows: list[Row], images: PackedImages, spellings: dict
              *_about_answers(spellings),
              *_about_images(meta, images, root),
              *_about_names("groups", [row.group for row in rows])]
-    if meta["task"] == "cls":
+    if meta["task"] == "cls" and meta["several_labels"]:
+        lines += _about_names("labels", [name for row in rows
+                                         for name in split_labels(row.label) or [NO_FINDING]])
+    elif meta["task"] == "cls":
         lines += _about_names("classes", [row.label for row in rows])
     lines += _about_skipped(meta["skipped"], rows)
     lines.sort(key=lambda line: line.startswith("warning:"))

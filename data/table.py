@@ -5,8 +5,9 @@
 
 Columns: image, relative to the table's folder; text. Optional: answer (spelt as in
 data.answers; "#" separates alternatives), closed (is it a yes/no question or a choice?), label
-(one class), group (modality, body part), patient, split. NAMES has the other names by which they
-are known, in any case, with blanks, underscores or none. Two names of one thing are refused.
+(one class, or several, "A|B"; if any row has several, "No Finding" means none), group (modality,
+body part), patient, split. NAMES has the other names by which they are known, in any case, with
+blanks, underscores or none. Two names of one thing are refused.
 
 Without a split column, a hash of the patient (or of the image's path) decides: 10 % test, 10 %
 val, 80 % train. The result is the same every time. A TableReport says what was read as what.
@@ -18,6 +19,7 @@ from typing import Iterator
 
 from data import Row, hash_to_unit, read_csv, read_jsonl
 from data.answers import canonical_answer
+from data.labels import join_labels, split_labels
 from data.summary import TableReport
 from m3ae_mini.config import require
 
@@ -63,9 +65,11 @@ def rows(root: Path, task: str, report: TableReport | None = None) -> Iterator[R
                     "in none")
         report.split_given = bool(fields.get("split"))
         label = fields.get("label")
-        require(not label or not re.search(r"[|;]", label),
-                f"{location}: the label '{label}' holds several labels, which is not supported "
-                "yet: give one label a row, or rename the column")
+        require(not label or ";" not in label,
+                f"{location}: does the label '{label}' hold several labels? separate them by |, or "
+                "rename the column")
+        if label and "|" in label:
+            label = join_labels(split_labels(label, f"{location}: "))
 
         patient = fields.get("patient")
         image = os.path.normpath(fields["image"])

@@ -6,13 +6,17 @@ patient where the data tell, else the image), and of
   vqa   target ("#" separates alternatives), prediction, probability, right, kind (open, closed or
         neither), in_list: is the right answer in the answer list?
   cls   target, prediction, probability, right, and "p: LABEL", the probability of each class
+        or, with several labels a row: target, prediction (the labels of probability 0.5 and more),
+        "t: LABEL", 1 if the row has it, and "p: LABEL"
   irtr  direction (t2i: the text is the query; i2t: the image), rank of the first right candidate"""
 import csv
 import io
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from data.labels import join_labels, several_labels, targets
 from data.scores import (
     auroc, confusion_matrix, intervals, macro_f1, weighted_mean, weighted_median)
 from m3ae_mini import M3AE
@@ -22,14 +26,10 @@ from m3ae_mini.evaluate import task_logits
 from m3ae_mini.loader import Samples
 from m3ae_mini.retrieval import retrieval_ranks
 
-NUMBERS = ("probability", "right", "in_list", "rank")     # columns of numbers, as are "p: …"
+# Columns of numbers, as are "p: …" and "t: …".
+NUMBERS = ("probability", "right", "in_list", "rank")
 Table = dict[str, np.ndarray]
 FEW_ROWS = 50                          # a warning is printed for smaller test sets
-
-
-def targets(line: dict, task: str) -> list[str]:
-    """The right answers of a sample ("#" separates alternatives), or its class."""
-    return line["answer"].split("#") if task == "vqa" else [line["label"]]
 
 
 # ---------------------------------------------------------------------------------------- the table
@@ -50,24 +50,31 @@ def predict_table(model: M3AE, samples: Samples, labels: list[str], dist_env: Di
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     indices, logits = task_logits(model, samples, dist_env, limit)    # (n,), (n, A)
+    known, lines = known_columns(samples, indices), [samples.line(n) for n in indices]
+    if several_labels(samples.packs):
+        return known | label_columns(lines, logits.sigmoid().numpy(), labels)
     probabilities = (logits.sigmoid() if task == "vqa" else logits.softmax(-1)).numpy()
-    lines = [samples.line(n) for n in indices]
-    return known_columns(samples, indices) | answer_columns(lines, probabilities, labels, task)
+    return known | answer_columns(lines, probabilities, labels, task)
 
 
 def known_columns(samples: Samples, indices: np.ndarray) -> Table:
     """The columns that no prediction changes."""
     lines = [samples.line(n) for n in indices]
-    clusters = [line.get("patient") or f"image {pack} {line['image']}"
-                for line, (pack, _) in zip(lines, samples.location[indices])]
     return {"source": np.array([line["source"] for line in lines]),
             "text": np.array([line["text"] for line in lines]),
-            "cluster": np.array(clusters)}
+            "cluster": np.array(clusters(samples, indices))}
+
+
+def clusters(samples: Samples, indices: np.ndarray) -> list[str]:
+    """What each sample belongs to: its patient where the data tell, else its image."""
+    lines = [samples.line(n) for n in indices]
+    return [line.get("patient") or f"image {pack} {line['image']}"
+            for line, (pack, _) in zip(lines, samples.location[indices])]
 
 
 def answer_columns(lines: list[dict], probabilities: np.ndarray, labels: list[str],
                    task: str) -> Table:
-    """The columns of vqa and cls. lines: of the pack; probabilities: (n, A)."""
+    """The columns of vqa, and of cls with one label. lines: of the pack; probabilities: (n, A)."""
     names = [targets(line, task) for line in lines]
     best = probabilities.argmax(1)                                    # (n,)
     predictions = [labels[i] for i in best]
@@ -81,6 +88,22 @@ def answer_columns(lines: list[dict], probabilities: np.ndarray, labels: list[st
         columns["in_list"] = np.array([float(not set(labels).isdisjoint(known)) for known in names])
         return columns
     return columns | {f"p: {label}": probabilities[:, i] for i, label in enumerate(labels)}
+
+
+def label_columns(lines: list[dict], probabilities: np.ndarray, labels: list[str]) -> Table:
+    """The columns of cls with several labels a row. probabilities: (n, C)."""
+    names = [targets(line, "cls", several=True) for line in lines]
+    columns = {"target": np.array([join_labels(known) for known in names]),
+               "prediction": np.array([likely_labels(row, labels) for row in probabilities])}
+    for i, label in enumerate(labels):
+        columns[f"t: {label}"] = np.array([float(label in known) for known in names])
+        columns[f"p: {label}"] = probabilities[:, i]
+    return columns
+
+
+def likely_labels(probabilities: np.ndarray, labels: list[str]) -> str:
+    """The labels of probability 0.5 and more, (C,) -> "A|B"."""
+    return join_labels([label for label, p in zip(labels, probabilities) if p >= 0.5])
 
 
 def write_table(table: Table, path: Path) -> None:
@@ -98,7 +121,7 @@ def read_table(path: Path) -> Table:
     with open(path, encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
     columns = dict(zip(header, map(np.array, zip(*rows))))
-    return {name: column.astype(float) if name in NUMBERS or name.startswith("p: ") else column
+    return {name: column.astype(float) if name in NUMBERS or name[:3] in ("p: ", "t: ") else column
             for name, column in columns.items()}
 
 
@@ -109,7 +132,8 @@ def figures(table: Table, task: str, weights: np.ndarray | None = None) -> dict[
 
     vqa: accuracy on all, open and closed questions; answer_not_in_list, the share of right answers
     that are not in the answer list and so count as wrong. cls: accuracy, macro F1, AUROC and recall
-    of each class, the mean AUROC. irtr: recall at 1, 5, 10 and the median rank, both directions.
+    of each class, the mean AUROC; with several labels a row: AUROC of each label and their mean,
+    the share of rows that have it. irtr: recall at 1, 5, 10 and the median rank, both directions.
     weights (n,): how often each row counts, 1 by default."""
     weights = np.ones(len(table["source"])) if weights is None else weights
     if task == "irtr":
@@ -125,6 +149,8 @@ def figures(table: Table, task: str, weights: np.ndarray | None = None) -> dict[
                  "acc_open": weighted_mean(right, weights, kind == "open"),
                  "acc_closed": weighted_mean(right, weights, kind == "closed"),
                  "answer_not_in_list": weighted_mean(1 - table["in_list"], weights)}
+    elif "right" not in table:
+        found = label_figures(table, weights)
     else:
         found = class_figures(table, weights)
     return {name: value for name, value in found.items() if not np.isnan(value)}
@@ -139,18 +165,32 @@ def class_figures(table: Table, weights: np.ndarray) -> dict[str, float]:
     confusion = confusion_matrix(target, prediction, weights, len(labels))  # (C, C)
     areas = {f"AUROC of {label}": auroc(table[f"p: {label}"], target == i, weights)
              for i, label in enumerate(labels)}
-    known = [area for area in areas.values() if not np.isnan(area)]
     found = {"acc": weighted_mean(table["right"], weights), "macro_f1": macro_f1(confusion),
-             "mean_auroc": float(np.mean(known)) if known else np.nan}
+             "mean_auroc": mean_known(areas.values())}
     recall = {f"recall of {label}": weighted_mean(table["right"], weights, target == i)
               for i, label in enumerate(labels)}
     return found | recall | areas
 
 
+def label_figures(table: Table, weights: np.ndarray) -> dict[str, float]:
+    """The figures of cls with several labels a row; see `figures`."""
+    labels = [name.removeprefix("p: ") for name in table if name.startswith("p: ")]
+    areas = {f"AUROC of {label}": auroc(table[f"p: {label}"], table[f"t: {label}"] == 1, weights)
+             for label in labels}
+    shares = {f"share of {label}": weighted_mean(table[f"t: {label}"], weights) for label in labels}
+    return {"mean_auroc": mean_known(areas.values())} | areas | shares
+
+
+def mean_known(values: Iterable[float]) -> float:
+    """The mean of the values that are no NaN; NaN if there is none."""
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else np.nan
+
+
 def score(found: dict[str, float], task: str) -> float:
-    """What chooses best.pt: accuracy, or the mean of the recalls."""
+    """What chooses best.pt: accuracy, the mean AUROC (several labels), or the mean recall."""
     if task != "irtr":
-        return found["acc"]
+        return found["acc"] if "acc" in found else found.get("mean_auroc", 0.0)
     recalls = [found[f"{direction}_r{k}"] for direction in ("t2i", "i2t") for k in (1, 5, 10)]
     return sum(recalls) / len(recalls)
 
@@ -171,7 +211,7 @@ METRIC_NAMES = {                       # in the report; others as they are
 
 
 def report_table(found: dict[str, float], ranges: dict[str, tuple[float, float]],
-                 num_rows: int) -> str:
+                 table: Table) -> str:
     """A line for each figure: its name, its value, its interval."""
     lines = []
     for name, value in found.items():
@@ -179,6 +219,12 @@ def report_table(found: dict[str, float], ranges: dict[str, tuple[float, float]]
         low, high = map(number.format, ranges.get(name, (value, value)))
         lines.append(f"  {METRIC_NAMES.get(name, name):32}{number.format(value):>7}  "
                      f"({low} to {high})")
+    undefined = [name.removeprefix("p: ") for name in table if name.startswith("p: ")
+                 and f"AUROC of {name.removeprefix('p: ')}" not in found]
+    if undefined:
+        lines.append(f"  AUROC needs rows with the label and rows without it: not defined for "
+                     f"{', '.join(undefined)}")
+    num_rows = len(table["source"])
     if num_rows < FEW_ROWS:
         lines.append(f"  warning: {num_rows} rows are few: intervals of so few are too narrow")
     return "\n".join(lines)

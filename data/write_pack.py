@@ -21,6 +21,7 @@ from data import Row, Source, clean_text
 from data.answers import collect_spellings
 from data.decode import Window
 from data.images import StoredImage, map_images, store_image
+from data.labels import split_labels
 from data.leaks import refuse_leaks
 from data.pack import PACK_VERSION, SAMPLE_DTYPE, SPLITS
 from data.summary import PackedImages, TableReport, source_name, summarise
@@ -106,9 +107,12 @@ def describe(kept: list[Row], skipped: list[dict], name: str, task: str, size: i
     why = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items()) or "no rows"
     require(samples["train"], f"{name} has no training rows to pack ({why}): "
                               "correct --root or --task")
+    several = any("|" in row.label for row in kept if row.label)
+    labels = {label for row in kept if row.label
+              for label in (split_labels(row.label) if several else [row.label])}
     return {"version": PACK_VERSION, "name": name, "task": task, "size": size, "fit": fit,
             "window": window and list(window), "images": len({row.image for row in kept}),
-            "samples": samples, "labels": sorted({row.label for row in kept if row.label}),
+            "samples": samples, "labels": sorted(labels), "several_labels": several,
             "groups": sorted({row.group for row in kept if row.group}), "skipped": reasons}
 
 

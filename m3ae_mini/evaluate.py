@@ -1,7 +1,7 @@
-"""Validation metrics and report of pre-training; logits of the downstream tasks.
+"""Validation metrics of pre-training; logits of the downstream tasks.
 
-Metrics are collected as (sum, count) of a micro-batch. They add up over micro-batches and
-processes."""
+A metric is collected as (sum, count) of each row. They add up over micro-batches and processes, and
+rows can be drawn again for intervals."""
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,41 +10,45 @@ from .distributed import DistEnv
 from .loader import VAL_SEED, Samples, load, validation_micro_batches
 from .objectives import M3AE, MIM, loss_weights
 
-
-def sum_and_count(values: Tensor, rows: Tensor | None = None) -> Tensor:
-    """values, any shape: what is averaged; rows: bool, which of them count -> (sum, count), (2,)"""
-    values = values.float()
-    rows = torch.ones_like(values) if rows is None else rows.float()
-    return torch.stack([(values * rows).sum(), rows.sum()])
+Table = dict[str, np.ndarray]          # {metric: (n, 2), sum and count of each sample}
 
 
-def add(sums: dict[str, Tensor], new: dict[str, Tensor]) -> None:
-    """Add a micro-batch's (sum, count) pairs to `sums`."""
-    for name, pair in new.items():
-        sums[name] = sums.get(name, 0) + pair
-
-
-def means(sums: dict[str, Tensor], dist_env: DistEnv) -> dict[str, float]:
-    """The mean of each metric over all processes; a metric that counted nothing is left out."""
-    totals = dist_env.reduce_sums(sums)
-    return {name: total / count for name, (total, count) in totals.items() if count}
+def per_row(values: Tensor, counts: Tensor | None = None) -> Tensor:
+    """values (B, …): what is averaged; counts: bool, which of them count -> sum, count: (B, 2)"""
+    values = values.float().reshape(len(values), -1)                  # (B, N)
+    counts = torch.ones_like(values) if counts is None else counts.float().reshape(values.shape)
+    return torch.stack([(values * counts).sum(1), counts.sum(1)], dim=1)  # (B, 2)
 
 
 # ------------------------------------------------------------------------------------- pre-training
 
-@torch.no_grad()
 def pretraining(model: M3AE, samples: Samples, dist_env: DistEnv, limit: int) -> dict[str, float]:
     """Means over at most `limit` samples, each counted once, with fixed masks; and `score`."""
+    metrics = means(pretraining_rows(model, samples, dist_env, limit)[1])
+    return metrics | {"score": score(metrics, loss_weights(model.cfg))}
+
+
+@torch.no_grad()
+def pretraining_rows(model: M3AE, samples: Samples, dist_env: DistEnv,
+                     limit: int) -> tuple[np.ndarray, Table]:
+    """The indices (n,) of at most `limit` samples, and the table of their metrics, on all ranks."""
     model.eval()
+    indices = np.concatenate([n for _, _, n in validation_micro_batches(samples, limit)])  # (n,)
     sums: dict[str, Tensor] = {}
     micro_batches = validation_micro_batches(samples, limit, dist_env.rank, dist_env.world_size)
     for loaded in load(samples, micro_batches, VAL_SEED, dist_env.device):
+        rows = np.searchsorted(indices, loaded.indices)               # (B,)
         with dist_env.autocast():
-            add(sums, validation_metrics(model, loaded.batch))
+            for name, pairs in validation_metrics(model, loaded.batch).items():
+                sums.setdefault(name, pairs.new_zeros(len(indices), 2))[rows] = pairs
     model.train()
-    metrics = means(sums, dist_env)
-    metrics["score"] = score(metrics, loss_weights(model.cfg))
-    return metrics
+    return indices, {name: np.array(pairs) for name, pairs in dist_env.reduce_sums(sums).items()}
+
+
+def means(table: Table, weights: np.ndarray | float = 1.0) -> dict[str, float]:
+    """The mean of each metric; one that counted nothing is left out. weights (n,): of the rows."""
+    totals = {name: (pairs.T * weights).sum(1) for name, pairs in table.items()}      # (2,) each
+    return {name: float(total / count) for name, (total, count) in totals.items() if count}
 
 
 def score(metrics: dict[str, float], weights: dict[str, float]) -> float:
@@ -58,7 +62,7 @@ def score(metrics: dict[str, float], weights: dict[str, float]) -> float:
 
 
 def validation_metrics(model: M3AE, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All metrics of one micro-batch -> {name: (sum, count)}
+    """All metrics of one micro-batch -> {name: (B, 2)}
 
     The cross-modal gains show whether each modality uses the other: how much accuracy falls, or
     error grows, if the other modality is swapped for that of a random or a hard negative. Rows
@@ -70,8 +74,8 @@ def validation_metrics(model: M3AE, batch: dict[str, Tensor]) -> dict[str, Tenso
         if name in METRICS:
             metrics |= METRICS[name](model, batch, **inputs)
         else:                          # an objective of your own: its loss
-            loss, size = objective(model, batch, **inputs)[f"{name}_loss"], len(batch["image"])
-            metrics[f"{name}_loss"] = torch.stack([loss * size, loss.new_tensor(size)])
+            loss = objective(model, batch, **inputs)[f"{name}_loss"]
+            metrics[f"{name}_loss"] = per_row(loss.expand(len(batch["image"])))
     return metrics
 
 
@@ -91,15 +95,19 @@ def mlm_metrics(model: M3AE, batch: dict, masked_text: Tensor, image: Tensor) ->
     counts = targets != -100                                          # (M,) padding doesn't count
     row = batch["mlm_positions"] // batch["mlm_ids"].shape[1]        # (M,) row of each masked token
 
-    metrics = {"mlm_loss": torch.stack([out["mlm_loss"] * counts.sum(), counts.sum()]),
-               "mlm_acc": sum_and_count(right, counts)}
+    def per_text(values: Tensor, counts: Tensor) -> Tensor:
+        pairs = torch.stack([values * counts, counts], dim=1).float()  # (M, 2)
+        return pairs.new_zeros(len(image), 2).index_add(0, row, pairs)  # (B, 2)
+
+    metrics = {"mlm_loss": per_text(out["mlm_loss"].expand(len(row)), counts),
+               "mlm_acc": per_text(right, counts)}
     for name, index in negative_index.items():
         swapped = model.objectives["mlm"](model, batch, masked_text, image.index_select(0, index))
         swapped_right = swapped["mlm_logits"].argmax(-1) == targets   # (M,)
         has_negative = counts & (index != positive_index)[row]        # (M,)
         gain = right.float() - swapped_right.float()                  # (M,)
-        metrics[f"mlm_acc_{name}"] = sum_and_count(swapped_right, has_negative)
-        metrics[f"mlm_gain_{name}"] = sum_and_count(gain, has_negative)
+        metrics[f"mlm_acc_{name}"] = per_text(swapped_right, has_negative)
+        metrics[f"mlm_gain_{name}"] = per_text(gain, has_negative)
     return metrics
 
 
@@ -117,8 +125,8 @@ def mim_metrics(model: M3AE, batch: dict, text: Tensor | None = None) -> dict[st
     error = (out["mim_pred"] - target).square().mean(-1)              # (B, L)
     swapped_error = (swapped["mim_pred"] - target).square().mean(-1)  # (B, L)
     has_negative = hidden & (index != positive_index)[:, None]        # (B, L)
-    return {"mim_loss": sum_and_count(error, hidden),
-            "mim_gain_random": sum_and_count(swapped_error - error, has_negative)}
+    return {"mim_loss": per_row(error, hidden),
+            "mim_gain_random": per_row(swapped_error - error, has_negative)}
 
 
 def itm_metrics(model: M3AE, batch: dict, text: Tensor, image: Tensor) -> dict[str, Tensor]:
@@ -131,13 +139,13 @@ def itm_metrics(model: M3AE, batch: dict, text: Tensor, image: Tensor) -> dict[s
 
     mixed, loss = predict_match(batch["itm_index"])
     right, _ = predict_match(positive_index)
-    metrics = {"itm_loss": torch.stack([loss * len(mixed), loss.new_tensor(len(mixed))]),
-               "itm_acc": sum_and_count(mixed == (batch["itm_index"] == positive_index),
-                                        negative_index["random"] != positive_index)}
+    metrics = {"itm_loss": per_row(loss.expand(len(mixed))),
+               "itm_acc": per_row(mixed == (batch["itm_index"] == positive_index),
+                                  negative_index["random"] != positive_index)}
     for name, index in negative_index.items():
         swapped, _ = predict_match(index)
         both = (right.float() + (~swapped).float()) / 2               # (B,)
-        metrics[f"itm_acc_{name}"] = sum_and_count(both, index != positive_index)
+        metrics[f"itm_acc_{name}"] = per_row(both, index != positive_index)
     return metrics
 
 
@@ -146,45 +154,11 @@ def itc_metrics(model: M3AE, batch: dict, text: Tensor, image: Tensor) -> dict[s
     out = model.objectives["itc"](model, batch, text, image)
     ones = torch.ones_like(out["itc_logits"][0])                      # (B,)
     right = out["itc_logits"].argmax(1) == torch.arange(len(ones), device=ones.device)  # (B,)
-    return {"itc_loss": sum_and_count(out["itc_loss"] * ones), "itc_acc": sum_and_count(right),
-            "itc_chance": sum_and_count(ones / len(ones))}
+    return {"itc_loss": per_row(out["itc_loss"] * ones), "itc_acc": per_row(right),
+            "itc_chance": per_row(ones / len(ones))}
 
 
 METRICS = {"mlm": mlm_metrics, "mim": mim_metrics, "itm": itm_metrics, "itc": itc_metrics}
-
-
-# The report: one line per metric. A metric that counted no sample is left out.
-TABLE = """
-  masked tokens, accuracy     {mlm_acc:6.1%}   most frequent token: {most_frequent_token:.1%}
-    gain over a random image  {mlm_gain_random:+6.1f} points
-    gain over a hard negative {mlm_gain_hard:+6.1f} points
-  matching, random negatives  {itm_acc_random:6.1%}   chance: 50.0%; by the group alone: \
-{group_only:.1%}
-    hard negatives            {itm_acc_hard:6.1%}   chance, and by the group alone: 50.0%
-  reconstruction error        {mim_loss:6.3f}   mean patch: {mean_patch:.3f} ({error_below:+.0%})
-    gain over a random text   {mim_gain_random:+6.3f}
-    noise floor               {noise_floor:6.3f}   the same image without noise
-  ITC, image of a text        {itc_acc:6.1%}   chance: {itc_chance:.1%}"""
-
-
-def pretraining_table(metrics: dict[str, float]) -> str:
-    """The report of a pre-training: each metric and its trivial baseline."""
-    shown = {name: 100 * value if name.startswith("mlm_gain") else value      # gains in points
-             for name, value in metrics.items()}
-    if "mim_loss" in shown:
-        shown["error_below"] = shown["mim_loss"] / shown["mean_patch"] - 1
-    else:
-        shown.pop("noise_floor", None)                                        # nothing to compare
-    lines = [line.format(**shown) for line in TABLE.splitlines()[1:]
-             if line.partition("{")[2].partition(":")[0] in shown]
-    if "mlm_loss" in shown or "itm_loss" in shown:
-        if not shown.keys() & {"mlm_gain_random", "itm_acc_random"}:
-            lines.append("  no negatives: all pairs share an image or a text")
-        elif not shown.keys() & {"mlm_gain_hard", "itm_acc_hard"}:
-            lines.append("  no hard negatives: the data have no groups, or no group has two pairs")
-    lines += [f"  {name:27} {value:6.3f}" for name, value in shown.items()    # losses of your own
-              if name.endswith("_loss") and name.removesuffix("_loss") not in METRICS]
-    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------- downstream tasks

@@ -84,7 +84,8 @@ class Samples:
               images: np.ndarray, settings: Settings | None = None) -> dict[str, np.ndarray]:
         """The micro-batch of samples `indices` (B,): a dict of arrays.
 
-        Every task: text_ids, text_mask (B, T); a task's labels (B,) or false_text_index (B, F);
+        Every task: text_ids, text_mask (B, T); a task's labels (B,) or, several a row, (B, C); or
+        false_text_index (B, F);
         with --itc image_id, text_id (B,), equal if two rows share an image or a text.
         Pre-training: mlm_ids, mlm_labels (B, T), mlm_positions (M,), mim_noise (B, L), itm_index,
         random_negative_index, hard_negative_index (B,). Fills images, uint8 (B, 3, S, S). Random

@@ -223,12 +223,16 @@ class VQA(ClassifierHead):
 
 
 class Classification(ClassifierHead):
-    """One class for an image with its text."""
+    """One class for an image with its text, or several labels, each with a sigmoid of its own."""
 
     def forward(self, model: Backbone, batch: dict, text: Tensor, image: Tensor) -> dict:
-        """cls_labels (B,) -> cls_logits (B, C) and their cross-entropy cls_loss ()"""
+        """cls_labels (B,), or (B, C) of 0 and 1 -> cls_logits (B, C), cls_loss (): (binary)
+        cross-entropy"""
         logits = self.head(model.pooled_pair(text, image, batch["text_mask"])).float()  # (B, C)
-        return {"cls_loss": F.cross_entropy(logits, batch["cls_labels"]), "cls_logits": logits}
+        labels = batch["cls_labels"]
+        several = labels.ndim == 2
+        loss = F.binary_cross_entropy_with_logits if several else F.cross_entropy
+        return {"cls_loss": loss(logits, labels), "cls_logits": logits}
 
 
 class Retrieval(nn.Module):

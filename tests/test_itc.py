@@ -123,13 +123,14 @@ def test_reranking_orders_the_best_candidates_by_matching(small_config, random_b
 
 def test_the_report_knows_chance(small_config, random_batch):
     """One of the micro-batch's images: of 4 and of 2 rows, weighted by rows."""
-    from m3ae_mini.evaluate import add, itc_metrics
-    cfg, sums = small_config(itc=1.0), {}
+    from m3ae_mini.evaluate import itc_metrics, means
+    cfg, tables = small_config(itc=1.0), []
     torch.manual_seed(0)
     model = M3AE(cfg).eval()
     for rows in 4, 2:
         batch = random_batch(cfg, rows=rows)
         text = model.encode_text(batch["text_ids"], batch["text_mask"])
-        add(sums, itc_metrics(model, batch, text, model.encode_image(batch["image"])))
-    assert sums["itc_chance"].tolist() == pytest.approx([2.0, 6.0])
-    assert sums["itc_loss"][1] == sums["itc_acc"][1] == 6
+        tables.append(itc_metrics(model, batch, text, model.encode_image(batch["image"])))
+    rows = {name: torch.cat([table[name] for table in tables]).detach().numpy() for name in tables[0]}
+    assert means(rows)["itc_chance"] == pytest.approx(2 / 6)
+    assert len(rows["itc_loss"]) == rows["itc_acc"][:, 1].sum() == 6

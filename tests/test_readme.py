@@ -24,7 +24,7 @@ import gpu
 import results
 import train
 import walk
-from data import phantoms, prepare, table
+from data import phantoms, prepare, report, table
 from m3ae_mini import M3AE, config, evaluate, objectives, weights
 from m3ae_mini.config import PRESETS, UserError
 
@@ -193,25 +193,30 @@ def report_and_prediction():
 
 
 def test_the_report_is_the_codes():
-    """The printed report, made again by evaluate.pretraining_table from the README's own numbers."""
+    """The printed report, made again by report.pretraining_table from the README's own numbers."""
     head, *lines, plots = report_and_prediction()[0].splitlines()
-    assert re.fullmatch(r"On [\d,]+ test samples \(step [\d,]+\):", head)
+    assert re.fullmatch(r"On [\d,]+ test samples \(step [\d,]+\), with 95 % intervals:", head)
     assert plots == "Plots: runs/pretrain/plots"
-    metrics = {}
-    default = [line for line in evaluate.TABLE.splitlines()[1:] if "itc_acc" not in line]
-    for line, template in zip(lines, default, strict=True):
-        # The template as a regular expression: a group for each number.
-        pattern, formats = "", {}
-        for literal, name, spec, _ in string.Formatter().parse(template):
-            pattern += re.escape(literal)
-            if name:
-                pattern, formats[name] = rf"{pattern}\s*(?P<{name}>[+-]?[\d.]+%?)", spec
+    metrics, ranges = {}, {}
+    shown = [line for line in report.LINES if line[0] != "itc_acc"]
+    for line, (name, number, title, note) in zip(lines, shown, strict=True):
+        # The line as a regular expression: a group for each number.
+        value, other = r"[+-]?[\d.]+%?", r"(?P<{}>[+-]?[\d.]+%?)"
+        pattern = rf"  {re.escape(title)}\s+(?P<{name}>{value})  (\((?P<low>{value}) to (?P<high>{value})\))?\s*"
+        for literal, key, _, _ in string.Formatter().parse(note):
+            pattern += re.escape(literal) + (other.format(key) if key else "")
         found = re.fullmatch(pattern, line)
-        assert found, f"{line!r} is not printed as {template!r}"
-        for name, text in found.groupdict().items():
-            scale = 100 if text.endswith("%") or "gain" in name and "mlm" in name else 1
-            metrics[name] = float(text.rstrip("%")) / scale
-    assert evaluate.pretraining_table(metrics).splitlines() == lines
+        assert found, f"{line!r} is not printed as {title!r}"
+        percent = "%" in number
+        scale = 100 if percent or number == report.POINTS else 1
+        for key, text in found.groupdict().items():
+            if key in ("low", "high"):
+                if text:
+                    ranges.setdefault(name, []).append(float(text) / scale)
+            else:
+                metrics[key] = float(text.rstrip("%")) / (scale if key == name else 100 if "%" in text else 1)
+        assert name == "noise_floor" or ranges[name][0] <= metrics[name] <= ranges[name][1]
+    assert report.pretraining_table(metrics, ranges).splitlines() == lines
 
 
 # ------------------------------------------------------------------------------- tables and numbers

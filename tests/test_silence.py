@@ -428,9 +428,8 @@ def test_without_patients_the_summary_warns(tmp_path, capsys):
      "line 2: which is meant, case or study"),
     ("t.jsonl", ['{"image": "a", "text": "b", "patient": 1}', '{"image": "a", "text": "b"}'],
      "line 2: some rows have a patient and some none"),
-    ("t.csv", ["image,text,label", "a,b,Effusion|Mass"], "line 2: the label 'Effusion|Mass' holds several labels"),
-    ("t.csv", ["image,text,label", "a,b,Mass; Nodule"], "holds several labels, which is not supported yet"),
-    ("t.jsonl", ['{"image": "a", "text": "b", "label": "A|B"}'], "line 1: the label 'A.B' holds several"),
+    ("t.csv", ["image,text,label", "a,b,Mass|No Finding"], "line 2: the label 'Mass.No Finding' holds 'No Finding'"),
+    ("t.csv", ["image,text,label", "a,b,Mass; Nodule"], "line 2: does the label 'Mass; Nodule' hold several labels"),
     ("t.jsonl", ['{"image": "a", "text": "b", "label": ["A"]}'], "line 1: label is not plain text"),
 ])
 def test_what_a_table_leaves_open_is_refused(tmp_path, name, lines, sentence):

@@ -209,6 +209,7 @@ def test_data_imports_little_of_the_package():
     """Its settings and errors; what judges samples or uses a model reads those, too."""
     more_of = {"predict": {path.stem for path in PACKAGE}, "labels": {"loader"}, "confusion": {"plots"},
                "texts": {"loader", "tokenizer"},
+               "report": {"__init__", "checkpoint", "distributed", "evaluate", "loader", "objectives"},
                "baselines": {"evaluate", "loader", "masking", "objectives"},
                "task_metrics": {"__init__", "checkpoint", "distributed", "evaluate", "loader",
                                 "retrieval"}}
