@@ -287,7 +287,7 @@ def fit(model: M3AE, net: torch.nn.Module, optimizer, scaler, train: Samples, va
             if dist_env.is_main:
                 log.write(step, "val", **metrics)
                 tqdm.write(f"step {step:,}  {checkpoint.format_metrics(metrics)}")
-                plots.curves(log.lines(), out / "plots" / "curves.png")
+                plots.curves({out.name: checkpoint.read_log(out)}, out / "plots" / "curves.png")
                 if metrics["score"] > best_score:
                     checkpoint.save_weights(out / "best.pt", model, step)
             best_score = max(best_score, metrics["score"])

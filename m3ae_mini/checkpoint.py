@@ -190,14 +190,9 @@ class Log:
 
     def __init__(self, out: Path | str, step: float):
         self.path = Path(out) / "metrics.jsonl"
-        kept = [line for line in self.lines() if line["step"] <= step or line["split"] == "test"]
+        kept = [line for line in read_log(out) if line["step"] <= step or line["split"] == "test"]
         text = "".join(f"{json.dumps(line)}\n" for line in kept)
         write_atomic(self.path, lambda file: file.write(text.encode()))
-
-    def lines(self) -> list[dict]:
-        """The log's lines as dicts, without lines that a power cut has torn."""
-        text = self.path.read_text(errors="replace") if self.path.is_file() else ""
-        return [json.loads(line) for line in text.splitlines() if LINE.fullmatch(line)]
 
     def write(self, step: int, split: str, **values: float) -> None:
         """Append a line; numbers that are not finite become null."""
@@ -205,6 +200,13 @@ class Log:
                  for name, value in values.items()}
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, "split": split, **plain}) + "\n")
+
+
+def read_log(out: Path | str) -> list[dict]:
+    """The lines of a run's metrics.jsonl as dicts, without lines that a power cut has torn."""
+    path = Path(out) / "metrics.jsonl"
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    return [json.loads(line) for line in text.splitlines() if LINE.fullmatch(line)]
 
 
 def format_metrics(metrics: dict[str, float]) -> str:

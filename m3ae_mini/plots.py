@@ -1,4 +1,5 @@
 """PNG files, drawn by Pillow: reconstructions, attention maps, learning curves."""
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .distributed import DistEnv
+from .checkpoint import read_log
+from .config import require
+from .distributed import DistEnv, run
 from .loader import MEAN, STD, VAL_SEED, Samples, load
 from .model import patchify
 from .objectives import M3AE
@@ -14,6 +17,7 @@ from .objectives import M3AE
 FONT = ImageFont.load_default(14)
 BACK, INK, GREY = (250, 250, 248), (30, 30, 30), (150, 150, 150)
 GREEN, RED = (0, 125, 60), (190, 30, 30)
+COLOURS = (GREEN, RED, (30, 80, 180), (200, 120, 0), (120, 40, 140), (0, 140, 150), INK)
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -155,34 +159,67 @@ def attention_map(model: M3AE, batch: dict, words: list[str], path: Path) -> Non
 
 # ------------------------------------------------------------------------------------------- curves
 
-def curves(lines: list[dict], path: Path) -> None:
-    """The lines of metrics.jsonl -> a panel for each metric: training grey, validation green"""
-    lines = [line for line in lines if line["split"] in ("train", "val")]
-    losses = dict.fromkeys(name for line in lines for name in line if name.endswith("_loss"))
+def curves(runs: dict[str, list[dict]], path: Path) -> None:
+    """The lines of each run's metrics.jsonl -> a panel for each metric that any of them has
+
+    A thin line is training, a thick one with dots validation. A single run is green; several have
+    a colour each, named at the top."""
+    kept = {folder: [line for line in lines if line["split"] in ("train", "val")]
+            for folder, lines in runs.items()}
+    every = [line for lines in kept.values() for line in lines]
+    losses = dict.fromkeys(name for line in every for name in line if name.endswith("_loss"))
     wanted = [*losses, "mlm_acc", "mlm_gain_hard", "itm_acc_hard", "itc_acc", "loss", "score"]
-    panels = {name: [line for line in lines if line.get(name) is not None] for name in wanted}
-    panels = {name: with_name for name, with_name in panels.items() if with_name}
-    wide, high = 280, 160
-    columns = min(4, len(panels)) or 1
-    rows = 1 + max(0, len(panels) - 1) // columns
-    sheet = Image.new("RGB", (columns * (wide + 60), rows * (high + 60)), BACK)
-    for i, (name, with_name) in enumerate(panels.items()):
-        corner = i % columns * (wide + 60) + 50, i // columns * (high + 60) + 30
-        curve(ImageDraw.Draw(sheet), name, with_name, *corner, wide, high)
+    names = [name for name in wanted if any(line.get(name) is not None for line in every)]
+    wide, high = 280, 160              # pixels
+    columns = min(4, len(names)) or 1
+    rows = 1 + max(0, len(names) - 1) // columns
+    head = 24 * len(runs) if len(runs) > 1 else 0
+    sheet = Image.new("RGB", (columns * (wide + 60), head + rows * (high + 60)), BACK)
+    draw = ImageDraw.Draw(sheet)
+    for i, folder in enumerate(runs if head else ()):
+        draw.text((50, 24 * i + 16), folder, COLOURS[i % len(COLOURS)], FONT, "lm")
+    for i, name in enumerate(names):
+        corner = i % columns * (wide + 60) + 50, head + i // columns * (high + 60) + 30
+        series = [[line for line in lines if line.get(name) is not None] for lines in kept.values()]
+        panel(draw, name, series, *corner, wide, high)
     sheet.save(path)
 
 
-def curve(draw, name: str, lines: list[dict], left: int, top: int, wide: int, high: int) -> None:
-    """One panel of `curves`, its frame's corner at (left, top)."""
-    values, end = [line[name] for line in lines], max(line["step"] for line in lines)
+def panel(draw, name: str, series: list[list[dict]], left: int, top: int, wide: int,
+          high: int) -> None:
+    """One panel of `curves`, its frame's corner at (left, top). series: the lines of each run."""
+    every = [line for lines in series for line in lines]
+    values, end = [line[name] for line in every], max(line["step"] for line in every)
     low, up = min(0.0, *values), max(*values, 1e-9)
     draw.rectangle((left, top, left + wide, top + high), outline=GREY)
     for x, y, text, anchor in ((0, -12, name, "lm"), (wide, high + 12, f"step {end:,}", "rm"),
                                (-5, 6, f"{up:.2g}", "rm"), (-5, high - 6, f"{low:.1g}", "rm")):
         draw.text((left + x, top + y), text, INK, FONT, anchor)
-    for split, colour in (("train", GREY), ("val", GREEN)):
-        points = [(left + wide * line["step"] / end, top + high * (up - line[name]) / (up - low))
-                  for line in lines if line["split"] == split]
-        draw.line(points, fill=colour, width=2)
-        for x, y in points if split == "val" else ():
-            draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
+    for i, lines in enumerate(series):
+        colour = COLOURS[i % len(COLOURS)]
+        for split in ("train", "val"):
+            points = [(left + wide * line["step"] / end,
+                       top + high * (up - line[name]) / (up - low))
+                      for line in lines if line["split"] == split]
+            thin = split == "train"
+            draw.line(points, GREY if thin and len(series) == 1 else colour, 1 if thin else 2)
+            for x, y in () if thin else points:
+                draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
+
+
+def main() -> None:
+    """python -m m3ae_mini.plots RUN RUN …: the curves of several runs in one image."""
+    parser = argparse.ArgumentParser(description="Draw the curves of several runs in one image.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument("--out", default="curves.png", help="the PNG to write [curves.png]")
+    args = parser.parse_args()
+    runs = {name: read_log(name) for name in args.runs}
+    empty = [name for name, lines in runs.items() if not lines]
+    require(not empty, f"{', '.join(empty)} holds no metrics.jsonl with lines: give a run's folder")
+    require(args.out.endswith(".png"), f"--out {args.out}: name a file that ends in .png")
+    curves(runs, Path(args.out))
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -246,14 +246,14 @@ def test_a_report_tells_only_of_losses_that_were_trained():
 
 def test_curves_of_losses_that_were_never_finite(tmp_path):
     lines = [{"step": 1, "split": split, "length_loss": None} for split in ("train", "val")]
-    plots.curves(lines, tmp_path / "curves.png")
+    plots.curves({"run": lines}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").is_file()
 
 
 def test_a_small_rate_is_logged_as_it_is(tmp_path):
     log = checkpoint.Log(tmp_path, 0)
     log.write(1, "train", lr=1e-9, skipped=0)              # base's first step
-    assert log.lines() == [{"step": 1, "split": "train", "lr": 1e-9, "skipped": 0}]
+    assert checkpoint.read_log(log.path.parent) == [{"step": 1, "split": "train", "lr": 1e-9, "skipped": 0}]
 
 
 def test_a_length_in_epochs_is_a_step_at_least():
@@ -676,3 +676,27 @@ def test_mistakes_are_found_before_processes_start(pack, tmp_path):
     for more, sentence in (((), "holds another run"), (("--resume", "--lr", 1), "with other settings: lr")):
         done = run("--gpus", 2, *more)
         assert done.returncode == 2 and sentence in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_curves_of_several_runs(tmp_path, monkeypatch, capsys):
+    """One image; each run in a colour of its own, named; runs without a log are refused."""
+    for i, name in enumerate(("one", "two")):
+        (tmp_path / name).mkdir()
+        log = checkpoint.Log(tmp_path / name, 0)
+        for step in 1, 2, 3:
+            log.write(step, "val", mim_loss=1.0 / (step + i), score=step * 0.1)
+    drawn = {}
+    for names in ["one"], ["one", "two"]:
+        out = tmp_path / f"{len(names)}.png"
+        monkeypatch.setattr(sys, "argv", ["plots", *(str(tmp_path / n) for n in names), "--out", str(out)])
+        plots.main()
+        drawn[len(names)] = {colour for _, colour in Image.open(out).getcolors(1 << 16)}
+        assert capsys.readouterr().out == f"wrote {out}\n"
+    assert plots.GREEN in drawn[1] and plots.RED not in drawn[1]
+    assert {plots.GREEN, plots.RED} <= drawn[2]
+
+    before = (tmp_path / "one" / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(sys, "argv", ["plots", str(tmp_path / "one"), str(tmp_path / "none")])
+    with pytest.raises(UserError, match="none holds no metrics.jsonl with lines"):
+        plots.main()
+    assert (tmp_path / "one" / "metrics.jsonl").read_bytes() == before and not (tmp_path / "none").exists()

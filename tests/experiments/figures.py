@@ -226,7 +226,7 @@ def main():
     looks(model, samples, args.out / "looks.png")
     chest(args.out / "chest.png")
     lines = (args.run / "metrics.jsonl").read_text().splitlines()
-    curves([json.loads(line) for line in lines], args.out / "curves.png")
+    curves({"run": [json.loads(line) for line in lines]}, args.out / "curves.png")
 
 
 if __name__ == "__main__":
