@@ -6,10 +6,12 @@ it has them, are what find_root knows the data set's folder by.
 This file holds what the readers share. `location` is always a file and a line in it, for errors.
 """
 import csv
+import gzip
 import hashlib
 import json
 import os
 import sys
+import zlib
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
@@ -73,11 +75,18 @@ def _has_marker(folder: Path, markers: tuple[str | tuple[str, ...], ...]) -> boo
 # ------------------------------------------------------------------------------------ reading files
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a text file with their ends. UserError if it is missing or not UTF-8."""
+    """The lines of a text file, or of one in a .gz, with their ends.
+
+    UserError if it is missing, not UTF-8, or not a whole gzip file.
+    """
+    open_file = gzip.open if path.suffix == ".gz" else open
     try:
         # utf-8-sig: spreadsheets like to write a byte order mark, which is not part of the text.
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open_file(path, "rt", encoding="utf-8-sig", newline="") as file:
             yield from file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is not a whole gzip file ({error}): download it again, or take "
+                        ".gz off its name if it is unpacked") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): "
                         "is --root the right folder?") from None

@@ -1,5 +1,6 @@
 """The readers for the downstream tasks, each on a miniature of its layout, and the spelling of answers."""
 import csv
+import gzip
 import json
 from functools import partial
 from pathlib import Path
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import (Row, clean_text, find_root, hash_to_unit, medpix, melinda, openi, prepare, roco, rocov2, slake,
-                  vqa_med_2019, vqa_rad)
+from data import (Row, clean_text, find_root, hash_to_unit, medpix, melinda, openi, prepare, read_csv, roco, rocov2,
+                  slake, vqa_med_2019, vqa_rad)
 from data.answers import normalise_answer, question_row
 from data.pack import SPLITS
 from data.write_pack import filter_rows, unusable, write_pack
@@ -531,6 +532,23 @@ def test_a_malformed_csv_is_named_by_file_and_line(tmp_path, content, sentence):
     write(tmp_path / "train.csv", content)
     with pytest.raises(UserError, match=sentence):
         list(melinda.rows(tmp_path, "cls"))
+
+
+def test_a_gz_is_read_as_it_is_unpacked_and_a_torn_one_is_named(tmp_path):
+    path = tmp_path / "table.csv.gz"
+    content = "".join(f"{i},{hash_to_unit(str(i))}\r\n" for i in range(3000)).encode()
+    whole = gzip.compress(b"\xef\xbb\xbfname,value\r\n" + content)                 # with a byte order mark
+    path.write_bytes(whole)
+    rows = list(read_csv(path, "name", "value"))
+    assert len(rows) == 3000 and rows[1] == (3, {"name": "1", "value": str(hash_to_unit("1"))})
+    for damaged, why in ((whole[:-900], "ended before"), (whole[:-8] + b"12345678", "CRC check failed"),
+                         (whole[:10] + b"\xff" + whole[11:], "Error -3"), (b"name,value\r\n1,2", "Not a gzipped file")):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"table.csv.gz is not a whole gzip file \(.*({why}).*download it again"):
+            list(read_csv(path, "name"))
+    path.unlink()
+    with pytest.raises(UserError, match=r"table.csv.gz cannot be read \(No such file"):
+        list(read_csv(path, "name"))
 
 
 # -------------------------------------------------------------------------------------------------- retrieval
