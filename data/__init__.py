@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -22,6 +23,9 @@ from m3ae_mini.config import UserError, require
 
 # An image file, or a hashable, picklable function that draws an image of a given size in pixels.
 Source = Path | Callable[[int], Image.Image]
+
+MARKS = ".?!;:,"               # of those around an anonymised word the first of these stays
+AROUND = MARKS + "/- \t\r\n"   # what goes with an anonymised word
 
 
 class Row(NamedTuple):
@@ -192,6 +196,39 @@ def text_list(record: dict, key: str, location: str) -> list[str]:
 def clean_text(text: str | None) -> str:
     """Each run of white space, line breaks included, becomes one blank; the ends are stripped."""
     return " ".join((text or "").split())
+
+
+def without_placeholders(text: str, placeholder: str) -> str:
+    """The text without placeholders, which stand for anonymised words. placeholder: a pattern.
+
+    "No XXXX, XXXX. Clear." -> "No. Clear.": blanks and marks around it become one blank and the
+    strongest of the marks. Brackets with nothing else in them go. Other marks stay.
+    """
+    clean, *parts = re.split(f"(?:{placeholder})(?:'s)?", text)
+    for part in parts:
+        clean = _close_gap(clean, part)
+    if parts and not parts[-1].strip(AROUND):
+        clean = clean.rstrip(" ,;:")   # the text ended in XXXX: only the end of a sentence stays
+    return " ".join(clean.split())
+
+
+def _close_gap(left: str, right: str) -> str:
+    """What was before and after a placeholder as one text."""
+    before = left.rstrip(AROUND)
+    after = right.lstrip(AROUND)
+    while before.endswith("(") and after.startswith(")"):   # nothing else was in the brackets
+        left = before[:-1]
+        right = after[1:]
+        before = left.rstrip(AROUND)
+        after = right.lstrip(AROUND)
+    if not before:
+        return after
+
+    marks = left[len(before):] + right[:len(right) - len(after)]
+    mark = next((mark for mark in MARKS if mark in marks), "")
+    if before.endswith("("):
+        return before + after
+    return before + mark + after if after.startswith(")") else f"{before}{mark} {after}"
 
 
 def too_short(text: str) -> str | None:

@@ -11,19 +11,18 @@ or as R2Gen (github.com/zhjohnchan/R2Gen) has them:
     annotation.json            {"train": [{"id": …, "report": …, "image_path": [2 names]}, …], …}
     images/CXR2384_IM-0942/0.png
 """
-import re
 import sys
 from pathlib import Path
 from typing import Iterator
 
-from data import Row, find_root, hash_to_unit, read_csv, read_json_list, text_list, too_short
+from data import (Row, find_root, hash_to_unit, read_csv, read_json_list, text_list, too_short,
+                  without_placeholders)
 from m3ae_mini.config import require
 
 REPORTS = "indiana_reports.csv"
 MARKERS = REPORTS, "annotation.json"
 NO_TEXT = "no findings and no impression"
-MARKS = ".?!;:,"            # of those around an anonymised word the first of these stays
-AROUND = MARKS + "/- \t\r\n"   # what goes with an anonymised word
+ANONYMISED = "X{4,}"   # pattern of what stands for a word
 
 
 def rows(root: Path, task: str) -> Iterator[Row]:
@@ -65,7 +64,7 @@ def _kaggle_rows(root: Path) -> Iterator[Row]:
         uid = record["uid"].strip()
         require(uid not in reports, f"{root / REPORTS}, line {number}: the uid '{uid}' is there "
                                     "twice: remove one of the reports")
-        text = _without_placeholders(f"{record['findings']} {record['impression']}")
+        text = without_placeholders(f"{record['findings']} {record['impression']}", ANONYMISED)
         reports[uid] = (text, _label(record))
 
     folders = root / "images" / "images_normalized", root / "images_normalized"
@@ -91,7 +90,7 @@ def _r2gen_rows(path: Path) -> Iterator[Row]:
     for split in "train", "val", "test":
         for number, record in read_json_list(path, "id", "report", within=split):
             location = f"{path}, {split}, element {number}"
-            text = _without_placeholders(str(record["report"] or ""))
+            text = without_placeholders(str(record["report"] or ""), ANONYMISED)
             images = text_list(record, "image_path", location)
             require(images, f"{location}: has no image_path: is it the right file?")
             for name in images:
@@ -115,36 +114,3 @@ def _label(record: dict[str, str]) -> str | None:
         if value not in ("", "no indexing"):
             return "normal" if value == "normal" else "abnormal"
     return None
-
-
-def _without_placeholders(text: str) -> str:
-    """The text without XXXX, which stands for an anonymised word.
-
-    "No XXXX, XXXX. Clear." -> "No. Clear.": blanks and marks around it become one blank and the
-    strongest of the marks. Brackets with nothing else in them go. Other marks stay.
-    """
-    clean, *parts = re.split("X{4,}(?:'s)?", text)
-    for part in parts:
-        clean = _close_gap(clean, part)
-    if parts and not parts[-1].strip(AROUND):
-        clean = clean.rstrip(" ,;:")   # the text ended in XXXX: only the end of a sentence stays
-    return " ".join(clean.split())
-
-
-def _close_gap(left: str, right: str) -> str:
-    """What was before and after a placeholder as one text."""
-    before = left.rstrip(AROUND)
-    after = right.lstrip(AROUND)
-    while before.endswith("(") and after.startswith(")"):   # nothing else was in the brackets
-        left = before[:-1]
-        right = after[1:]
-        before = left.rstrip(AROUND)
-        after = right.lstrip(AROUND)
-    if not before:
-        return after
-
-    marks = left[len(before):] + right[:len(right) - len(after)]
-    mark = next((mark for mark in MARKS if mark in marks), "")
-    if before.endswith("("):
-        return before + after
-    return before + mark + after if after.startswith(")") else f"{before}{mark} {after}"
