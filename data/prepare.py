@@ -27,7 +27,7 @@ from data.summary import TableReport
 from data.write_pack import write_pack
 from m3ae_mini.config import UserError, require
 
-READERS = ("medicat medpix melinda openi phantoms roco rocov2 slake table vqa_med_2019 "
+READERS = ("medicat medpix melinda nih openi phantoms roco rocov2 slake table vqa_med_2019 "
            "vqa_rad").split()
 TASKS = ("pretrain", "vqa", "cls", "irtr")
 
