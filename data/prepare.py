@@ -27,8 +27,8 @@ from data.summary import TableReport
 from data.write_pack import write_pack
 from m3ae_mini.config import UserError, require
 
-READERS = ("medicat medpix melinda nih openi phantoms roco rocov2 slake table vqa_med_2019 "
-           "vqa_rad").split()
+READERS = ("medicat medpix melinda mimic_cxr nih openi phantoms roco rocov2 slake table "
+           "vqa_med_2019 vqa_rad").split()
 TASKS = ("pretrain", "vqa", "cls", "irtr")
 
 
@@ -153,6 +153,9 @@ def command_line() -> argparse.ArgumentParser:
         help="task to pack for: pre-training, questions, classes, retrieval")
     add("--rephrased", action="store_true",
         help="vqa_rad: the authors' second wording of a training question is one more question")
+    add("--uncertain", choices=("absent", "present", "drop"),
+        help="mimic_cxr: what an uncertain label counts as; drop: leave its images out (default: "
+             "absent)")
     add("--fit", choices=FITS, default="crop",
         help="crop: keep the centre square, cut the edges off; pad: keep all, add black (default: "
              "crop)")
@@ -225,6 +228,8 @@ def run(args: argparse.Namespace) -> None:
     require(args.root is None or args.root.exists(), f"{args.root} does not exist: correct --root")
     require(not args.rephrased or args.name == "vqa_rad",
             f"--rephrased is for vqa_rad: leave it out for {args.name}")
+    require(args.uncertain is None or args.name == "mimic_cxr",
+            f"--uncertain is for mimic_cxr: leave it out for {args.name}")
 
     # Read the annotations, then write the pack.
     began = time.perf_counter()
@@ -233,7 +238,8 @@ def run(args: argparse.Namespace) -> None:
     root = find_root(args.root, *markers) if markers else args.root
     is_table = args.name == "table"
     report = TableReport() if is_table else None
-    options = {"rephrased": True} if args.rephrased else {}
+    own_flags = {"rephrased": args.rephrased or None, "uncertain": args.uncertain}
+    options = {name: value for name, value in own_flags.items() if value is not None}
     rows = reader.rows(root, args.task, *([report] if is_table else []), **options)
     if is_table and root.is_file():
         root = root.parent

@@ -1,10 +1,11 @@
 """The readers of chest radiographs with several labels, each on a miniature with its names and headers."""
+import gzip
 import json
 
 import pytest
-from test_readers import draw_images, packed, prepared, write
+from test_readers import draw_images, packed, prepared, write, write_csv
 
-from data import Row, hash_to_unit, nih
+from data import Row, hash_to_unit, mimic_cxr, nih
 from data.pack import SPLITS
 from m3ae_mini.config import UserError
 
@@ -131,3 +132,235 @@ def test_nih_refuses_in_a_sentence(tmp_path, capsys):
         (tmp_path / folder).rename(tmp_path / f"{folder}.tar")
     with pytest.raises(UserError, match="has no images_001/images and no images: unpack the images there"):
         list(nih.rows(tmp_path, "cls"))
+
+
+# ------------------------------------------------------------------------------------------- MIMIC-CXR-JPG
+
+METADATA = ("dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows",
+            "Columns", "StudyDate", "StudyTime", "ProcedureCodeSequence_CodeMeaning",
+            "ViewCodeSequence_CodeMeaning", "PatientOrientationCodeSequence_CodeMeaning")
+CHEXPERT = ("subject_id", "study_id", "Atelectasis", "Cardiomegaly", "Consolidation", "Edema",
+            "Enlarged Cardiomediastinum", "Fracture", "Lung Lesion", "Lung Opacity", "No Finding",
+            "Pleural Effusion", "Pleural Other", "Pneumonia", "Pneumothorax", "Support Devices")
+REPORT = """                                 FINAL REPORT
+ EXAMINATION:  CHEST (PA AND LAT)
+ 
+ INDICATION:  ___F with cough  // pneumonia?
+ 
+ FINDINGS: 
+ 
+ Study {study} is compared with ___, ___.
+ The heart is normal: no edema at
+ T12: none.
+ 
+ IMPRESSION: 
+ 
+ 1.  No acute disease (___).
+ 
+ RECOMMENDATION(S):  Call Dr. ___.
+"""
+REPORT_TEXT = "Study {study} is compared with. The heart is normal: no edema at T12: none. 1. No acute disease."
+FIRST = 50000001      # study_id of the first study; 20 studies, of the patients 10000001 to 10000020
+
+
+def study_folder(root, i, below="files"):
+    subject = 10000001 + i
+    return root / below / f"p{subject // 10 ** 6}" / f"p{subject}" / f"s{FIRST + i}"
+
+
+def chexpert_row(i, **values):
+    """A row of the table; names with a _ for a blank."""
+    known = {name.replace("_", " "): value for name, value in values.items()}
+    return 10000001 + i, FIRST + i, *(known.get(name, "") for name in CHEXPERT[2:])
+
+
+def mimic_tables(root, write_table, version="2.0.0"):
+    """Two images per study. Studies 0 to 13 are to train, 14 to 16 to validate, the others to test."""
+    images = [(f"{i:08x}-{number}", 10000001 + i, FIRST + i, ("PA", "LATERAL")[number] if i else "")
+              for i in range(20) for number in (0, 1)]
+    splits = ["train"] * 28 + ["validate"] * 6 + ["test"] * 6
+    write_table(root / f"mimic-cxr-{version}-split.csv", ("dicom_id", "study_id", "subject_id", "split"),
+                *[(image, study, subject, split) for (image, subject, study, _), split in zip(images, splits)])
+    write_table(root / f"mimic-cxr-{version}-metadata.csv", METADATA,
+                *[(image, subject, study, "CHEST (PA AND LAT)", view, 3056, 2544, 21800506, "213014.531",
+                   "CHEST (PA, LAT)", "postero-anterior", "Erect") for image, subject, study, view in images[::-1]])
+    labels = [chexpert_row(i, Edema="0.0", No_Finding="1.0") for i in range(20)]
+    labels[0] = chexpert_row(0, Atelectasis="1.0", Edema="-1.0", Pleural_Effusion="1.0", Pneumonia="0.0")
+    labels[1] = chexpert_row(1, Pneumonia="-1.0", Fracture="-1.0")
+    labels[2] = chexpert_row(2, No_Finding="1.0", Support_Devices="1.0")
+    labels[3] = chexpert_row(3)
+    write_table(root / f"mimic-cxr-{version}-chexpert.csv", CHEXPERT, *labels[:4], *labels[5:9],
+                *labels[10:])                                                    # not of 4 and 9
+    return images
+
+
+def write_gz(path, *rows):
+    """A CSV in a .gz."""
+    write_csv(path, *rows)
+    path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+
+
+def mimic_miniature(root, write_table=write_gz, reports="files", version="2.0.0"):
+    """20 studies; what is odd: 0 has no view, 4 and 9 no labels, the reports of 5 to 9 are unlike the others."""
+    images = mimic_tables(root, write_table, version)
+    for i in range(20):
+        write(study_folder(root, i, reports).with_suffix(".txt"), REPORT.format(study=i))
+    draw_images(root, *[study_folder(root, study - FIRST).relative_to(root) / f"{image}.jpg"
+                        for image, _, study, _ in images])
+    odd = {5: " FINAL REPORT\n FINDINGS AND IMPRESSION:  Clear   lungs,\r\n no effusion.\n",
+           6: "IMPRESSION:Clear lungs only.\n FINDINGS WERE TOLD TO:  Dr. ___\n\tCOMPARISON: None.",
+           7: " FINAL REPORT\n CHEST, PA:\n The lungs are clear. IMPRESSION: not at the start\n",
+           8: " FINDINGS: ___\n\n IMPRESSION:  ___.\n"}
+    for i, report in odd.items():
+        write(study_folder(root, i, reports).with_suffix(".txt"), report)
+    study_folder(root, 9, reports).with_suffix(".txt").unlink()
+
+
+def by_study(rows):
+    """{number of the study: its two rows}"""
+    studies = {}
+    for row in rows:
+        studies.setdefault(int(row.image.parent.name[1:]) - FIRST, []).append(row)
+    return studies
+
+
+@pytest.mark.parametrize("reports", ["files", "mimic-cxr-reports/files", "../mimic-cxr-reports/files"])
+def test_mimic_cxr(tmp_path, capsys, reports):
+    root = tmp_path / "mimic-cxr-jpg"
+    root.mkdir()
+    mimic_miniature(root, reports=reports)
+    rows = list(mimic_cxr.rows(root, "pretrain"))
+    assert capsys.readouterr().err == ""
+    assert rows[0] == Row("train", study_folder(root, 0) / "00000000-0.jpg", REPORT_TEXT.format(study=0),
+                          patient="10000001")
+    assert [row.group for row in rows[:4]] == [None, None, "PA", "LATERAL"]
+    studies = by_study(rows)
+    assert all(len(pair) == 2 and pair[0].text == pair[1].text for pair in studies.values()) and len(studies) == 20
+    assert [studies[i][0].split for i in (13, 14, 16, 17)] == ["train", "val", "val", "test"]
+    assert studies[5][0].text == "Clear lungs, no effusion." and studies[6][0].text == "Clear lungs only."
+    assert {i: pair[0].skip for i, pair in studies.items() if pair[0].skip} == {
+        7: "no findings and no impression", 8: "no findings and no impression", 9: "no report"}
+    assert not any(row.label for row in rows)
+
+    assert prepared("mimic_cxr", root / "files", tmp_path / "pack") == 0              # a level too low
+    assert f"prepare: reading {root}, not {root / 'files'}:" in capsys.readouterr().err
+    meta = json.loads((tmp_path / "pack" / "meta.json").read_text())
+    assert meta["samples"] == {"train": 22, "val": 6, "test": 6} and meta["groups"] == ["LATERAL", "PA"]
+    assert meta["skipped"] == {"no findings and no impression": 4, "no report": 2}
+
+
+def test_mimic_cxr_for_classes(tmp_path, capsys):
+    root = tmp_path / "mimic-cxr-jpg"
+    mimic_miniature(root)
+    expected = {"absent": ["Atelectasis|Pleural Effusion", "No Finding", "Support Devices", "No Finding"],
+                "present": ["Atelectasis|Edema|Pleural Effusion", "Fracture|Pneumonia", "Support Devices",
+                            "No Finding"],
+                "drop": [None, None, "Support Devices", "No Finding"]}
+    told = {"absent": "count as absent (--uncertain present|drop)",
+            "present": "count as present (--uncertain absent|drop)",
+            "drop": "leave out the images of their studies (--uncertain absent|present)"}
+    for uncertain, labels in expected.items():
+        studies = by_study(mimic_cxr.rows(root, "cls", uncertain=uncertain))
+        assert capsys.readouterr().err == f"mimic_cxr: 3 uncertain labels {told[uncertain]}\n"
+        assert [studies[i][1].label for i in range(4)] == labels
+        skipped = {i: pair[1].skip for i, pair in studies.items() if pair[1].skip}
+        assert {i: skip for i, skip in skipped.items() if i < 5} == (
+            {0: "uncertain label", 1: "uncertain label"} if uncertain == "drop" else {}
+        ) | {4: "not in the chexpert table"}
+    rows = list(mimic_cxr.rows(root, "cls"))
+    assert by_study(rows)[1][0].label == "No Finding" and rows[0].text == REPORT_TEXT.format(study=0)
+
+    flags = "--task", "cls", "--uncertain", "drop"
+    assert prepared("mimic_cxr", root, tmp_path / "pack", *flags) == 0
+    meta = json.loads((tmp_path / "pack" / "meta.json").read_text())
+    assert meta["skipped"] == {"no findings and no impression": 4, "no report": 2, "not in the chexpert table": 2,
+                               "uncertain label": 4}
+    capsys.readouterr()
+    assert prepared("mimic_cxr", root, tmp_path / "two", "--uncertain", "drop") == 2
+    assert "--uncertain is for the labels of --task cls: leave it out for pretrain" in capsys.readouterr().err
+    assert prepared("nih", root, tmp_path / "two", *flags) == 2
+    assert "--uncertain is for mimic_cxr: leave it out for nih" in capsys.readouterr().err
+
+    for row, sentence in ((chexpert_row(4, Edema="2.0"), "line 20: Edema is '2.0', it must be 1.0, 0.0, -1.0 or"),
+                          (chexpert_row(3), "line 20: the study '50000004' is there twice")):
+        with gzip.open(root / "mimic-cxr-2.0.0-chexpert.csv.gz", "at") as file:
+            file.write(",".join(map(str, row)) + "\r\n")
+        with pytest.raises(UserError, match=f"chexpert.csv.gz, {sentence}"):
+            list(mimic_cxr.rows(root, "cls"))
+        mimic_tables(root, write_gz)
+
+
+def test_mimic_cxr_finds_its_tables(tmp_path, capsys):
+    mimic_miniature(tmp_path / "new", write_csv, version="2.1.0")
+    mimic_miniature(tmp_path / "old")
+    rows = [[row._replace(image=row.image.name) for row in mimic_cxr.rows(tmp_path / name, "cls")]
+            for name in ("new", "old")]
+    assert rows[0] == rows[1] and len(rows[0]) == 40
+    capsys.readouterr()
+
+    # Both are there: the unpacked ones are read.
+    root = tmp_path / "old"
+    mimic_tables(root, write_csv)
+    (root / "mimic-cxr-2.0.0-metadata.csv").unlink()
+    write(root / "mimic-cxr-2.0.0-split.csv.gz", "torn")
+    assert len(list(mimic_cxr.rows(root, "irtr"))) == 40
+    assert capsys.readouterr().err == (f"mimic_cxr: reading {root / 'mimic-cxr-2.0.0-split.csv'}; "
+                                       "mimic-cxr-2.0.0-split.csv.gz is not used\n")
+    (root / "mimic-cxr-2.0.0-split.csv").unlink()
+    with pytest.raises(UserError, match=r"mimic-cxr-2.0.0-split.csv.gz is not a whole gzip file \(Not a gzipped"):
+        list(mimic_cxr.rows(root, "irtr"))
+
+    mimic_tables(root, write_csv, version="2.1.0")
+    with pytest.raises(UserError, match="holds mimic-cxr-2.0.0-split.csv and mimic-cxr-2.1.0-split.csv: keep one"):
+        list(mimic_cxr.rows(root, "irtr"))
+    for path in root.glob("*-chexpert.csv*"):
+        path.unlink()
+    for path in root.glob("mimic-cxr-2.1.0-*"):
+        path.unlink()
+    mimic_tables(root, write_gz)
+    for path in root.glob("*-chexpert.csv*"):
+        path.unlink()
+    assert len(list(mimic_cxr.rows(root, "irtr"))) == 40               # chexpert is for classes alone
+    with pytest.raises(UserError, match="has no mimic-cxr-2.0.0-chexpert.csv.gz and no mimic-cxr-2.0.0-chexpert.csv"):
+        list(mimic_cxr.rows(root, "cls"))
+    with pytest.raises(UserError, match="has no mimic-cxr-2.0.0-split.csv.gz"):
+        list(mimic_cxr.rows(tmp_path / "nowhere", "irtr"))
+    with pytest.raises(UserError, match="nothing for the task vqa: choose --task pretrain, irtr or cls"):
+        list(mimic_cxr.rows(root, "vqa"))
+
+
+def test_mimic_cxr_refuses_or_counts_what_is_wrong(tmp_path, capsys):
+    mimic_miniature(tmp_path, write_csv)
+    table = tmp_path / "mimic-cxr-2.0.0-split.csv"
+    whole = table.read_text()
+    for old, new, sentence in (("50000001", "../s1", "the study_id is '../s1', not a whole number"),
+                               ("10000001", "", "the subject_id is '', not a whole number"),
+                               ("train", "dev", "the split is 'dev', it must be train, validate, test")):
+        write(table, whole.replace(old, new, 1))
+        with pytest.raises(UserError, match=f"split.csv, line 2: {sentence}"):
+            list(mimic_cxr.rows(tmp_path, "irtr"))
+
+    # Rows in another order, and columns, too: the same pairs.
+    lines = [line.split(",") for line in whole.split()]
+    write(table, "\n".join(",".join(line[::-1]) for line in lines[:1] + lines[1::2] + lines[2::2]))
+    rows = list(mimic_cxr.rows(tmp_path, "irtr"))
+    write(table, whole)
+    assert set(rows) == set(mimic_cxr.rows(tmp_path, "irtr")) and len(rows) == 40
+
+    study_folder(tmp_path, 0).with_suffix(".txt").write_bytes(b"FINDINGS: \xff")
+    write(study_folder(tmp_path, 1).with_suffix(".txt"), "FINDINGS: Normal.")
+    metadata = tmp_path / "mimic-cxr-2.0.0-metadata.csv"
+    write(metadata, "".join(metadata.read_text().splitlines(keepends=True)[:-3]))
+    rows = list(mimic_cxr.rows(tmp_path, "irtr"))
+    assert rows[0].skip.startswith("unreadable report: 'utf-8' codec") and rows[2].skip == "under 3 words"
+    assert f"mimic_cxr: 3 of 40 images are not in {metadata}: they have no group" in capsys.readouterr().err
+    assert [row.group for row in rows[:5]] == [None, None, None, "LATERAL", "PA"]
+
+    (tmp_path / "moved").mkdir()
+    for i in range(20):
+        report = study_folder(tmp_path, i).with_suffix(".txt")
+        if report.is_file():
+            report.rename(tmp_path / "moved" / report.name)
+    with pytest.raises(UserError, match="none of the reports is in .*files or .*: unpack mimic-cxr-reports.zip in"):
+        list(mimic_cxr.rows(tmp_path, "irtr"))

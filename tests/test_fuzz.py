@@ -37,6 +37,7 @@ from m3ae_mini.loader import Samples, load, validation_micro_batches
 from m3ae_mini.tokenizer import Tokenizer
 from test_loader import CAPTIONS, bert_tokenizer
 from test_prepare import medpix_entry, roco_miniature, write_lines
+from test_chest_readers import mimic_miniature, nih_miniature
 from test_readers import (MELINDA, med_miniature, openi_miniature, published_miniature, rad_miniature,
                           rocov2_miniature, slake_entry, write_csv)
 from test_train import SMALL
@@ -404,7 +405,8 @@ class Annotations(Target):
     """The annotations of every data set, through the command line of data.prepare: status 0 or 2."""
     READERS = {"medicat": "pretrain", "medpix": "cls", "melinda": "cls", "roco": "pretrain", "slake": "vqa",
                "table": "vqa", "csv": "cls", "vqa_med_2019": "vqa", "released": "vqa", "vqa_rad": "vqa",
-               "published": "vqa", "openi": "cls", "r2gen": "irtr", "rocov2": "pretrain", "kaggle": "pretrain"}
+               "published": "vqa", "openi": "cls", "r2gen": "irtr", "rocov2": "pretrain", "kaggle": "pretrain",
+               "nih": "cls", "mimic_cxr": "cls"}
     NAMES = {"csv": "table", "released": "vqa_med_2019", "published": "vqa_rad", "r2gen": "openi",
              "kaggle": "roco"}                                   # of the readers that read a second layout
 
@@ -439,13 +441,16 @@ class Annotations(Target):
         published_miniature(root / "published")
         openi_miniature(root / "openi")
         rocov2_miniature(root / "rocov2", ("train", "valid", "test"))
+        nih_miniature(root / "nih")
+        (root / "mimic_cxr").mkdir()
+        mimic_miniature(root / "mimic_cxr")
         study = {"id": "CXR1", "report": "The XXXX is clear.", "image_path": ["0.png", "1.png"], "split": "train"}
         write_lines(root / "r2gen" / "annotation.json", json.dumps(dict.fromkeys(("train", "val", "test"), [study])))
         for name, split in ("train", "train"), ("validation", "val"), ("test", "test"):
             write_csv(root / "kaggle" / name / "radiology" / f"radiology{split}data.csv", ("id", "name", "caption"),
                       ("ROCO_1", "PMC1_a.jpg", "A CT here."), ("ROCO_2", "PMC2_b.jpg", "An, MR there."))
         self.names = [str(path.relative_to(root)) for path in sorted(root.rglob("*"))
-                      if path.suffix in (".jsonl", ".json", ".csv", ".txt")]
+                      if path.suffix in (".jsonl", ".json", ".csv", ".txt", ".gz")]
         self.out = tmp / "pack"
         self.plant(root)
         super().__init__(root, self.names)
