@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent / "experiments"))
 import linear
 from data import Row, scores as scores_module
 from data.pack import Pack
+from data.pair_metrics import pair_figures
 from data.predict import load_run
 from data.write_pack import write_pack
 from m3ae_mini.config import UserError
@@ -236,6 +237,19 @@ def test_the_image_encoder_of_a_run(packs, pretrained, tmp_path, monkeypatch, ca
     train = np.arange(10)
     scaled = linear.standardise(features, train)[train]
     assert np.allclose(scaled.mean(0), 0, atol=1e-6) and np.allclose(scaled.std(0), 1, atol=0.01)
+
+
+def test_the_threshold_of_val_is_the_one_of_test(packs, monkeypatch):
+    given, found = [], []
+
+    def watched(scores, texts, threshold, images):
+        given.append(threshold)
+        figures = pair_figures(scores, texts, threshold, images)
+        found.append(figures["threshold"])
+        return figures
+    monkeypatch.setattr(linear, "pair_figures", watched)
+    linear.report(packs["pretrain"], None)
+    assert given == [None, found[0]] and found[1] == found[0]
 
 
 def test_many_pairs_are_thinned_evenly(packs, monkeypatch, capsys):
