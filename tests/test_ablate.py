@@ -164,7 +164,7 @@ def test_the_table_holds_what_has_finished(tmp_path, monkeypatch):
 
 
 def test_bars_of_runs_that_learned_nothing(tmp_path):
-    ablate.bars({"unchanged": {"questions": [0.0]}, "no_mim": {"classes": [0.0]}},
+    ablate.bars({"unchanged": {"questions": [[0.0] * 3]}, "no_mim": {"classes": [[0.0] * 3]}},
                 tmp_path / "bars.png")
     assert Image.open(tmp_path / "bars.png").size[0] > 800
 

@@ -19,7 +19,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from results import OUT, ROOT, Run, format_seeds, make_all, task_on_phantoms
+from results import OUT, ROOT, Run, format_seeds, make_all, task_on_phantoms, with_interval
 
 from PIL import Image, ImageDraw
 
@@ -131,8 +131,8 @@ def what(row: str) -> str:
 
 # ---------------------------------------------------------------------------------------- the table
 
-def measured() -> dict[str, dict[str, list[float]]]:
-    """Rows and seeds of which all runs have finished -> {row: {head: [values in percent]}}."""
+def measured() -> dict[str, dict[str, list[list[float]]]]:
+    """Rows and seeds of which all runs have finished -> {row: {head: [[percent, low, high]]}}."""
     shipped = row_names()
     begun = {path.parent.name for path in (ROOT / OUT / "ablations").glob("*/applied.diff")}
     begun = sorted(begun | {"unchanged"},
@@ -146,22 +146,22 @@ def measured() -> dict[str, dict[str, list[float]]]:
             for (which, name), head in COLUMNS.items():
                 if name in metrics[which]:
                     values = rows.setdefault(row, {}).setdefault(head, [])
-                    values.append(100 * metrics[which][name])
+                    values.append([100 * x for x in with_interval(metrics[which], name)])
     return rows
 
 
-def table(rows: dict[str, dict[str, list[float]]]) -> str:
+def table(rows: dict[str, dict[str, list[list[float]]]]) -> str:
     """Markdown: the mean over the seeds, the least and the greatest."""
     lines = [f"| | seeds | {' | '.join(COLUMNS.values())} |",
              "|---" * (2 + len(COLUMNS)) + "|"]
     for name, row in rows.items():
-        cells = [format_seeds(row[head]) if head in row else "–" for head in COLUMNS.values()]
+        cells = [format_seeds(row[head], 1) if head in row else "–" for head in COLUMNS.values()]
         seeds = max(map(len, row.values()))
         lines.append(f"| {what(name)} (`{name}`) | {seeds} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def bars(rows: dict[str, dict[str, list[float]]], path: Path) -> None:
+def bars(rows: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
     """A panel for each column: the mean of each row as a bar, a line from its least to its greatest
     seed, and across all rows a line at the mean of the unchanged model."""
     left, wide, right, high, gap = 160, 260, 44, 26, 30    # pixels; right: for the number
@@ -172,14 +172,16 @@ def bars(rows: dict[str, dict[str, list[float]]], path: Path) -> None:
 
     for i, head in enumerate(COLUMNS.values()):
         x, y = i % 2 * panel_width + left, i // 2 * panel_height + gap
-        highest = max(1e-9, *(max(row.get(head, [0])) for row in rows.values()))
+        columns = {name: [seed[0] for seed in row[head]] for name, row in rows.items()
+                   if head in row}
+        highest = max([1e-9, *(max(values) for values in columns.values())])
         draw.text((x, y - 6), f"{head}, %", INK, FONT, "ls")
 
         def x_of(value):
             return x + wide * max(0.0, value) / highest
 
-        for j, (name, row) in enumerate(rows.items()):
-            middle, values = y + j * high + high // 2, row.get(head)
+        for j, name in enumerate(rows):
+            middle, values = y + j * high + high // 2, columns.get(name)
             draw.text((x - 6, middle), name, INK, FONT, "rm")
             if not values:
                 continue

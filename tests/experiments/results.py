@@ -195,30 +195,42 @@ TABLES = {"phantoms": phantoms, "vqa_rad": vqa_rad, "medpix": medpix}
 # ---------------------------------------------------------------------------------------- the table
 
 def make_table(cells: list[Cell]) -> tuple[str, dict]:
-    """Finished runs of all seeds -> Markdown, and {task: {row: {metric: [values]}}}.
+    """Finished runs of all seeds -> Markdown, and {task: {row: {metric: [(value, low, high)]}}}.
 
-    A cell shows the mean over the seeds, the least and the greatest, in percent."""
+    A cell is as format_seeds has it. Figures of single classes are left out."""
     found: dict = {}
     for task, row, run in cells:
-        for name, value in run.test_metrics().items():
-            if name not in ("step", "split", "loss", "score") and name[:4] not in ("low_", "high"):
+        logged = run.test_metrics()
+        for name, value in logged.items():
+            if (name not in ("step", "split", "loss", "score") and " " not in name
+                    and not name.startswith(("low_", "high_"))):
                 metrics = found.setdefault(task, {}).setdefault(row, {})
-                metrics.setdefault(name, []).append(value)
+                metrics.setdefault(name, []).append(with_interval(logged, name))
 
     lines = []
     for task, rows in found.items():
         names = list(dict.fromkeys(name for row in rows.values() for name in row))
         lines += ["", f"| {task} | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
         for row, metrics in rows.items():
-            shown = [format_seeds([100 * value for value in metrics[name]])
+            shown = [format_seeds(metrics[name], 1 if name.endswith("median_rank") else 100)
                      if name in metrics else "–" for name in names]
             lines.append(f"| {row} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n", found
 
 
-def format_seeds(values: list[float]) -> str:
-    """[70, 71, 75] -> "72.0 (70.0 to 75.0)": mean, least, greatest."""
-    return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+def with_interval(logged: dict, name: str) -> tuple[float, float, float]:
+    """A test metric as logged, and the ends of its 95 % interval."""
+    value = logged[name]
+    return value, logged.get(f"low_{name}", value), logged.get(f"high_{name}", value)
+
+
+def format_seeds(seeds: list[tuple[float, float, float]], scale: float = 100) -> str:
+    """(value, low, high) of each seed -> "72.0 (70.0 to 75.0) ±2.1": mean, least and greatest
+    value; and half of the 95 % interval of one seed, which the test rows leave open."""
+    values = [scale * value for value, _, _ in seeds]
+    half = sum(scale * (high - low) / 2 for _, low, high in seeds) / len(seeds)
+    return (f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+            + f" ±{half:.1f}" * (half > 0))
 
 
 def main():
