@@ -34,7 +34,8 @@ from PIL import Image
 from data.pack import SPLITS, Pack
 from data.pair_metrics import PAIR_METRICS, chance_figures, pair_figures, pair_intervals
 from data.scores import auroc, intervals
-from data.task_metrics import METRIC_NAMES, answer_columns, figures, targets
+from data.labels import targets
+from data.task_metrics import METRIC_NAMES, answer_columns, figures
 from m3ae_mini.config import require
 from m3ae_mini.distributed import run
 
@@ -48,7 +49,6 @@ MAX_WORDS = 2000                       # of more words, the most frequent are us
 MAX_IMAGES = 2000                      # training images whose identity is a feature
 MAX_PAIRS = 1000                       # pairs of a split whose scores are figures, evenly spaced
 STRENGTHS = 10.0 ** np.arange(-2, 3.5, 0.5)    # of the ridge, from which val chooses
-NO_FINDING = "No Finding"              # a label that means none
 
 Cell = list[float]                     # a figure, and the two ends of its interval if it has one
 Rows = dict[str, dict[str, Cell]]      # {features: {figure: cell}}
@@ -302,7 +302,7 @@ def judge_answers(task: str, labels: list[str]) -> Judge:
 def judge_findings(labels: list[str]) -> Judge:
     """The same where a sample has several labels: AUROC of each, of those defined their mean."""
     def judge(part: Split, outputs: np.ndarray):
-        truth = multi_hot([findings(line) for line in part.lines], labels) == 1   # (n, C)
+        truth = multi_hot([targets(line, "cls", several=True) for line in part.lines], labels) == 1   # (n, C)
 
         def areas(weights: np.ndarray) -> dict[str, float]:
             found = {f"AUROC of {label}": auroc(outputs[:, i], truth[:, i], weights)
@@ -311,12 +311,6 @@ def judge_findings(labels: list[str]) -> Judge:
             return {"mean_auroc": float(np.mean(list(found.values())))} | found if found else {}
         return areas
     return judge
-
-
-def findings(line: dict) -> list[str]:
-    """The labels of a sample that "|" separates; none for NO_FINDING."""
-    names = [name.strip() for name in line["label"].split("|")]
-    return [name for name in names if name and name != NO_FINDING]
 
 
 def multi_hot(names: list[list[str]], labels: list[str]) -> np.ndarray:
@@ -399,14 +393,13 @@ def class_rows(splits: dict[str, Split], image_sets: dict[str, np.ndarray]) -> d
     separated by "|", one regression each."""
     train, lines = splits["train"], [line for part in splits.values() for line in part.lines]
     several = any("|" in line["label"] for line in lines)
-    right = findings if several else lambda line: [line["label"]]
-    labels = sorted({name for line in lines for name in right(line)})
+    labels = sorted({name for line in lines for name in targets(line, "cls", several)})
     encode = BagOfWords(train.texts(), WORD_COUNT, idf=True)
     print(f"{len(train.lines):,} training samples, {len(labels):,} "
           f"{'labels, several a sample' if several else 'classes'}, {len(encode.index):,} words")
     blocks = {"words": {split: encode(part.texts()) for split, part in splits.items()}}
     judge = judge_findings(labels) if several else judge_answers("cls", labels)
-    y = multi_hot([right(line) for line in train.lines], labels)
+    y = multi_hot([targets(line, "cls", several) for line in train.lines], labels)
     return label_rows(splits, y, blocks | image_blocks(splits, image_sets), judge)
 
 
