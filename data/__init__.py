@@ -2,7 +2,8 @@
 
 A reader is a module with one function, `rows(root, task)`, that yields a Row for every (image,
 text) pair. `root` is the user's --root; `task` is "pretrain", "vqa", "cls" or "irtr". MARKERS, if
-it has them, are what find_root knows the data set's folder by.
+it has them, are what find_root knows the data set's folder by. SEVERAL_LABELS says that a row may
+have several labels, "A|B".
 This file holds what the readers share. `location` is always a file and a line in it, for errors.
 """
 import csv

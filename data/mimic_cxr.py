@@ -23,6 +23,7 @@ from data.labels import join_labels
 from m3ae_mini.config import require
 
 MARKERS = "mimic-cxr-*-split.csv", "mimic-cxr-*-split.csv.gz"
+SEVERAL_LABELS = True
 SPLITS = {"train": "train", "validate": "val", "test": "test"}
 FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum",
             "Fracture", "Lung Lesion", "Lung Opacity", "Pleural Effusion", "Pleural Other",

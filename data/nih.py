@@ -16,6 +16,7 @@ from m3ae_mini.config import require
 
 TABLES = "Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv"
 MARKERS = TABLES
+SEVERAL_LABELS = True
 LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}
 HELD_OUT = 0.1   # of the patients of train_val_list.txt
 

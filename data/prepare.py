@@ -248,7 +248,8 @@ def run(args: argparse.Namespace) -> None:
     meta = write_pack(rows, args.out, args.name, args.task, args.size, root=root,
                       workers=args.workers, allow_missing=args.allow_missing,
                       overwrite=args.overwrite, fit=args.fit, window=args.window, table=report,
-                      allow_leaks=args.allow_leaks)
+                      allow_leaks=args.allow_leaks,
+                      several_labels=getattr(reader, "SEVERAL_LABELS", False))
     print_summary(meta, args.out, time.perf_counter() - began)
 
 

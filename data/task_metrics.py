@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data.labels import join_labels, several_labels, targets
 from data.scores import (
@@ -22,8 +23,7 @@ from data.scores import (
 from m3ae_mini import M3AE
 from m3ae_mini.checkpoint import write_atomic
 from m3ae_mini.distributed import DistEnv
-from m3ae_mini.evaluate import task_logits
-from m3ae_mini.loader import Samples
+from m3ae_mini.loader import VAL_SEED, Samples, load, validation_micro_batches
 from m3ae_mini.retrieval import retrieval_ranks
 
 # Columns of numbers, as are "p: …" and "t: …".
@@ -55,6 +55,25 @@ def predict_table(model: M3AE, samples: Samples, labels: list[str], dist_env: Di
         return known | label_columns(lines, logits.sigmoid().numpy(), labels)
     probabilities = (logits.sigmoid() if task == "vqa" else logits.softmax(-1)).numpy()
     return known | answer_columns(lines, probabilities, labels, task)
+
+
+@torch.no_grad()
+def task_logits(model: M3AE, samples: Samples, dist_env: DistEnv,
+                limit: int) -> tuple[np.ndarray, torch.Tensor]:
+    """Logits for answers or classes of at most `limit` samples, evenly spaced
+
+    Returns the samples' indices (n,) and the logits (n, A), on the CPU of every rank."""
+    model.eval()
+    indices = np.concatenate([n for _, _, n in validation_micro_batches(samples, limit)])  # (n,)
+    num_labels = model.cfg.num_answers if model.cfg.task == "vqa" else model.cfg.num_classes
+    logits = torch.zeros(len(indices), num_labels, device=dist_env.device)    # (n, A)
+    micro_batches = validation_micro_batches(samples, limit, dist_env.rank, dist_env.world_size)
+    for loaded in load(samples, micro_batches, VAL_SEED, dist_env.device):
+        rows = np.searchsorted(indices, loaded.indices)               # (B,)
+        with dist_env.autocast():
+            logits[rows] = model(loaded.batch)[f"{model.cfg.task}_logits"]
+    model.train()
+    return indices, dist_env.all_reduce(logits).cpu()
 
 
 def known_columns(samples: Samples, indices: np.ndarray) -> Table:

@@ -43,11 +43,13 @@ def write_pack(rows: Iterable[Row], out: Path | str, name: str, task: str, size:
                root: Path | None = None, workers: int | None = None,
                allow_missing: bool = False, overwrite: bool = False,
                fit: str = "crop", window: Window | None = None,
-               table: TableReport | None = None, allow_leaks: bool = False) -> dict:
+               table: TableReport | None = None, allow_leaks: bool = False,
+               several_labels: bool = False) -> dict:
     """Write the pack `out` with images of `size` × `size` pixels -> its meta.json
 
     root: images outside this folder are refused. fit, window: as in images.square and
     decode.decode. table: what the reader of a user's table fills in while `rows` are read.
+    several_labels: a row may have several, though none of these has (else the rows tell).
 
     UserError if `out` exists (unless it is a pack and `overwrite` is set) or cannot be written,
     if more than 5 % of the images are missing or unreadable (unless `allow_missing`), if the
@@ -82,7 +84,8 @@ def write_pack(rows: Iterable[Row], out: Path | str, name: str, task: str, size:
         kept = [row for row in kept if row.image not in bad]
         if refuse:
             refuse_leaks(kept, task, images.content)
-        meta = describe(kept, skipped, name, task, size, fit, window)
+        several_labels |= any("|" in row.label for row in kept if row.label)
+        meta = describe(kept, skipped, name, task, size, fit, window, several_labels)
 
         # Write the texts and what is known of them, the rows that were skipped, the summary.
         write_samples(folder, files, kept, images.index, meta["labels"], meta["groups"], root)
@@ -100,19 +103,18 @@ def write_pack(rows: Iterable[Row], out: Path | str, name: str, task: str, size:
 
 
 def describe(kept: list[Row], skipped: list[dict], name: str, task: str, size: int, fit: str,
-             window: Window | None) -> dict:
+             window: Window | None, several_labels: bool) -> dict:
     """meta.json, but for the checksums. UserError if no training row is left."""
     reasons = dict(sorted(Counter(entry["reason"] for entry in skipped).items()))
     samples = {split: sum(row.split == split for row in kept) for split in SPLITS}
     why = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items()) or "no rows"
     require(samples["train"], f"{name} has no training rows to pack ({why}): "
                               "correct --root or --task")
-    several = any("|" in row.label for row in kept if row.label)
     labels = {label for row in kept if row.label
-              for label in (split_labels(row.label) if several else [row.label])}
+              for label in (split_labels(row.label) if several_labels else [row.label])}
     return {"version": PACK_VERSION, "name": name, "task": task, "size": size, "fit": fit,
             "window": window and list(window), "images": len({row.image for row in kept}),
-            "samples": samples, "labels": sorted(labels), "several_labels": several,
+            "samples": samples, "labels": sorted(labels), "several_labels": several_labels,
             "groups": sorted({row.group for row in kept if row.group}), "skipped": reasons}
 
 

@@ -1,4 +1,4 @@
-"""Validation metrics of pre-training; logits of the downstream tasks.
+"""Validation metrics of pre-training.
 
 A metric is collected as (sum, count) of each row. They add up over micro-batches and processes, and
 rows can be drawn again for intervals."""
@@ -159,24 +159,3 @@ def itc_metrics(model: M3AE, batch: dict, text: Tensor, image: Tensor) -> dict[s
 
 
 METRICS = {"mlm": mlm_metrics, "mim": mim_metrics, "itm": itm_metrics, "itc": itc_metrics}
-
-
-# --------------------------------------------------------------------------------- downstream tasks
-
-@torch.no_grad()
-def task_logits(model: M3AE, samples: Samples, dist_env: DistEnv,
-                limit: int) -> tuple[np.ndarray, Tensor]:
-    """Logits for answers or classes of at most `limit` samples, evenly spaced
-
-    Returns the samples' indices (n,) and the logits (n, A), on the CPU of every rank."""
-    model.eval()
-    indices = np.concatenate([n for _, _, n in validation_micro_batches(samples, limit)])  # (n,)
-    num_labels = model.cfg.num_answers if model.cfg.task == "vqa" else model.cfg.num_classes
-    logits = torch.zeros(len(indices), num_labels, device=dist_env.device)    # (n, A)
-    micro_batches = validation_micro_batches(samples, limit, dist_env.rank, dist_env.world_size)
-    for loaded in load(samples, micro_batches, VAL_SEED, dist_env.device):
-        rows = np.searchsorted(indices, loaded.indices)               # (B,)
-        with dist_env.autocast():
-            logits[rows] = model(loaded.batch)[f"{model.cfg.task}_logits"]
-    model.train()
-    return indices, dist_env.all_reduce(logits).cpu()

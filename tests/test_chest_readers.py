@@ -65,6 +65,16 @@ def test_nih(tmp_path, capsys, folders, header):
     assert meta["groups"] == ["AP", "PA"]
 
 
+def test_a_subset_with_one_label_a_row_has_several_all_the_same(tmp_path, capsys):
+    """The set decides, not its rows: "No Finding" never becomes a class."""
+    nih_miniature(tmp_path)
+    table = tmp_path / "Data_Entry_2017.csv"
+    table.write_text(table.read_text().replace("Effusion|Mass", "Mass"))
+    assert prepared("nih", tmp_path, tmp_path / "pack", "--task", "cls") == 0
+    meta = json.loads((tmp_path / "pack" / "meta.json").read_text())
+    assert meta["several_labels"] and meta["labels"] == ["Cardiomegaly", "Mass", "Pleural_Thickening"]
+
+
 def test_nih_of_one_archive_is_refused_or_left_out(tmp_path, capsys):
     nih_miniature(tmp_path / "nih")
     for path in (tmp_path / "nih" / "images_012" / "images").iterdir():

@@ -27,8 +27,8 @@ GROUPS = (
     {"model", "loader"},
     {"objectives"},
     {"distributed"},
-    {"checkpoint", "optim", "retrieval", "plots"},
-    {"evaluate"},
+    {"checkpoint", "optim", "retrieval"},
+    {"evaluate", "plots"},
     {"weights"},
     {"__init__"})
 
