@@ -4,16 +4,17 @@ Data sets share images. MedPix 2.0 has 19 of VQA-RAD's under their own names, an
 others: MPX2028_synpic34053 is VQA-RAD's synpic34054.
 """
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Iterable, NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from data import Row, Source
 from data.decode import open_image
 from data.images import map_images
+from data.progress import progress
 from data.write_pack import unusable
 from m3ae_mini.config import require
 
@@ -88,9 +89,9 @@ def mark_excluded(rows: Iterable[Row], folder: Path, root: Path | None = None,
 
 def _looks(sources: list[Path], workers: int | None) -> dict[Path, Look]:
     """{image: its Look}. Files that are no images are left out: nothing can look like them."""
-    with tqdm(map_images(look, sources, workers), total=len(sources), desc="exclude",
-              unit="image") as progress:
-        found = dict(zip(sources, progress, strict=True))
+    with closing(map_images(look, sources, workers)) as results:
+        shown = progress(results, "comparing", "images", len(sources))
+        found = dict(zip(sources, shown, strict=True))
     return {source: seen for source, seen in found.items() if isinstance(seen, Look)}
 
 

@@ -3,18 +3,25 @@
 decode.py reads a file, square resizes the image, store_image makes the bytes that images.bin
 holds. map_images does this, or anything else, for many images in several processes.
 """
+import gc
+import hashlib
 import os
 import signal
+import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing import parent_process
+from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
 import numpy as np
+import PIL
 from PIL import Image
 
 from data import Source
+from data import decode as decode_module
 from data.decode import Window, decode, open_image
 from m3ae_mini.config import UserError
 
@@ -75,6 +82,12 @@ def store_image(source: Source, size: int, fit: str = "crop",
     return StoredImage(planes.tobytes(), tuple(notes), cut)
 
 
+def decoder_version() -> str:
+    """A text that changes with the code, here and in Pillow, that makes a StoredImage of a file."""
+    code = b"".join(Path(file).read_bytes() for file in (decode_module.__file__, __file__))
+    return f"Pillow {PIL.__version__}, code {hashlib.sha256(code).hexdigest()[:8]}"
+
+
 # -------------------------------------------------------------------------------------- many images
 
 def map_images(function: Callable[[Source], Any], sources: list[Source],
@@ -92,7 +105,7 @@ def map_images(function: Callable[[Source], Any], sources: list[Source],
             yield from _map_batch(function, batch)
         return
 
-    pool = ProcessPoolExecutor(workers, initializer=_leave_signals_to_parent)
+    pool = ProcessPoolExecutor(workers, initializer=_start_worker)
     try:
         # Two tasks per worker are submitted: one to work on, one to go on with. So results do
         # not pile up in memory, however many images there are.
@@ -122,7 +135,14 @@ def _map_batch(function: Callable[[Source], Any], sources: list[Source]) -> list
     return results
 
 
-def _leave_signals_to_parent() -> None:
-    """Ctrl-C reaches every process of a terminal. The parent alone ends the pool."""
+def _start_worker() -> None:
+    """Ctrl-C reaches every process of a terminal: the parent alone ends the pool. A worker also
+    ends when the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.freeze()   # a collection would copy the parent's rows, page by page, into each worker
+
+    def end_with_parent() -> None:
+        parent_process().join()
+        os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()

@@ -62,7 +62,7 @@ def phantom_pack(size: int, task: str) -> Path:
     folder = Path(f"packs/phantoms-{task}-{size}")
     if not folder.exists():
         try:
-            write_pack(phantoms.rows(None, task), folder, "phantoms", task, size)
+            write_pack(phantoms.rows(None, task), folder, "phantoms", task, size, wait=True)
         except UserError:
             if not folder.exists():   # else another process has written the same pack
                 raise
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"prepare: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("prepare: interrupted, nothing was written", file=sys.stderr)
+        print("prepare: interrupted, no pack was written", file=sys.stderr)
         return 130
     return 0
 

@@ -4,15 +4,16 @@ A person reads it in ten seconds. It is printed when a pack is ready and kept as
 it. A line that begins with "warning:" asks for a look.
 """
 import os
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Iterator
+from typing import Iterable, Iterator
 
 from data import Row, Source
 from data.decode import DEEP_COLOUR, DEEP_GREY, UNUSED_ALPHA
-from data.images import CONSTANT, NEARLY_BLACK, StoredImage
+from data.images import CONSTANT, NEARLY_BLACK
 from data.labels import NO_FINDING, split_labels
 from data.leaks import crossing, leaked, leaks
 
@@ -33,15 +34,15 @@ class PackedImages:
     """The images of a pack, in the order in which they are stored."""
     index: dict[Source, int] = field(default_factory=dict)
     digests: list[bytes] = field(default_factory=list)      # a hash of the stored pixels
-    cuts: list[float] = field(default_factory=list)         # StoredImage.cut
+    cuts: array = field(default_factory=lambda: array("d"))   # StoredImage.cut
     notes: dict[str, list[Source]] = field(default_factory=dict)   # the images with each note
 
-    def add(self, source: Source, stored: StoredImage, digest: bytes) -> None:
+    def add(self, source: Source, digest: bytes, notes: Iterable[str], cut: float) -> None:
         """Add the next image."""
         self.index[source] = len(self.digests)
         self.digests.append(digest)
-        self.cuts.append(stored.cut)
-        for note in stored.notes:
+        self.cuts.append(cut)
+        for note in notes:
             self.notes.setdefault(note, []).append(source)
 
     def content(self, source: Source) -> bytes:

@@ -2,30 +2,28 @@
 
 write_pack does it all; the other functions are its stages. pack.py describes the files.
 """
-import glob
-import hashlib
 import json
 import os
-import shutil
-import sys
+from array import array
 from collections import Counter
-from contextlib import closing, contextmanager
-from functools import partial
+from contextlib import closing
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Iterable
 
 import numpy as np
-from tqdm import tqdm
 
 from data import Row, Source, clean_text
 from data.answers import collect_spellings
 from data.decode import Window
-from data.images import StoredImage, map_images, store_image
+from data.images import decoder_version, store_image
 from data.labels import split_labels
 from data.leaks import refuse_leaks
 from data.pack import PACK_VERSION, SAMPLE_DTYPE, SPLITS
+from data.partial import Done, HashedFile, open_part
+from data.progress import progress
 from data.summary import PackedImages, TableReport, source_name, summarise
-from m3ae_mini.config import UserError, require
+from m3ae_mini.config import require
 
 MAX_BAD_SHARE = 0.05   # of the images: if more are missing or unreadable, no pack is written
 
@@ -44,17 +42,19 @@ def write_pack(rows: Iterable[Row], out: Path | str, name: str, task: str, size:
                allow_missing: bool = False, overwrite: bool = False,
                fit: str = "crop", window: Window | None = None,
                table: TableReport | None = None, allow_leaks: bool = False,
-               several_labels: bool = False) -> dict:
+               several_labels: bool = False, wait: bool = False) -> dict:
     """Write the pack `out` with images of `size` × `size` pixels -> its meta.json
 
     root: images outside this folder are refused. fit, window: as in images.square and
     decode.decode. table: what the reader of a user's table fills in while `rows` are read.
-    several_labels: a row may have several, though none of these has (else the rows tell).
+    several_labels: a row may have several, though none of these has (else the rows tell). wait:
+    for another process that writes `out`.
 
     UserError if `out` exists (unless it is a pack and `overwrite` is set) or cannot be written,
     if more than 5 % of the images are missing or unreadable (unless `allow_missing`), if the
-    table's own splits leak (leaks.py; unless `allow_leaks`), or if no training row is left. On an
-    error nothing is left behind; after a SIGKILL a folder OUT.tmp-PID.
+    table's own splits leak (leaks.py; unless `allow_leaks`), or if no training row is left.
+    `out` appears when it is whole. A call that ends before that leaves the images decoded so far
+    in OUT.part, where an equal call continues (partial.py).
     """
     out = Path(out)
     require(overwrite or not out.exists(),
@@ -64,20 +64,21 @@ def write_pack(rows: Iterable[Row], out: Path | str, name: str, task: str, size:
 
     # Missing images, and leaks between files, are found now: decoding may take hours.
     with collect_spellings() as spellings:
-        kept, skipped = filter_rows(rows, task)
+        kept, skipped = filter_rows(progress(rows, "reading", "rows"), task)
     bad = find_bad_images(kept, root, allow_missing)
     refuse = table is not None and table.split_given and not allow_leaks
     if refuse:
         refuse_leaks(kept, task, content=str)
 
-    with atomic_dir(out, overwrite) as folder:
+    settings = {"version": PACK_VERSION, "size": size, "fit": fit, "window": window,
+                "decoder": decoder_version()}
+    with open_part(out, overwrite, settings, wait) as part:
         # Decode and write the images. Those that cannot be read join the bad ones.
         files: dict[str, dict] = {}   # name: {"bytes": …, "sha256": …}
         good = [source for source in dict.fromkeys(row.image for row in kept) if source not in bad]
         store = partial(store_image, size=size, fit=fit, window=window)
-        with (closing(map_images(store, good, workers)) as results,
-              tqdm(results, total=len(good), desc=name, unit="image", disable=None) as progress):
-            images = write_images(folder, files, zip(good, progress, strict=True), bad)
+        with closing(part.images(store, good, workers, files)) as results:
+            images = write_offsets(part.pack, files, zip(good, results, strict=True), bad)
 
         # Rows without an image are skipped, too. What is left must be enough to train on.
         skipped += [skip_entry(row, *bad[row.image]) for row in kept if row.image in bad]
@@ -88,9 +89,11 @@ def write_pack(rows: Iterable[Row], out: Path | str, name: str, task: str, size:
         meta = describe(kept, skipped, name, task, size, fit, window, several_labels)
 
         # Write the texts and what is known of them, the rows that were skipped, the summary.
+        folder = part.pack
         write_samples(folder, files, kept, images.index, meta["labels"], meta["groups"], root)
         with HashedFile(folder / "skipped.jsonl", files) as file:
-            file.write(b"".join(map(json_line, skipped)))
+            for entry in skipped:
+                file.write(json_line(entry))
         with HashedFile(folder / "summary.txt", files) as file:
             summary = summarise(meta, kept, images, spellings, table, root)
             file.write(summary.encode("utf-8", "replace"))
@@ -168,19 +171,32 @@ def unusable(source: Source, root: Path | None) -> str | None:
     if callable(source):
         return None
     try:
-        if root is not None and not Path(os.path.realpath(source)).is_relative_to(root):
+        if root is not None and not _real_path(source).is_relative_to(root):
             return OUTSIDE
     except ValueError:   # no system call takes a NUL, or half a surrogate pair
         return MISSING
     return None if os.path.isfile(source) else MISSING
 
 
+def _real_path(path: Path) -> Path:
+    """The path without links and ".."; a folder is looked up once, as many images share it."""
+    folder, name = os.path.split(path)
+    real = os.path.join(_real_folder(folder), name)
+    return Path(os.path.realpath(real) if name == ".." or os.path.islink(real) else real)
+
+
+@lru_cache(1024)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
 def find_bad_images(rows: list[Row], root: Path | None, allow_missing: bool) -> "BadImages":
     """The images of the rows that cannot be used, as far as is known without opening them."""
+    _real_folder.cache_clear()   # links may have changed since an earlier call
     sources = list(dict.fromkeys(row.image for row in rows))
     bad = BadImages(len(sources), allow_missing)
     real_root = root and Path(os.path.realpath(root))
-    for source in sources:
+    for source in progress(sources, "checking", "images", len(sources)):
         if reason := unusable(source, real_root):
             bad[source] = (reason, None)
     bad.check()
@@ -206,24 +222,18 @@ class BadImages(dict):
 
 # ---------------------------------------------------------------------------------------- the files
 
-def write_images(folder: Path, files: dict[str, dict],
-                 results: Iterable[tuple[Source, StoredImage | str]],
-                 bad: BadImages) -> PackedImages:
-    """Write images.bin and offsets.npy -> the images that could be read.
-
-    results: pairs of a source and what map_images yields for it.
-    """
+def write_offsets(folder: Path, files: dict[str, dict], results: Iterable[tuple[Source, Done]],
+                  bad: BadImages) -> PackedImages:
+    """Go through the images, then write offsets.npy -> those that could be read."""
     images = PackedImages()
-    offsets = [0]
-    with HashedFile(folder / "images.bin", files) as file:
-        for source, result in results:
-            if isinstance(result, str):
-                bad[source] = (UNREADABLE, result)
-                bad.check()
-            else:
-                file.write(result.pixels)
-                offsets.append(offsets[-1] + len(result.pixels))
-                images.add(source, result, hashlib.sha256(result.pixels).digest())
+    offsets = array("q", [0])
+    for source, done in results:
+        if done.why is not None:
+            bad[source] = (UNREADABLE, done.why)
+            bad.check()
+        else:
+            offsets.append(offsets[-1] + done.length)
+            images.add(source, bytes.fromhex(done.sha256), done.notes, done.cut)
     with HashedFile(folder / "offsets.npy", files) as file:
         np.save(file, np.array(offsets, dtype=np.int64))
     return images
@@ -238,96 +248,29 @@ def write_samples(folder: Path, files: dict[str, dict], rows: list[Row],
     group_index = {group: i for i, group in enumerate(groups)}
     text_index: dict[str, int] = {}
 
-    lines: list[bytes] = []
-    start = 0   # of a line in samples.jsonl
-    for i, row in enumerate(rows):
-        # The line, with the keys that are known.
-        line = {"image": image_index[row.image], "text": row.text, "split": row.split}
-        optional = {"answer": row.answer, "closed": row.closed, "label": row.label,
-                    "group": row.group, "patient": row.patient}
-        line |= {key: value for key, value in optional.items() if value is not None}
-        line["source"] = source_name(row.image, root)
-        lines.append(json_line(line))
+    with HashedFile(folder / "samples.jsonl", files) as file:
+        for i, row in enumerate(progress(rows, "writing", "rows", len(rows))):
+            # The line, with the keys that are known.
+            line = {"image": image_index[row.image], "text": row.text, "split": row.split}
+            optional = {"answer": row.answer, "closed": row.closed, "label": row.label,
+                        "group": row.group, "patient": row.patient}
+            line |= {key: value for key, value in optional.items() if value is not None}
+            line["source"] = source_name(row.image, root)
 
-        # The same as numbers; -1 means unknown.
-        table["image"][i] = image_index[row.image]
-        table["text"][i] = text_index.setdefault(row.text, len(text_index))
-        table["label"][i] = label_index.get(row.label, -1)
-        table["group"][i] = group_index.get(row.group, -1)
-        table["closed"][i] = -1 if row.closed is None else row.closed
-        table["line"][i] = start
-        start += len(lines[-1])
+            # The same as numbers; -1 means unknown.
+            table["image"][i] = image_index[row.image]
+            table["text"][i] = text_index.setdefault(row.text, len(text_index))
+            table["label"][i] = label_index.get(row.label, -1)
+            table["group"][i] = group_index.get(row.group, -1)
+            table["closed"][i] = -1 if row.closed is None else row.closed
+            table["line"][i] = file.file.tell()
+            file.write(json_line(line))
 
     with HashedFile(folder / "samples.npy", files) as file:
         np.save(file, table)
-    with HashedFile(folder / "samples.jsonl", files) as file:
-        file.write(b"".join(lines))
 
 
 def json_line(entry: dict) -> bytes:
     """A line of a JSON lines file, in UTF-8."""
     # Half a surrogate pair is legal in JSON but not in UTF-8: it turns into a question mark.
     return (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "replace")
-
-
-class HashedFile:
-    """A file to write to, hashed as it is written. On success it is flushed to the disk, and
-    files[name] gets its size and checksum."""
-
-    def __init__(self, path: Path, files: dict[str, dict]):
-        self.name = path.name
-        self.files = files
-        self.file = open(path, "wb")
-        self.digest = hashlib.sha256()
-
-    def __enter__(self) -> "HashedFile":
-        return self
-
-    def write(self, part: bytes) -> None:
-        self.file.write(part)
-        self.digest.update(part)
-
-    def __exit__(self, error_type, *_) -> None:
-        with self.file:
-            if error_type is None:
-                self.file.flush()
-                os.fsync(self.file.fileno())
-                self.files[self.name] = {"bytes": self.file.tell(),
-                                         "sha256": self.digest.hexdigest()}
-
-
-@contextmanager
-def atomic_dir(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder next to `out`, renamed to `out` when the block succeeds, else removed.
-
-    UserError if it cannot be written, or if `out` was created meanwhile (unless `overwrite`).
-    """
-    target = out.resolve()   # follows a link, and gives "." a name
-    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    replaced = target.with_name(f"{target.name}.old-{os.getpid()}")
-    _warn_of_leftovers(out, target)
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if target.exists():
-            require(overwrite, f"{out} was created meanwhile and is not replaced: choose another "
-                               "--out, or replace it with --overwrite")
-            target.rename(replaced)
-        temporary.rename(target)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror or error}): "
-                        "make room or choose another --out") from None
-    finally:
-        if replaced.exists() and not target.exists():   # interrupted between the two renames
-            replaced.rename(target)
-        for leftover in temporary, replaced:
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _warn_of_leftovers(out: Path, target: Path) -> None:
-    """Name the folders that a killed preparation of the same pack has left."""
-    advice = {"tmp": "remove it", "old": f"remove it, or, if {out} is gone, rename it back"}
-    for suffix, mend in advice.items():
-        for folder in target.parent.glob(f"{glob.escape(target.name)}.{suffix}-*"):
-            print(f"prepare: {folder} belongs to another preparation: if that one was killed, "
-                  f"{mend}", file=sys.stderr)

@@ -309,7 +309,7 @@ def test_five_percent_of_the_images_may_be_missing(records, tmp_path):
     (records / "images" / "5.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="2 of 22 images cannot be packed, the first is .*4.png"):
         packed(records, tmp_path / "pack")
-    assert listing(tmp_path) == ["records"]
+    assert listing(tmp_path) == ["pack.part", "records"]       # four images were decoded
 
     meta = packed(records, tmp_path / "allowed", allow_missing=True)
     assert meta["images"] == 20
@@ -371,22 +371,21 @@ def test_an_interrupt_between_the_renames(records, tmp_path, monkeypatch):
     packed(records, out)
 
     def first_alone(source, target):
-        if ".tmp-" in source.name:
+        if source.parent.name == "pack.part" and source.name == "pack":
             raise KeyboardInterrupt
         return rename(source, target)
-    monkeypatch.setattr(Path, "rename", first_alone)
-    with pytest.raises(KeyboardInterrupt):
-        packed(records, out, size=8, overwrite=True)
-    assert Pack(out).size == 16 and listing(tmp_path) == ["pack", "records"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", first_alone)
+        with pytest.raises(KeyboardInterrupt):
+            packed(records, out, size=8, overwrite=True)
+    assert Pack(out).size == 16 and listing(tmp_path) == ["pack", "pack.part", "records"]
 
-
-def test_what_a_killed_preparation_left_is_named(records, tmp_path, capsys):
-    (tmp_path / "pack.tmp-1").mkdir()
-    (tmp_path / "pack.old-1").mkdir()
-    packed(records, tmp_path / "pack")
-    told = capsys.readouterr().err
-    assert "pack.old-1 belongs to another preparation" in told and "rename it back" in told
-    assert "pack.tmp-1 belongs to another preparation: if that one was killed, remove it" in told
+    os.rename(out, tmp_path / "pack.part" / "old")             # what a kill there leaves
+    with pytest.raises(UserError, match="was created meanwhile"):
+        packed(records, out, size=8)
+    assert Pack(out).size == 16
+    packed(records, out, size=8, overwrite=True)
+    assert Pack(out).size == 8 and listing(tmp_path) == ["pack", "records"]
 
 
 def test_phantoms_drawn_twice_at_once_are_one_pack(tmp_path, monkeypatch):
@@ -416,31 +415,6 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
         write_pack(rows_of(40), tmp_path / "pack", "drawn", "pretrain", 8, workers=2)
     assert listing(tmp_path) == []
-
-
-def test_an_interrupt_leaves_nothing(tmp_path):
-    root = tmp_path / "root"
-    root.mkdir()
-    noise(300, 300, 3).save(root / "0.png")
-    for i in range(1, 5000):   # half a minute of work
-        os.link(root / "0.png", root / f"{i}.png")
-    lines = [f"{i}.png,Caption {i},train" for i in range(5000)]
-    (root / "table.csv").write_text("\n".join(["image,text,split"] + lines))
-    (tmp_path / "packs").mkdir()
-
-    process = subprocess.Popen(
-        [sys.executable, "-m", "data.prepare", "table", "--root", root, "--out", tmp_path / "packs" / "p"],
-        cwd=REPO, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a background job ignores it
-    deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
-        if any(file.stat().st_size for file in tmp_path.glob("packs/p.tmp-*/images.bin")):
-            os.killpg(process.pid, signal.SIGINT)   # Ctrl-C reaches every process of the terminal
-            break
-        time.sleep(0.01)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and said.endswith("prepare: interrupted, nothing was written\n")
-    assert "Traceback" not in said and listing(tmp_path / "packs") == []
 
 
 def test_a_sheet_of_a_damaged_pack(records, tmp_path):

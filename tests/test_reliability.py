@@ -406,7 +406,7 @@ class Peeking:
         self.out, self.found = out, found
 
     def __call__(self, size):
-        for folder in (self.out, *self.out.parent.glob("pack.tmp-*")):
+        for folder in (self.out, *self.out.parent.glob("pack.part/pack")):
             with pytest.raises(UserError, match="there is no pack at"):
                 Pack(folder)
             self.found.append(folder)
