@@ -3,7 +3,6 @@
 decode.py reads a file, square resizes the image, store_image makes the bytes that images.bin
 holds. map_images does this, or anything else, for many images in several processes.
 """
-import gc
 import hashlib
 import os
 import signal
@@ -140,7 +139,6 @@ def _start_worker() -> None:
     ends when the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    gc.freeze()   # a collection would copy the parent's rows, page by page, into each worker
 
     def end_with_parent() -> None:
         parent_process().join()

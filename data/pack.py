@@ -22,6 +22,7 @@ from typing import Iterator
 
 import numpy as np
 
+from data.progress import progress
 from m3ae_mini.config import UserError, require
 
 PACK_VERSION = 2
@@ -245,7 +246,7 @@ class Pack:
     def _encode_texts(self, tokenizer) -> np.ndarray:
         """Offsets (N+1,), tokens (n,) and their checksum in one table, uint32 (N + n + 2,)."""
         lengths, parts = [0], []
-        lines = self.lines()
+        lines = progress(self.lines(), "encoding", "texts", len(self.samples))
         while texts := [line["text"] for line in islice(lines, 4096)]:
             for ids, starts in tokenizer.encode(texts):
                 lengths.append(len(ids))

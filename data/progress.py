@@ -30,7 +30,7 @@ def progress(items: Iterable[Item], what: str, unit: str, total: int | None = No
         now = time.monotonic()
         if now >= due:
             line = progress_line(what, unit, done, count, now - began, total)
-            print(f"prepare: {line}", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
             due = now + LINE_SECONDS
 
 

@@ -14,6 +14,7 @@ val, 80 % train. The result is the same every time. A TableReport says what was 
 """
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Iterator
 
@@ -131,6 +132,7 @@ def _fields(record: dict, location: str, report: TableReport) -> dict[str, str]:
     return fields
 
 
+@lru_cache(1024)
 def _plain(name: str) -> str:
     """A column's name without case, blanks and underscores: "Patient ID" is "patientid"."""
     return re.sub(r"[\W_]+", "", name.lower())

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.progress import progress
 from m3ae_mini.config import RunConfig, TrainConfig, require
 from m3ae_mini.loader import Samples
 from m3ae_mini.tokenizer import FILES, SPECIAL, Tokenizer
@@ -35,7 +36,8 @@ def choose_tokenizer(train_cfg: TrainConfig, run_cfg: RunConfig,
     require(not (init or train_cfg.init_text),
             f"{train_cfg.init_text or init} has no tokenizer (it would be {' or '.join(FILES)}): "
             "give one with --tokenizer")
-    return Tokenizer.train(texts, train_cfg.tokenizer_vocab)
+    shown = progress(texts, "training the tokenizer", "texts")
+    return Tokenizer.train(shown, train_cfg.tokenizer_vocab)
 
 
 def text_notes(tokenizer: Tokenizer, *parts: Samples) -> list[str]:

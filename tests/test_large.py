@@ -327,10 +327,10 @@ def test_a_log_gets_a_line_every_half_a_minute(monkeypatch, capsys):
     assert capsys.readouterr().err == ""                       # soon done
     assert len(list(progress.progress(items(100, 1), "packing", "images", 12_100, 12_000))) == 100
     assert capsys.readouterr().err.splitlines() == [
-        f"prepare: packing: {12_000 + at:,} of 12,100 images, 60 a minute, {left} left"
+        f"packing: {12_000 + at:,} of 12,100 images, 60 a minute, {left} left"
         for at, left in ((4, "2 min"), (34, "2 min"), (64, "36 s"), (94, "6 s"))]
     list(progress.progress(items(100, 0.0625), "reading", "rows"))
-    assert capsys.readouterr().err == "prepare: reading: 64 rows, 16 a second\n"
+    assert capsys.readouterr().err == "reading: 64 rows, 16 a second\n"
 
 
 @pytest.mark.parametrize("seconds, words", [(0, "0 s"), (59, "59 s"), (59.5, "1 min"), (60, "1 min"),
