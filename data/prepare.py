@@ -170,7 +170,8 @@ def command_line() -> argparse.ArgumentParser:
              "or test")
     add("--allow_missing", action="store_true",
         help="continue if more than 5 %% of the images are missing or unreadable")
-    add("--overwrite", action="store_true", help="replace the pack if there is one")
+    add("--overwrite", action="store_true", help="replace the pack, or begin anew a stopped "
+                                                 "preparation with other flags")
     add("--workers", type=positive, help="processes that decode (default: one per core)")
     add("--show", type=Path, metavar="PACK", help="draw a contact sheet of a pack")
     add("--verify", type=Path, metavar="PACK",

@@ -95,7 +95,9 @@ def test_a_preparation_that_is_killed_is_continued(folder, tmp_path, moment):
     """SIGKILL: the work since the journal was last written is lost. The workers end, too."""
     script = tmp_path / "script.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(REPO)!r})\n"
-                      "from data import partial, prepare\npartial.SYNC_SECONDS = 0.1\n"
+                      "import time\nfrom data import partial, prepare\npartial.SYNC_SECONDS = 0.1\n"
+                      "as_done = partial.as_done\n"             # slowly, so that the kill comes in time
+                      "partial.as_done = lambda *known: time.sleep(0.01) or as_done(*known)\n"
                       "sys.exit(prepare.main())\n")
     flags = ["table", "--root", str(folder), "--size", "16", "--workers", "2", "--out"]
     command = [sys.executable, script, *flags]
