@@ -2,11 +2,13 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,14 +17,19 @@ sys.path.insert(0, str(Path(__file__).parent / "experiments"))
 import ablate
 import results
 import train
+from data import phantoms
+from m3ae_mini import M3AE
 from m3ae_mini.config import UserError
-from test_loader import CAPTIONS, write_pack
+from m3ae_mini.loader import Samples
+from m3ae_mini.tokenizer import Tokenizer
+from test_loader import CAPTIONS, settings, write_pack
 from test_readme import parsed
 from test_train import SMALL
 
 DIFFS = sorted(path.stem for path in ablate.DIFFS.glob("*.diff"))
 CHANGED_LOSS = {"mlp_pixel_decoder": "mim_loss", "transformer_text_head": "mlm_loss",
-                "perturbed_input": "mim_loss", "mask_schedule": "mim_loss"}
+                "perturbed_input": "mim_loss", "mask_schedule": "mim_loss",
+                "xlip": "mim_loss"}
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +89,17 @@ def test_a_diff_applies_trains_and_changes_its_loss(name, losses):
     assert before.get(loss) != after[loss] if loss else before != after
 
 
-def objectives_of(name, code_of):
-    """The package's objectives.py as a row has it, beside the other files as they are."""
-    file = code_of(name) / "m3ae_mini" / "objectives.py"
-    spec = importlib.util.spec_from_file_location(f"m3ae_mini.objectives_{name}", file)
+def module_of(name, code_of, file):
+    """A file of the project as a row has it, beside the other files as they are."""
+    path, package = code_of(name) / file, ".".join(Path(file).parts[:-1])
+    spec = importlib.util.spec_from_file_location(f"{package}.{path.stem}_{name}".lstrip("."), path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def objectives_of(name, code_of):
+    return module_of(name, code_of, "m3ae_mini/objectives.py")
 
 
 @pytest.mark.parametrize("name, mixes", [("unchanged", True), ("mlp_pixel_decoder", False)])
@@ -138,6 +149,93 @@ def test_the_target_is_the_image_before_it_is_perturbed(code_of, small_config, r
         assert torch.isclose(out["mim_loss"], error[out["mim_hidden"] == 1].mean())
         assert torch.equal(seen[-1], batch["image"]) != training
 
+
+# ------------------------------------------------------------------- diffs after neighbouring papers
+
+NEIGHBOURS = {"xlip": "2407.19546"}
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_a_neighbour_says_whose_idea_it_is_and_what_is_ours(name):
+    head = (ablate.DIFFS / f"{name}.diff").read_text().partition("diff --git")[0]
+    for words in NEIGHBOURS[name], "not a reproduction", "\nOurs":
+        assert words in head
+    assert len(ablate.what(name)) < 100
+
+
+def test_xlip_hides_what_answers_to_the_words(code_of):
+    """Two words, padding behind them; patch 2 answers to both, 0 and 1 are alike."""
+    hide = module_of("xlip", code_of, "train.py").hide_responsive
+    text = torch.tensor([[[0.0, 8.0, 4.0], [0.0, 4.0, 8.0], [9.0, 0.0, 0.0]]])    # (1, T, D)
+    patches = torch.tensor([[[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.5, 0.0]]])
+    model = SimpleNamespace(
+        encode_text=lambda ids, mask: text,
+        encode_image=lambda image: torch.cat([100 + patches[:, :1], patches], dim=1))
+    batch = {"text_ids": None, "text_mask": torch.tensor([[1, 1, 0]]), "image": None,
+             "mim_noise": torch.tensor([[0.9, 0.1, 0.5, 0.2]])}
+    noise = hide(model, batch)["mim_noise"]
+    assert noise.argsort().tolist() == [[1, 0, 3, 2]]      # the noise decides between 0 and 1
+    assert torch.isclose(noise.sum(), torch.tensor(2.0), atol=1e-4)    # each word gives 1
+    tuning = {"text_ids": None, "text_mask": None, "image": None}
+    assert hide(model, tuning) is tuning
+
+
+@pytest.mark.parametrize("whole_word", [True, False])
+def test_xlip_masks_names_of_findings_first(whole_word, code_of, tmp_path):
+    module = module_of("xlip", code_of, "train.py")
+    captions = [phantoms.caption(phantoms.make_scene(0, number)) for number in range(60)]
+    pack, _ = write_pack(tmp_path / "pack", captions, {"train": 60})
+    tokenizer = Tokenizer.train(captions * 9, 600)
+    cfg, train_cfg = settings(tokenizer, mlm_ratio=0.3, whole_word=whole_word)
+    names = [*phantoms.SYNONYMS.values(), *sum(phantoms.FINDINGS.values(), ()),
+             *(word for pair in phantoms.PLACES.values() for word in pair)]
+    entities = set(" ".join(names).split())
+
+    def masked_words(samples_of):
+        samples = samples_of([pack], "train", tokenizer, cfg, train_cfg)
+        images = np.empty((60, 3, 16, 16), np.uint8)
+        labels = samples.batch(np.arange(60), 0, 0, 0, images)["mlm_labels"]
+        return [[word.strip() for word in tokenizer.words(row[row != -100])] for row in labels]
+
+    masked, plain = masked_words(module.EntitySamples), masked_words(Samples)
+    assert masked_words(module.EntitySamples) == masked
+    for words, row, caption in zip(masked, plain, captions):
+        assert len(words) == len(row)
+        known = [word for word in re.findall(r"\w+", caption.lower()) if word in entities]
+        assert sum(word in entities for word in words) == min(len(words), len(known))
+    share = [sum(word in entities for words in part for word in words) / sum(map(len, part))
+             for part in (plain, masked)]
+    assert share[0] < 0.7 and share[1] > 0.9
+
+
+def test_xlip_hides_in_training_and_validates_with_random_masks(code_of, tmp_path, monkeypatch):
+    module = module_of("xlip", code_of, "train.py")
+    write_pack(tmp_path / "pack", CAPTIONS, {"train": 16, "val": 8})
+    encode, train_all, seen = M3AE.encode_visible, module.fit, []
+
+    def encode_visible(self, image, noise):
+        if noise.device.type != "meta":                                # the dry run's
+            seen.append((self.training, noise.mean().item()))
+        return encode(self, image, noise)
+
+    def fit(model, net, optimizer, scaler, train, *more):
+        assert isinstance(train, module.EntitySamples)
+        return train_all(model, net, optimizer, scaler, train, *more)
+
+    monkeypatch.setattr(module, "fit", fit)
+    monkeypatch.setattr(M3AE, "encode_visible", encode_visible)
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--steps", "1",
+                                      "--data", str(tmp_path / "pack"), "--out", str(tmp_path / "x")])
+    module.main()
+    assert [training for training, _ in seen].count(True) == 2         # micro-batches
+    for training, mean in seen:
+        # A caption has 10 to 18 tokens here, whose responses are shared by 16 patches.
+        assert 0.6 < mean < 1.2 if training else 0.4 < mean < 0.6
+    log = (tmp_path / "x" / "metrics.jsonl").read_text()
+    assert '"itc_loss"' in log.splitlines()[0]
+
+
+# ------------------------------------------------------------------------------------------- table
 
 def test_the_table_holds_what_has_finished(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "ROOT", tmp_path)
