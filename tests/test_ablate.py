@@ -21,6 +21,7 @@ from data import phantoms
 from m3ae_mini import M3AE
 from m3ae_mini.config import UserError
 from m3ae_mini.loader import Samples
+from m3ae_mini.model import patchify
 from m3ae_mini.tokenizer import Tokenizer
 from test_loader import CAPTIONS, settings, write_pack
 from test_readme import parsed
@@ -29,7 +30,7 @@ from test_train import SMALL
 DIFFS = sorted(path.stem for path in ablate.DIFFS.glob("*.diff"))
 CHANGED_LOSS = {"mlp_pixel_decoder": "mim_loss", "transformer_text_head": "mlm_loss",
                 "perturbed_input": "mim_loss", "mask_schedule": "mim_loss",
-                "xlip": "mim_loss"}
+                "xlip": "mim_loss", "semmim": "semmim_loss"}
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,7 @@ def test_the_target_is_the_image_before_it_is_perturbed(code_of, small_config, r
 
 # ------------------------------------------------------------------- diffs after neighbouring papers
 
-NEIGHBOURS = {"xlip": "2407.19546"}
+NEIGHBOURS = {"xlip": "2407.19546", "semmim": "2403.00249"}
 
 
 @pytest.mark.parametrize("name", NEIGHBOURS)
@@ -233,6 +234,53 @@ def test_xlip_hides_in_training_and_validates_with_random_masks(code_of, tmp_pat
         assert 0.6 < mean < 1.2 if training else 0.4 < mean < 0.6
     log = (tmp_path / "x" / "metrics.jsonl").read_text()
     assert '"itc_loss"' in log.splitlines()[0]
+
+
+def test_semmim_restores_encodings_of_the_whole_image(code_of, small_config, random_batch):
+    """The loss, written out; the patches most like the text are the hidden ones."""
+    cfg = small_config()
+    torch.manual_seed(0)
+    model = objectives_of("semmim", code_of).M3AE(cfg).eval()
+    assert list(model.objectives) == ["mlm", "semmim", "itm"]
+    semmim, batch = model.objectives["semmim"], random_batch(cfg)
+    for parameter in semmim.momentum_vit.pos_embed, semmim.momentum_vit.norm_post.weight:
+        torch.nn.init.normal_(parameter)                               # now it is not the ViT
+    text = model.encode_text(batch["text_ids"], batch["text_mask"])
+    image = model.encode_image(batch["image"])
+    likeness = torch.einsum("bld,bd->bl", image[:, 1:], text[:, 0])
+    order = likeness.argsort(dim=1)                                    # (B, L)
+
+    target = semmim.momentum_vit(patchify(batch["image"], cfg.patch_size))[:, 1:]
+    var, mean = torch.var_mean(target, dim=2, keepdim=True, correction=0)
+    target = (target - mean) / (var + 1e-5).sqrt()                     # (B, L, W)
+    visible, ids_restore = model.encode_visible(batch["image"], likeness)
+    _, visible = model.fuse(text, visible, batch["text_mask"], depth=cfg.mim_layer)
+    pred = semmim.decode(visible, ids_restore)                         # (B, L, W)
+    error = (pred - target).square().mean(-1).gather(1, order[:, 4:])  # 4 of 16 are visible
+    out = model(batch)
+    assert torch.isclose(out["semmim_loss"], error.mean())
+    total = out["mlm_loss"] + out["semmim_loss"] + out["itm_loss"]
+    assert torch.isclose(out["loss"], total)
+
+
+def test_semmim_moves_its_copy_in_training_alone(code_of, small_config, random_batch):
+    cfg = small_config()
+    torch.manual_seed(0)
+    model = objectives_of("semmim", code_of).M3AE(cfg)
+    copy = model.objectives["semmim"].momentum_vit
+    for mean, new in zip(copy.parameters(), model.vit.parameters(), strict=True):
+        assert torch.equal(mean, new) and not mean.requires_grad
+    with torch.no_grad():
+        model.vit.cls_token += 1
+    before = copy.cls_token.clone()
+    model.eval()(random_batch(cfg))
+    assert torch.equal(copy.cls_token, before)
+    model.train()(random_batch(cfg))["loss"].backward()
+    assert torch.allclose(copy.cls_token, before + 0.01, atol=1e-6)
+    assert all(parameter.grad is None for parameter in copy.parameters())
+    state = model.state_dict()
+    assert {name for name in state if "momentum" in name} == {
+        f"objectives.semmim.momentum_vit.{name}" for name in model.vit.state_dict()}
 
 
 # ------------------------------------------------------------------------------------------- table
