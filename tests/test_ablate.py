@@ -19,9 +19,10 @@ import results
 import train
 from data import phantoms
 from m3ae_mini import M3AE
-from m3ae_mini.config import UserError
+from m3ae_mini.config import TrainConfig, UserError
 from m3ae_mini.loader import Samples
 from m3ae_mini.model import patchify
+from m3ae_mini.objectives import loss_weights
 from m3ae_mini.tokenizer import Tokenizer
 from test_loader import CAPTIONS, settings, write_pack
 from test_readme import parsed
@@ -30,7 +31,7 @@ from test_train import SMALL
 DIFFS = sorted(path.stem for path in ablate.DIFFS.glob("*.diff"))
 CHANGED_LOSS = {"mlp_pixel_decoder": "mim_loss", "transformer_text_head": "mlm_loss",
                 "perturbed_input": "mim_loss", "mask_schedule": "mim_loss",
-                "xlip": "mim_loss", "semmim": "semmim_loss"}
+                "xlip": "mim_loss", "semmim": "semmim_loss", "contrast_first": "itc_loss"}
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,7 @@ def test_the_target_is_the_image_before_it_is_perturbed(code_of, small_config, r
 
 # ------------------------------------------------------------------- diffs after neighbouring papers
 
-NEIGHBOURS = {"xlip": "2407.19546", "semmim": "2403.00249"}
+NEIGHBOURS = {"xlip": "2407.19546", "semmim": "2403.00249", "contrast_first": "2408.02245"}
 
 
 @pytest.mark.parametrize("name", NEIGHBOURS)
@@ -281,6 +282,36 @@ def test_semmim_moves_its_copy_in_training_alone(code_of, small_config, random_b
     state = model.state_dict()
     assert {name for name in state if "momentum" in name} == {
         f"objectives.semmim.momentum_vit.{name}" for name in model.vit.state_dict()}
+
+
+def test_the_contrast_comes_first(code_of, small_config):
+    """Of 9 steps the first three train it alone; fine-tuning keeps its weights."""
+    module, train_cfg = module_of("contrast_first", code_of, "train.py"), TrainConfig(steps=9)
+    cfg = small_config(itc=2.0, mim=0.5)
+    for step in range(9):
+        weights = module.settings_at(step, cfg, train_cfg).loss_weights
+        assert weights == ({"mlm": 0, "mim": 0, "itm": 0, "itc": 2} if step < 3 else
+                           {"mlm": 1, "mim": 0.5, "itm": 1, "itc": 0})
+    for task in "vqa", "cls", "irtr":
+        cfg = small_config(task=task, itc=1.0)
+        assert module.settings_at(0, cfg, train_cfg).loss_weights == loss_weights(cfg)
+
+
+def test_no_contrast_chooses_the_best_of_contrast_first(code_of, tmp_path, monkeypatch):
+    write_pack(tmp_path / "pack", CAPTIONS, {"train": 16, "val": 8})
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--steps", "3", "--eval_every", "1",
+                                      "--data", str(tmp_path / "pack"), "--out", str(tmp_path / "x")])
+    module_of("contrast_first", code_of, "train.py").main()
+    lines = list(map(json.loads, open(tmp_path / "x" / "metrics.jsonl")))
+    trained = [line for line in lines if line["split"] == "train"]
+    assert trained[0]["loss"] == pytest.approx(trained[0]["itc_loss"], rel=1e-5)
+    for line in trained[1:]:
+        total = line["mlm_loss"] + line["mim_loss"] + line["itm_loss"]
+        assert line["loss"] == pytest.approx(total, rel=1e-5)
+    for line in lines:
+        if line["split"] == "val":
+            score = line["itm_acc"] + line["mlm_acc"] - line["mim_loss"]
+            assert line["score"] == pytest.approx(score, rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------- table
