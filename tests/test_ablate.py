@@ -79,7 +79,7 @@ def test_a_diff_is_small_and_of_one_file(name):
     assert len(files) == 1 and files[0].startswith(("+++ b/m3ae_mini/", "+++ b/train.py"))
     added = [line for line in lines if line[0:1] == "+" and not line.startswith("+++ ")]
     removed = [line for line in lines if line[0:1] == "-" and not line.startswith("--- ")]
-    assert len(added) <= 30 and len(added) + len(removed) <= 40
+    assert len(added) + len(removed) <= 40
     assert max(map(len, added)) <= 101
 
 
@@ -264,7 +264,7 @@ def test_semmim_restores_encodings_of_the_whole_image(code_of, small_config, ran
     assert torch.isclose(out["loss"], total)
 
 
-def test_semmim_moves_its_copy_in_training_alone(code_of, small_config, random_batch):
+def test_semmim_moves_its_copy_once_a_step_of_training(code_of, small_config, random_batch):
     cfg = small_config()
     torch.manual_seed(0)
     model = objectives_of("semmim", code_of).M3AE(cfg)
@@ -276,12 +276,12 @@ def test_semmim_moves_its_copy_in_training_alone(code_of, small_config, random_b
     before = copy.cls_token.clone()
     model.eval()(random_batch(cfg))
     assert torch.equal(copy.cls_token, before)
-    model.train()(random_batch(cfg))["loss"].backward()
-    assert torch.allclose(copy.cls_token, before + 0.01, atol=1e-6)
+    for _ in range(2):                                 # micro-batches of one step: once is enough
+        model.train()(random_batch(cfg))["loss"].backward()
+        assert torch.allclose(copy.cls_token, before + 0.01, atol=1e-6)
     assert all(parameter.grad is None for parameter in copy.parameters())
-    state = model.state_dict()
-    assert {name for name in state if "momentum" in name} == {
-        f"objectives.semmim.momentum_vit.{name}" for name in model.vit.state_dict()}
+    names = {f"momentum_vit.{name}" for name in model.vit.state_dict()} | {"seen"}
+    assert names <= model.objectives["semmim"].state_dict().keys()      # for a run that continues
 
 
 def test_the_contrast_comes_first(code_of, small_config):
