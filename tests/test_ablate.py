@@ -154,7 +154,8 @@ def test_the_target_is_the_image_before_it_is_perturbed(code_of, small_config, r
 
 # ------------------------------------------------------------------- diffs after neighbouring papers
 
-NEIGHBOURS = {"xlip": "2407.19546", "semmim": "2403.00249", "contrast_first": "2408.02245"}
+NEIGHBOURS = {"xlip": "2407.19546", "semmim": "2403.00249", "contrast_first": "2408.02245",
+              "perturbed_input": "2602.17689"}
 
 
 @pytest.mark.parametrize("name", NEIGHBOURS)
