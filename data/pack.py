@@ -37,7 +37,8 @@ SAMPLE_DTYPE = np.dtype([("image", "<i4"), ("text", "<i4"), ("label", "<i4"), ("
 # What a line of samples.jsonl may hold.
 KEY_TYPES = {"image": int, "text": str, "split": str, "answer": str, "closed": bool,
              "label": str, "group": str, "patient": str, "source": str}
-PHANTOM_SOURCE = re.compile(r"Phantom\(seed=\d{1,9}, number=\d{1,9}\)")
+PHANTOM_SOURCE = re.compile(r"Phantom\(seed=\d{1,9}, number=\d{1,9}\)|"
+                            r"ShiftedPhantom\(seed=\d{1,9}, number=\d{1,9}, shift=[123]\)")
 
 
 class Pack:

@@ -276,3 +276,28 @@ def draw_ultrasound(size: int, rng: np.random.Generator, findings: tuple[Finding
 
 DRAWINGS = {"chest x-ray": draw_chest, "abdominal ct": draw_ct,
             "brain mri": draw_mri, "ultrasound": draw_ultrasound}
+
+
+# ---------------------------------------------------------------------------------- another scanner
+
+class Shift(NamedTuple):
+    """How another scanner shows the same body."""
+    contrast: float    # differences of grey values, as a share of ours
+    blur: float        # standard deviation, as a share of the image's width
+    noise: float       # deviations of the noise, as a multiple of ours
+
+
+SHIFTS = {1: Shift(contrast=0.85, blur=0.008, noise=1.4),
+          2: Shift(contrast=0.70, blur=0.013, noise=1.8),
+          3: Shift(contrast=0.50, blur=0.020, noise=2.4)}
+
+
+def shift_image(image: np.ndarray, noise_std: float | np.ndarray,
+                shift: int) -> tuple[np.ndarray, float | np.ndarray]:
+    """image (S, S) and its noise -> both as the scanner SHIFTS[shift] has them."""
+    contrast, blur, noise = SHIFTS[shift]
+    place = np.arange(len(image)) / len(image)                        # (S,)
+    spread = np.exp(-((place[:, None] - place) / blur) ** 2 / 2)      # (S, S)
+    spread /= spread.sum(axis=1, keepdims=True)                       # the edges lose nothing
+    image = spread @ image @ spread.T
+    return 0.5 + contrast * (image - 0.5), noise * noise_std

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from data import Row
-from data.phantom_images import DRAWINGS, SIDES, Finding, between
+from data.phantom_images import DRAWINGS, SIDES, Finding, between, shift_image
 from m3ae_mini.config import require
 
 COUNTS = {"train": 24000, "val": 1024, "test": 2048}      # images for "pretrain" and "irtr"
@@ -107,11 +107,13 @@ def make_scene(seed: int, number: int) -> Scene:
 
 # ------------------------------------------------------------------------------------------- images
 
-def render(scene: Scene, size: int, noise: bool = True) -> np.ndarray:
+def render(scene: Scene, size: int, noise: bool = True, shift: int = 0) -> np.ndarray:
     """(size, size) uint8, exactly 0 outside the body. Without noise it is the best possible
-    reconstruction."""
+    reconstruction. shift: a key of SHIFTS, another scanner."""
     rng = generator(scene.seed, scene.number, ANATOMY)
     image, body, noise_std = DRAWINGS[scene.group](size, rng, scene.findings)  # (S, S), (S, S)
+    if shift:
+        image, noise_std = shift_image(image, noise_std, shift)
     if noise:
         # The sum of two uniform numbers has a triangular density: at most 2.45 deviations.
         rng = generator(scene.seed, scene.number, NOISE)
@@ -120,17 +122,17 @@ def render(scene: Scene, size: int, noise: bool = True) -> np.ndarray:
     return np.rint(255 * np.clip(image * body, 0, 1)).astype(np.uint8)
 
 
-def draw(seed: int, number: int, size: int, noise: bool = True) -> np.ndarray:
+def draw(seed: int, number: int, size: int, noise: bool = True, shift: int = 0) -> np.ndarray:
     """(size, size) uint8: image `number` of data set `seed`."""
-    return render(make_scene(seed, number), size, noise)
+    return render(make_scene(seed, number), size, noise, shift)
 
 
 def draw_clean(lines: list[dict], size: int) -> np.ndarray:
     """The images of a pack's lines without their noise, uint8 (B, size, size)."""
     images = []
     for line in lines:
-        seed, number = map(int, re.findall(r"\d+", line["source"]))
-        images.append(draw(seed, number, size, noise=False))
+        seed, number, *shift = map(int, re.findall(r"\d+", line["source"]))
+        images.append(draw(seed, number, size, False, *shift))
     return np.stack(images)
 
 
@@ -141,6 +143,16 @@ class Phantom(NamedTuple):
 
     def __call__(self, size: int) -> Image.Image:
         return Image.fromarray(draw(self.seed, self.number, size))   # mode L
+
+
+class ShiftedPhantom(NamedTuple):
+    """A phantom as another scanner shows it. shift: a key of SHIFTS."""
+    seed: int
+    number: int
+    shift: int
+
+    def __call__(self, size: int) -> Image.Image:
+        return Image.fromarray(draw(self.seed, self.number, size, shift=self.shift))   # mode L
 
 
 # ----------------------------------------------------------------------------------------- captions
@@ -264,8 +276,8 @@ def questions(scene: Scene) -> Iterator[tuple[str, str, bool]]:
 # --------------------------------------------------------------------------------------------- rows
 
 def rows(root: Path | None, task: str, counts: dict[str, int] | None = None,
-         seed: int = 0) -> Iterator[Row]:
-    """The rows of one task; `root` is unused.
+         seed: int = 0, shift: int = 0) -> Iterator[Row]:
+    """The rows of one task; `root` is unused. shift: another scanner, for the test split alone.
 
     counts: images per split; None: COUNTS, or LABELLED for "vqa" and "cls". Each split of a
     range in RANGES has its own million image numbers. So splits never share an image, "vqa" and
@@ -283,7 +295,9 @@ def rows(root: Path | None, task: str, counts: dict[str, int] | None = None,
             scenes = (scene for scene in scenes if len(scene.findings) < 2)
 
         for scene in islice(scenes, counts.get(split, 0)):
-            image = Phantom(scene.seed, scene.number)
+            image: Phantom | ShiftedPhantom = Phantom(scene.seed, scene.number)
+            if shift and split == "test":
+                image = ShiftedPhantom(scene.seed, scene.number, shift)
             row = Row(split, image, caption(scene), group=scene.group)
             if task == "vqa":
                 for question, answer, closed in questions(scene):

@@ -23,6 +23,7 @@ from data import find_root, phantoms
 from data.exclude import mark_excluded
 from data.images import FITS
 from data.pack import Pack
+from data.phantom_images import SHIFTS
 from data.summary import TableReport
 from data.write_pack import write_pack
 from m3ae_mini.config import UserError, require
@@ -30,6 +31,7 @@ from m3ae_mini.config import UserError, require
 READERS = ("medicat medpix melinda mimic_cxr nih openi phantoms roco rocov2 slake table "
            "vqa_med_2019 vqa_rad").split()
 TASKS = ("pretrain", "vqa", "cls", "irtr")
+OWN_FLAGS = {"rephrased": "vqa_rad", "uncertain": "mimic_cxr", "shift": "phantoms"}   # of a reader
 
 
 # ------------------------------------------------------------------------------------ opening packs
@@ -57,12 +59,15 @@ def describe_packs(packs: list[Pack]) -> dict:
             "window": meta.get("window")}
 
 
-def phantom_pack(size: int, task: str) -> Path:
-    """The folder of the phantoms' pack, in packs/. It is written if it does not exist."""
-    folder = Path(f"packs/phantoms-{task}-{size}")
+def phantom_pack(size: int, task: str, shift: int = 0) -> Path:
+    """The folder of the phantoms' pack, in packs/. It is written if it does not exist.
+
+    shift: see phantoms.rows."""
+    folder = Path(f"packs/phantoms-{task}-{size}" + f"-shift{shift}" * bool(shift))
     if not folder.exists():
         try:
-            write_pack(phantoms.rows(None, task), folder, "phantoms", task, size, wait=True)
+            write_pack(phantoms.rows(None, task, shift=shift), folder, "phantoms", task, size,
+                       wait=True)
         except UserError:
             if not folder.exists():   # else another process has written the same pack
                 raise
@@ -156,6 +161,9 @@ def command_line() -> argparse.ArgumentParser:
     add("--uncertain", choices=("absent", "present", "drop"),
         help="mimic_cxr: what an uncertain label counts as; drop: leave its images out (default: "
              "absent)")
+    add("--shift", type=int, choices=(0, *SHIFTS), default=0,
+        help="phantoms: the test images come from another scanner, with less contrast, more blur "
+             "and noise: 1 little, 3 much (default: 0, the same)")
     add("--fit", choices=FITS, default="crop",
         help="crop: keep the centre square, cut the edges off; pad: keep all, add black (default: "
              "crop)")
@@ -227,10 +235,10 @@ def run(args: argparse.Namespace) -> None:
     require(args.root is not None or args.name == "phantoms",
             f"{args.name} needs --root, the data set's folder")
     require(args.root is None or args.root.exists(), f"{args.root} does not exist: correct --root")
-    require(not args.rephrased or args.name == "vqa_rad",
-            f"--rephrased is for vqa_rad: leave it out for {args.name}")
-    require(args.uncertain is None or args.name == "mimic_cxr",
-            f"--uncertain is for mimic_cxr: leave it out for {args.name}")
+    options = {flag: getattr(args, flag) for flag in OWN_FLAGS if getattr(args, flag)}
+    for flag in options:
+        require(args.name == OWN_FLAGS[flag],
+                f"--{flag} is for {OWN_FLAGS[flag]}: leave it out for {args.name}")
 
     # Read the annotations, then write the pack.
     began = time.perf_counter()
@@ -239,8 +247,6 @@ def run(args: argparse.Namespace) -> None:
     root = find_root(args.root, *markers) if markers else args.root
     is_table = args.name == "table"
     report = TableReport() if is_table else None
-    own_flags = {"rephrased": args.rephrased or None, "uncertain": args.uncertain}
-    options = {name: value for name, value in own_flags.items() if value is not None}
     rows = reader.rows(root, args.task, *([report] if is_table else []), **options)
     if is_table and root.is_file():
         root = root.parent

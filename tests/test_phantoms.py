@@ -6,7 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data import phantoms
+from data import phantoms, prepare
+from data.pack import Pack
+from data.phantom_images import SHIFTS, shift_image
 from data.phantoms import FINDINGS, RADII, SIDES, ZONES, draw, make_scene, render, rows
 from m3ae_mini.config import UserError
 
@@ -52,6 +54,74 @@ def test_the_background_is_black_and_the_noise_is_small():
         noise = (noisy - clear)[unclipped]
         assert 0.01 < noise.std() <= 0.06 and abs(noise.mean()) < 0.01
         assert np.abs(noise).max() < 0.06 * 6 ** 0.5 + 0.01
+
+
+def test_another_scanner_shows_the_same_body_worse():
+    """By Rose's criterion a person sees what stands out of the noise by 5 deviations of a mean."""
+    weakest = {0: [], 1: [], 2: [], 3: []}
+    for scene, f in FOUND[:200]:
+        rng = phantoms.generator(scene.seed, scene.number, phantoms.ANATOMY)
+        _, body, _ = phantoms.DRAWINGS[scene.group](SIZE, rng, scene.findings)
+        without = scene._replace(findings=tuple(g for g in scene.findings if g != f))
+        for shift, seen in weakest.items():
+            noisy, clear, empty = (image / 255 for image in (
+                render(scene, SIZE, shift=shift), render(scene, SIZE, False, shift),
+                render(without, SIZE, False, shift)))
+            assert not noisy[body == 0].any()
+            gap = np.abs(clear - empty)
+            inside = gap > gap.max() / 2
+            noise = (noisy - clear)[inside]
+            seen.append(gap[inside].mean() * inside.sum() ** 0.5 / max(noise.std(), 1 / 255))
+    least = {shift: min(seen) for shift, seen in weakest.items()}
+    assert least[0] > least[1] > least[2] > least[3] and least[2] > 5, least
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_what_a_shift_does(shift):
+    """A plain image only moves towards 0.5; an edge keeps its place and is as wide as stated."""
+    contrast, blur, noise = SHIFTS[shift]
+    plain, std = shift_image(np.full((90, 90), 0.9), 0.02, shift)
+    assert np.allclose(plain, 0.5 + contrast * 0.4) and std == noise * 0.02
+    edge, _ = shift_image(np.tile(np.arange(900) >= 450, (900, 1)) * 1.0, 0.0, shift)
+    edge = (edge[450] - 0.5) / contrast + 0.5                          # (900,) from 0 to 1
+    assert np.isclose(edge.sum(), 450) and edge[0] < 1e-6 < 1 - 1e-6 < edge[-1]
+    inside = (edge > 0.1587) & (edge < 0.8413)                         # one deviation each way
+    assert abs(inside.sum() / 900 - 2 * blur) < 0.002
+
+
+@pytest.mark.parametrize("task", ["pretrain", "vqa", "cls"])
+def test_only_test_images_are_shifted(task):
+    counts = {"train": 3, "val": 3, "test": 3}
+    plain, shifted = (list(rows(None, task, counts, shift=shift)) for shift in (0, 2))
+    assert [row._replace(image=None) for row in plain] == [row._replace(image=None) for row in shifted]
+    for one, other in zip(plain, shifted):
+        assert (one.image == other.image) == (one.split != "test")
+        if one.split == "test":
+            assert other.image[:2] == one.image and pickle.loads(pickle.dumps(other.image)) == other.image
+            assert np.array_equal(np.asarray(other.image(24)), draw(*one.image, 24, shift=2))
+            assert not np.array_equal(np.asarray(other.image(24)), draw(*one.image, 24))
+
+
+def test_a_pack_of_shifted_phantoms(tmp_path, capsys):
+    """Its test images are the shifted ones, and the noise floor draws them again like that."""
+    counts = {"train": 4, "val": 2, "test": 3}
+    for shift in 0, 3:
+        prepare.write_pack(rows(None, "pretrain", counts, shift=shift), tmp_path / str(shift),
+                           "phantoms", "pretrain", 24, workers=1)
+    plain, shifted = Pack(tmp_path / "0"), Pack(tmp_path / "3")
+    pixels = np.empty((2, 3, 24, 24), np.uint8)
+    for n in range(9):
+        plain.read_image(n, pixels[0])
+        shifted.read_image(n, pixels[1])
+        assert np.array_equal(*pixels) == (n < 6)
+    lines = list(shifted.lines("test"))
+    clear = phantoms.draw_clean(lines, 24)
+    assert np.array_equal(clear[0], draw(0, 2 * 10 ** 6, 24, noise=False, shift=3))
+    assert not np.array_equal(clear[0], draw(0, 2 * 10 ** 6, 24, noise=False))
+
+    flags = ["table", "--root", str(tmp_path), "--shift", "1", "--out", str(tmp_path / "x")]
+    assert prepare.main(flags) == 2
+    assert "--shift is for phantoms: leave it out for table" in capsys.readouterr().err
 
 
 def test_scenes_have_the_stated_shares():

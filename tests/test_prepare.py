@@ -393,10 +393,10 @@ def test_phantoms_drawn_twice_at_once_are_one_pack(tmp_path, monkeypatch):
     monkeypatch.setattr(phantoms, "COUNTS", {"train": 4, "val": 2, "test": 2})
     rows = phantoms.rows
 
-    def slow(root, task):
+    def slow(root, task, shift):
         monkeypatch.setattr(phantoms, "rows", rows)
         open_packs("phantoms", 16, crop=1)                     # another process, at the same time
-        return rows(root, task)
+        return rows(root, task, shift=shift)
     monkeypatch.setattr(phantoms, "rows", slow)
     assert open_packs("phantoms", 16, crop=1)[0].split["train"] == range(4)
 
