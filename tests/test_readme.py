@@ -22,6 +22,7 @@ import figures
 import finetune
 import gpu
 import results
+import shift
 import train
 import walk
 from data import phantoms, prepare, report, table
@@ -49,7 +50,7 @@ SHORT = ("--steps 1 --batch_size 8 --micro_batch 4 --eval_samples 8 --test_sampl
          "--dtype float32").split()
 SCRIPTS = {"train.py": train, "finetune.py": finetune}
 EXPERIMENTS = {f"tests/experiments/{module.__name__}.py": module
-               for module in (ablate, bench, figures, gpu, results, walk)}
+               for module in (ablate, bench, figures, gpu, results, shift, walk)}
 COUNTS = {"train": 48, "val": 16, "test": 512}     # 512: figures.py looks for certain findings
 
 
@@ -124,7 +125,8 @@ def test_flags(command, monkeypatch):
             assert "has nothing for the task" not in str(caught.value)
     elif name in EXPERIMENTS:                              # parsed, not run
         script = EXPERIMENTS[name]
-        called = {figures: "open_run", walk: "tables", gpu: "run_parts"}.get(script, "make_all")
+        called = {figures: "open_run", walk: "tables", gpu: "run_parts", shift: "row"}
+        called = called.get(script, "make_all")
         if script is bench:
             called = arguments[0]
         monkeypatch.setattr(ablate, "copy_code", lambda name: "unchanged")
