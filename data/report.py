@@ -86,4 +86,4 @@ def table_line(title: str, number: str, value: float, interval: tuple[float, flo
     if interval is not None:
         low, high = (number.format(scale * end).rstrip("%") for end in interval)
         low_to_high = f"({low} to {high})"
-    return f"  {title:27}{shown:>7}  {low_to_high:17}{note}".rstrip()
+    return f"  {title:27}{shown:>7}  {low_to_high:19}{note}".rstrip()

@@ -333,7 +333,7 @@ def test_the_ablations(tmp_path):
     for label, name in ROWS.items():
         cells = []
         for head in "questions", "classes":
-            values, default = rows[name][head], rows["unchanged"][head]
+            values, default = ([value for value, _, _ in rows[row][head]] for row in (name, "unchanged"))
             apart = min(values) > max(default) or max(values) < min(default)
             mean = f"{sum(values) / len(values):.1f}"
             cells.append(f"**{mean}**" if apart else mean)
