@@ -19,6 +19,7 @@ import m3ae_mini                       # before torch: sets OMP_WAIT_POLICY
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from data.bag_of_words import fit_bag_of_words
 from data.baselines import mean_image
 from data.confusion import draw_confusion
 from data.labels import (
@@ -138,8 +139,8 @@ def main():
     torch.manual_seed(train_cfg.seed)
     model = M3AE(data.cfg)
     if init_weights and not resume_from:
-        origin, notes = weights.load_pretrained(model, init_weights)
-        dist_env.print(weights.origin_table(model, origin, notes))
+        dist_env.print(weights.origin_table(model, *weights.load_pretrained(model, init_weights)))
+    fit_bag_of_words(model, data.train, dist_env)
     optim.freeze(model, train_cfg, data.unused)
     model.to(dist_env.device)
     keep_freed_memory()

@@ -19,6 +19,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from data.bag_of_words import fit_bag_of_words
 from data.prepare import describe_packs, open_packs
 from data.report import report_pretraining
 from data.texts import choose_tokenizer, text_notes
@@ -95,8 +96,9 @@ def main():
     torch.manual_seed(train_cfg.seed)
     model = M3AE(data.cfg)
     if init_weights and not resume_from:
-        origin, notes = weights.load_pretrained(model, init_weights)
-        dist_env.print(weights.origin_table(model, origin, notes))
+        loaded = weights.load_pretrained(model, init_weights)
+        dist_env.print(weights.origin_table(model, *loaded))
+    fit_bag_of_words(model, data.train, dist_env)
     optim.freeze(model, train_cfg, data.unused)
     model.to(dist_env.device)
     keep_freed_memory()

@@ -281,7 +281,8 @@ def search(folder: Path, query: str, packs: str, out: str | None, device: torch.
     else:
         ids, mask, _ = read_texts([query], run)
         asked = run.model.encode_text(ids, mask)                              # (1, T, D)
-        feature = itc.text_features(asked)                                    # (1, D)
+        query_batch = {"text_ids": ids, "text_mask": mask}
+        feature = itc.text_features(asked, query_batch)                       # (1, D)
 
     # The best by ITC, each image or each text once; of those the encodings are kept.
     best: dict = {}
@@ -289,7 +290,7 @@ def search(folder: Path, query: str, packs: str, out: str | None, device: torch.
         batch = loaded.batch
         if by_image:
             encoded = run.model.encode_text(batch["text_ids"], batch["text_mask"])  # (B, T, D)
-            scores = itc.scores(itc.text_features(encoded), feature)[:, 0]    # (B,)
+            scores = itc.scores(itc.text_features(encoded, batch), feature)[:, 0]    # (B,)
         else:
             encoded = run.model.encode_image(batch["image"])                  # (B, 1+L, D)
             scores = itc.scores(feature, itc.image_features(encoded))[0]      # (B,)

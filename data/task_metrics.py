@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from data.labels import join_labels, several_labels, targets
+from data.ranking import retrieval_ranks
 from data.scores import (
     auroc, confusion_matrix, intervals, macro_f1, weighted_mean, weighted_median)
 from m3ae_mini import M3AE
 from m3ae_mini.checkpoint import write_atomic
 from m3ae_mini.distributed import DistEnv
 from m3ae_mini.loader import VAL_SEED, Samples, load, validation_micro_batches
-from m3ae_mini.retrieval import retrieval_ranks
 
 # Columns of numbers, as are "p: …" and "t: …".
 NUMBERS = ("probability", "right", "in_list", "rank")

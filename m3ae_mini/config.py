@@ -89,6 +89,9 @@ class ModelConfig:
     mim: float = opt(1.0, "weight of masked image modelling; 0 leaves it out")
     itm: float = opt(1.0, "weight of image-text matching; 0 leaves it out")
     itc: float = opt(0.0, "weight of image-text contrast; 0, as in the paper, leaves it out")
+    itc_pool: str = opt("class", "what ITC compares: class (tokens) or mean (of all tokens)")
+    itc_words: int = opt(0, "ITC: size of the space of the text's bag of words; 0: without it")
+    itc_soft: float = opt(0.0, "ITC: share of the target given to texts of like words")
     loss_weights: dict = field(default_factory=dict)     # of losses without a setting of their own
 
     @classmethod
@@ -131,6 +134,11 @@ class ModelConfig:
         losses = {name: getattr(self, name) for name in ("mlm", "mim", "itm", "itc")}
         for name, weight in {**losses, **self.loss_weights}.items():
             require(0 <= weight < math.inf, f"--{name} {weight} is a weight: use 0 or more")
+        require(self.itc_pool in ("class", "mean"), "--itc_pool: use class or mean")
+        require(self.itc_words >= 0 and 0 <= self.itc_soft < 1,
+                "--itc_words: use 0 or more; --itc_soft: at least 0 and below 1")
+        require(not self.itc_soft or self.itc_words,
+                "--itc_soft compares bags of words: give --itc_words, too, such as 200")
         labels = {"vqa": self.num_answers, "cls": self.num_classes}.get(self.task, 1)
         require(labels >= 1, f"a {self.task} model needs at least one answer or class")
 
@@ -156,6 +164,7 @@ class TrainConfig:
     whole_word: bool = opt(True, "mask whole words; off: single tokens")
     hard_negatives: float = opt(0.0, "share of ITM's negatives that are of the text's own group")
     min_crop_area: float = opt(1.0, "minimum area of a training crop, as a share; 1: no crops")
+    augment: bool = opt(False, "training images: small rotations, contrast, brightness, noise")
     tokenizer_vocab: int = opt(8192, "maximum vocabulary of a tokenizer trained on the data")
     init: str = opt("", "start from this run or M³AE checkpoint; none: from random weights")
     init_image: str = opt("", "start the image encoder from this file of CLIP")

@@ -23,7 +23,9 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)         # CLIP's, of R, G, B in 0 …
 STD = (0.26862954, 0.26130258, 0.27577711)
 VAL_MICRO_BATCH = 32                             # samples of a validation micro-batch, in every run
 VAL_SEED = 0                                       # validation masks are the same in every run
-CROP_THREADS = 4                                   # that crop the images of a training batch
+CROP_THREADS = 4                      # that crop and augment the images of a training batch
+ROTATION, CONTRAST = 10, 0.3           # --augment: degrees, share; at most, to either side
+BRIGHTNESS, NOISE = 20, 14             # --augment: grey levels of 255, at most, to either side
 FALSE_TEXTS = 15                              # negatives of each right text in fine-tuned retrieval
 
 
@@ -96,12 +98,15 @@ class Samples:
         def uniform(purpose, *shape):
             return masking.uniform(seed, purpose, step, micro_batch_index, shape)
 
-        # 1. Images, in training perhaps cropped.
+        # 1. Images, in training perhaps cropped and augmented.
         crop = settings is not None and self.train_cfg.min_crop_area < 1
+        augment = settings is not None and self.train_cfg.augment
         crop_noise = uniform(masking.CROP, size, 8, 4) if crop else [None] * size
-        # Crops take time, so several threads share them; the result does not depend on that.
-        read = ThreadPoolExecutor(CROP_THREADS).map if crop else map
-        list(read(self.read_image, indices, images, crop_noise))
+        augment_noise = (uniform(masking.AUGMENT, size, 4 + cfg.image_size ** 2) if augment
+                         else [None] * size)
+        # This takes time, so several threads share it; the result does not depend on that.
+        read = ThreadPoolExecutor(CROP_THREADS).map if crop or augment else map
+        list(read(self.read_image, indices, images, crop_noise, augment_noise))
 
         # 2. Texts: truncated, between their special tokens, padded.
         token_ids = [self.token_ids(n)[:cfg.max_text_len - 2].astype(np.int64) for n in indices]
@@ -137,18 +142,19 @@ class Samples:
         noise = uniform(masking.MLM_MASK, size, cfg.max_text_len + 1, 3)[:, :ids.shape[1] + 1]
         return batch | self.mask_words(ids, starts, maskable, noise, settings)
 
-    def read_image(self, n: int, out: np.ndarray, crop_noise: np.ndarray | None = None) -> None:
+    def read_image(self, n: int, out: np.ndarray, crop_noise: np.ndarray | None = None,
+                   augment_noise: np.ndarray | None = None) -> None:
         """Read the image of sample n into out, uint8 (3, S, S).
 
         crop_noise: uniform (8, 4); it chooses a box of min_crop_area to 1 of the area, which Pillow
-        resizes."""
+        resizes. augment_noise: uniform (4 + S²,), for `perturb` and an angle."""
         if self.constant_image is not None:
             out[:] = self.constant_image
             return
         pack_index, row = self.location[n]
         pack, side = self.packs[pack_index], out.shape[-1]
         number = pack.samples["image"][row]
-        if crop_noise is None and pack.size == side:
+        if crop_noise is None and augment_noise is None and pack.size == side:
             pack.read_image(number, out)
             return
 
@@ -156,8 +162,13 @@ class Samples:
         pack.read_image(number, stored)
         box = crop_box(pack.size, self.train_cfg.min_crop_area, crop_noise)
         image = Image.fromarray(stored.transpose(1, 2, 0))
+        if augment_noise is not None:
+            angle = ROTATION * (2 * augment_noise[0] - 1)             # degrees
+            image = image.rotate(angle, Image.Resampling.BICUBIC)
         image = image.resize((side, side), Image.Resampling.BICUBIC, box=box)
         out[:] = np.asarray(image).transpose(2, 0, 1)
+        if augment_noise is not None:
+            out[:] = perturb(out, augment_noise[1:])
 
     def example(self) -> dict[str, torch.Tensor]:
         """A batch of the first two samples, on the CPU."""
@@ -234,6 +245,18 @@ def crop_box(side: int, min_area: float, noise: np.ndarray | None) -> tuple[int,
             left, top = int(x * (side - width + 1)), int(y * (side - height + 1))
             return left, top, left + width, top + height
     return 0, 0, side, side
+
+
+def perturb(image: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """image uint8 (3, S, S), noise uniform (3 + S²,) -> another contrast, brightness, and noise
+
+    The first three numbers choose how much of each, the others are the noise of the pixels."""
+    contrast, brightness, amount = noise[:3]
+    pixels = (2 * noise[3:] - 1).reshape(image.shape[1:])             # (S, S) in -1 … 1
+    mean = image.mean()
+    changed = (image - mean) * (1 + CONTRAST * (2 * contrast - 1)) + mean
+    changed += BRIGHTNESS * (2 * brightness - 1) + NOISE * amount * pixels
+    return changed.clip(0, 255).round().astype(np.uint8)
 
 
 # -------------------------------------------------------------------------------------------- order

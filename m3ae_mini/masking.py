@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 # What random numbers are for. Two purposes never share numbers.
-ORDER, MIM_MASK, MLM_MASK, NEGATIVES, CROP, DROPOUT = range(6)
+ORDER, MIM_MASK, MLM_MASK, NEGATIVES, CROP, DROPOUT, AUGMENT = range(7)
 VALIDATION = 1 << 62        # validation's step number, which training never reaches
 
 

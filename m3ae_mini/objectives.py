@@ -13,6 +13,10 @@ from .config import ModelConfig, require
 from .model import Backbone, ViTBlock, initialise, patchify
 
 
+NEVER = -1e4                           # logit of what is no candidate
+SOFT_SCALE = 0.1                       # ITC's soft targets: softmax of cosines, divided by this
+
+
 # ------------------------------------------------------------------------------------- pre-training
 
 class MLM(nn.Module):
@@ -155,14 +159,17 @@ class ITM(nn.Module):
 class ITC(nn.Module):
     """Image-text contrast: find the image of each text in the micro-batch, and vice versa.
 
-    Not in the paper; ALBEF and CLIP train it. It compares the class tokens of the two encoders,
-    before the fusion, so that a million pairs are one matrix product."""
+    Not in the paper; ALBEF and CLIP train it. It compares one vector of each encoder, before the
+    fusion, so that a million pairs are one matrix product: the class token, or with `itc_pool mean`
+    the mean of the tokens. `itc_words` adds the text's bag of words."""
     inputs = ("text", "image")
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
+        self.pool_mean, self.soft = cfg.itc_pool == "mean", cfg.itc_soft
         self.text_proj = nn.Linear(cfg.fusion_width, cfg.fusion_width, bias=False)
         self.image_proj = nn.Linear(cfg.fusion_width, cfg.fusion_width, bias=False)
+        self.words = BagOfWords(cfg) if cfg.itc_words else None
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())            # CLIP's first value
 
     def forward(self, model: Backbone, batch: dict, text: Tensor, image: Tensor) -> dict:
@@ -170,30 +177,72 @@ class ITC(nn.Module):
 
         The loss is the mean of both directions. Rows with the same image or text are not negatives
         of each other. They have equal batch["image_id"] or batch["text_id"], (B,), if given."""
-        logits = self.scores(self.text_features(text), self.image_features(image))  # (B, B)
-        targets = torch.arange(len(logits), device=logits.device)     # (B,)
-        same = torch.zeros_like(logits, dtype=torch.bool)             # (B, B)
+        logits = self.scores(self.text_features(text, batch), self.image_features(image))  # (B, B)
+        own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)   # (B, B)
+        same = torch.zeros_like(own)                                  # (B, B)
         for name in ("image_id", "text_id"):
             if name in batch:
                 same = same | (batch[name][:, None] == batch[name])
-        same = same & (targets[:, None] != targets)
-        logits = logits.masked_fill(same, -torch.inf)
-        loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+        same = same & ~own
+        logits = logits.masked_fill(same, NEVER)
+
+        # A text may fit other images a little, by how alike the words of the texts are.
+        targets = own.float()                                         # (B, B)
+        if self.soft:
+            alike = self.words.similarity(batch["text_ids"]).masked_fill(same, NEVER)  # (B, B)
+            targets = (1 - self.soft) * targets + self.soft * (alike / SOFT_SCALE).softmax(1)
+        loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets.T)) / 2
         return {"itc_loss": loss, "itc_logits": logits}
 
-    def text_features(self, text: Tensor) -> Tensor:
-        """text (B, T, D) -> (B, D) of length 1"""
-        return F.normalize(self.text_proj(text[:, 0]).float(), dim=-1)
+    def text_features(self, text: Tensor, batch: dict) -> Tensor:
+        """text (B, T, D); text_ids, text_mask (B, T) of the batch -> (B, D) of length 1"""
+        pooled = text[:, 0]                                           # (B, D)
+        if self.pool_mean:
+            mask = batch["text_mask"][..., None].to(text.dtype)       # (B, T, 1)
+            pooled = (text * mask).sum(1) / mask.sum(1)
+        feature = self.text_proj(pooled).float()                      # (B, D)
+        if self.words is not None:
+            feature = feature + self.words(batch["text_ids"]).float()
+        return F.normalize(feature, dim=-1)
 
     def image_features(self, image: Tensor) -> Tensor:
         """image (B, 1+L, D) -> (B, D) of length 1"""
-        return F.normalize(self.image_proj(image[:, 0]).float(), dim=-1)
+        pooled = image[:, 1:].mean(1) if self.pool_mean else image[:, 0]       # (B, D)
+        return F.normalize(self.image_proj(pooled).float(), dim=-1)
 
     def scores(self, text: Tensor, image: Tensor) -> Tensor:
         """Features (Q, D), (P, D) -> scores of all pairs (Q, P), scaled by at most 100"""
         device = text.device.type.replace("meta", "cpu")              # meta has no autocast
         with torch.autocast(device, enabled=False):                   # bf16 makes many scores equal
             return self.log_scale.exp().clamp(max=100) * (text.float() @ image.float().T)
+
+
+class BagOfWords(nn.Module):
+    """Which words a text has: TF-IDF, in the space of its principal components (LSA).
+
+    A few thousand texts teach an encoder too little; what is known of the words here needs no
+    training but `proj`. The rest are statistics of the training texts (data/bag_of_words.py)."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.register_buffer("idf", torch.zeros(cfg.vocab_size))      # 0: the token is not counted
+        self.register_buffer("mean", torch.zeros(cfg.vocab_size))
+        self.register_buffer("components", torch.zeros(cfg.vocab_size, cfg.itc_words))
+        self.proj = nn.Linear(cfg.itc_words, cfg.fusion_width, bias=False)
+
+    def tf_idf(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> (B, V) of length 1; how often a token occurs does not matter"""
+        present = torch.zeros(len(ids), len(self.idf), device=ids.device).scatter(1, ids, 1.0)
+        return F.normalize(present * self.idf, dim=1)
+
+    def similarity(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> cosines of TF-IDF (B, B)"""
+        tf_idf = self.tf_idf(ids)                                     # (B, V)
+        return tf_idf @ tf_idf.T
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> (B, D)"""
+        return self.proj((self.tf_idf(ids) - self.mean) @ self.components)
 
 
 # --------------------------------------------------------------------------------- downstream tasks

@@ -238,7 +238,7 @@ def read_init_files(cfg: ModelConfig, train_cfg: TrainConfig, flags: dict,
 
     # Tensors fix the architecture. Image size, lengths, dropout and losses are the user's.
     fixed = re.compile(".*_(width|heads|layers|blocks|act)|patch_size|text_max_positions|mim_layer"
-                       + "|itc" * (cfg.task == "irtr"))        # retrieval keeps the head of ITC
+                       + "|itc.*" * (cfg.task == "irtr"))      # retrieval keeps the head of ITC
     arch_fields = {name: value for name, value in found.items()
                    if fixed.fullmatch(name) and flags.get(name) is None}
     return replace(cfg, **arch_fields), init_weights

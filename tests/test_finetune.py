@@ -14,7 +14,8 @@ import train
 from data import Row, prepare
 from data.pack import Pack
 from data.task_metrics import answer_columns, figure_intervals, figures, read_table
-from m3ae_mini import M3AE, checkpoint, retrieval
+from data import ranking
+from m3ae_mini import M3AE, checkpoint
 from m3ae_mini.config import UserError
 from test_loader import FINDINGS, SIDES, SIZES
 from test_train import SMALL, logged
@@ -177,8 +178,8 @@ def test_each_task_learns_its_own_labels(pretrained, tmp_path, monkeypatch):
 
 def test_retrieval_scores_are_not_rounded_to_ties(packs, pretrained, tmp_path, monkeypatch):
     """In bf16 too: bf16's 8 bits would make many scores equal, and a tie with a wrong candidate is no hit."""
-    caught, ranks = [], retrieval.first_right
-    monkeypatch.setattr(retrieval, "first_right", lambda *args: caught.append(args[0]) or ranks(*args))
+    caught, ranks = [], ranking.first_right
+    monkeypatch.setattr(ranking, "first_right", lambda *args: caught.append(args[0]) or ranks(*args))
     started(monkeypatch, "irtr", "--data", packs["irtr"], "--init", pretrained, "--out", tmp_path / "zero",
             "--zero_shot", "--dtype", "bfloat16")
     assert (caught[0] != caught[0].bfloat16().float()).float().mean() > 0.9
@@ -274,12 +275,12 @@ def test_ranking_by_a_contrast_that_was_not_learned_is_refused(packs, pretrained
 def test_retrieval_scores_every_pair_as_one_by_one(packs, pretrained, tmp_path, monkeypatch):
     """Encoding each once gives the scores that each pair gets by itself; shared captions are all right."""
     caught = []
-    ranks = retrieval.first_right
-    monkeypatch.setattr(retrieval, "first_right", lambda *args: caught.append(args) or ranks(*args))
+    ranks = ranking.first_right
+    monkeypatch.setattr(ranking, "first_right", lambda *args: caught.append(args) or ranks(*args))
     models, report = [], finetune.report
     monkeypatch.setattr(finetune, "report", lambda model, *rest, **step: models.append(model) or report(
         model, *rest, **step))
-    monkeypatch.setattr(retrieval, "PAIRS", 3)                # several blocks
+    monkeypatch.setattr(ranking, "PAIRS", 3)                # several blocks
     started(monkeypatch, "irtr", "--data", packs["irtr"], "--init", pretrained, "--out", tmp_path / "zero",
             "--zero_shot")
     (scores, right), (turned, _) = caught
@@ -343,8 +344,8 @@ def test_texts_are_compared_whole(packs, pretrained, tmp_path, monkeypatch):
     folder.mkdir()
     rows = [row._replace(text="nodule " * 40 + row.text) for row in labelled_rows(folder, "irtr")]
     packed(rows, tmp_path / "pack", "irtr", folder)
-    ranks = retrieval.first_right
-    monkeypatch.setattr(retrieval, "first_right", lambda *args: caught.append(args[1]) or ranks(*args))
+    ranks = ranking.first_right
+    monkeypatch.setattr(ranking, "first_right", lambda *args: caught.append(args[1]) or ranks(*args))
     flags = "--data", tmp_path / "pack", "--init", pretrained, "--out", tmp_path / "zero"
     started(monkeypatch, "irtr", *flags, "--zero_shot")
     texts = {row.text for row in rows if row.split == "test"}
@@ -432,7 +433,7 @@ def test_answer_metrics_by_hand():
 def test_recall_by_hand():
     scores = torch.tensor([[3.0, 1, 2, 0], [0, 1, 2, 3], [1, 1, 1, 1]])
     right = torch.tensor([[0, 0, 1, 0], [1, 0, 0, 1], [1, 0, 0, 0]]).bool()
-    assert retrieval.first_right(scores, right).tolist() == [2, 1, 4]      # a tie is no hit
+    assert ranking.first_right(scores, right).tolist() == [2, 1, 4]      # a tie is no hit
     table = {"source": np.array(list("abcd")), "direction": np.array(["t2i"] * 3 + ["i2t"]),
              "rank": np.array([2.0, 1, 4, 20])}
     assert figures(table, "irtr") == pytest.approx({
@@ -440,7 +441,7 @@ def test_recall_by_hand():
         "i2t_r1": 0, "i2t_r5": 0, "i2t_r10": 0, "i2t_median_rank": 20})
     for bad in scores.masked_fill(right, torch.nan), torch.full((3, 12), torch.nan):
         wide = torch.nn.functional.pad(right, (0, bad.shape[1] - right.shape[1]))
-        assert retrieval.first_right(bad, wide).min() > 1
+        assert ranking.first_right(bad, wide).min() > 1
 
 
 # -------------------------------------------------------------------------------- bad input

@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from m3ae_mini import M3AE, retrieval
+from data import ranking
+from m3ae_mini import M3AE
 from m3ae_mini.config import UserError
 from m3ae_mini.objectives import ITC
 
@@ -103,13 +104,13 @@ def test_reranking_orders_the_best_candidates_by_matching(small_config, random_b
         texts = model.encode_text(batch["text_ids"], batch["text_mask"])               # (7, T, D)
         images = model.encode_image(batch["image"])                                    # (7, 1+L, D)
         itc = model.objectives["itc"]
-        scores = itc.scores(itc.text_features(texts), itc.image_features(images))      # (7, 7)
-        ranked = retrieval.rerank(model, scores, texts, batch["text_mask"], images, 3, direction,
+        scores = itc.scores(itc.text_features(texts, batch), itc.image_features(images))      # (7, 7)
+        ranked = ranking.rerank(model, scores, texts, batch["text_mask"], images, 3, direction,
                                   OneProcess())
         fc = model.objectives["irtr"].fc
         match = torch.stack([fc(model.pooled_pair(texts, image[None], batch["text_mask"]))[:, 0]
                              for image in images], dim=1)                              # (7, 7)
-        whole = retrieval.rerank(model, scores, texts, batch["text_mask"], images, 7, direction,
+        whole = ranking.rerank(model, scores, texts, batch["text_mask"], images, 7, direction,
                                  OneProcess())
     if direction == "i2t":
         scores, ranked, match, whole = scores.T, ranked.T, match.T, whole.T

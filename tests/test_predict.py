@@ -108,7 +108,7 @@ def test_search_by_words_and_by_image(packs, contrasted, images, tmp_path, monke
     pixels = np.empty((3, 16, 16), dtype=np.uint8)
     found = {}
     with torch.no_grad():
-        text = itc.text_features(run.model.encode_text(ids, mask))
+        text = itc.text_features(run.model.encode_text(ids, mask), {"text_ids": ids, "text_mask": mask})
         for line in pack.lines():
             pack.read_image(line["image"], pixels)
             image = run.model.encode_image(normalise(torch.from_numpy(pixels)[None]))

@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from . import masking
-from .distributed import DistEnv
-from .loader import VAL_SEED, Samples, load, validation_micro_batches
-from .objectives import M3AE
+from m3ae_mini import M3AE, masking
+from m3ae_mini.distributed import DistEnv
+from m3ae_mini.loader import VAL_SEED, Samples, load, validation_micro_batches
 
 PAIRS = 128                                     # (image, text) pairs of one pass through the fusion
 
@@ -33,16 +32,18 @@ def retrieval_ranks(model: M3AE, samples: Samples, dist_env: DistEnv, limit: int
     right[text_id, image_id] = True
 
     with dist_env.autocast():
-        # Texts (Q, T, D), their masks (Q, T), images (P, 1+L, D).
-        texts, masks = encode_texts(model, samples, indices[first_text], dist_env)
+        # Texts (Q, T, D), their ids and masks (Q, T), images (P, 1+L, D).
+        texts, text_batch = encode_texts(model, samples, indices[first_text], dist_env)
         images = encode_images(model, samples, indices[first_image], dist_env)
+        masks = text_batch["text_mask"]
         by, count = ranking
         if by == "match":
             candidates = torch.arange(len(texts)).expand(len(images), -1)     # (P, Q)
             t2i = i2t = pair_scores(model, texts, masks, images, candidates, "i2t", dist_env).T
         else:
             itc = model.objectives["itc"]
-            scores = itc.scores(itc.text_features(texts), itc.image_features(images))  # (Q, P)
+            scores = itc.scores(itc.text_features(texts, text_batch),
+                                itc.image_features(images))           # (Q, P)
             t2i = rerank(model, scores, texts, masks, images, count, "t2i", dist_env)
             i2t = rerank(model, scores, texts, masks, images, count, "i2t", dist_env)
     return {"t2i": (indices[first_text], first_right(t2i, right)),
@@ -89,15 +90,19 @@ def encode_images(model: M3AE, samples: Samples, indices: np.ndarray, dist_env: 
 
 
 def encode_texts(model: M3AE, samples: Samples, indices: np.ndarray,
-                 dist_env: DistEnv) -> tuple[Tensor, Tensor]:
-    """Texts of the samples `indices` (Q,) -> encodings (Q, T, D), masks (Q, T), T the longest"""
-    texts, masks = [], []
+                 dist_env: DistEnv) -> tuple[Tensor, dict[str, Tensor]]:
+    """Texts of the samples `indices` (Q,) -> encodings (Q, T, D); their text_ids, text_mask (Q, T),
+    T the longest"""
+    texts, parts = [], []
     for batch in batches_of(samples, indices, dist_env):
         padding = samples.cfg.max_text_len - batch["text_ids"].shape[1]
         text = model.encode_text(batch["text_ids"], batch["text_mask"])  # (B, T', D)
         texts.append(F.pad(text, (0, 0, 0, padding)))                 # (B, T, D)
-        masks.append(F.pad(batch["text_mask"], (0, padding)))         # (B, T)
-    return torch.cat(texts), torch.cat(masks)
+        pad_id = samples.tokenizer.pad_id
+        parts.append((F.pad(batch["text_ids"], (0, padding), value=pad_id),   # (B, T)
+                      F.pad(batch["text_mask"], (0, padding))))       # (B, T)
+    ids, masks = (torch.cat(part) for part in zip(*parts))
+    return torch.cat(texts), {"text_ids": ids, "text_mask": masks}
 
 
 def batches_of(samples: Samples, indices: np.ndarray,
