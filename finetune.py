@@ -20,7 +20,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from data.bag_of_words import fit_bag_of_words
-from data.baselines import mean_image
+from data.baselines import mean_image, most_frequent_label
+from data.card import write_card
 from data.confusion import draw_confusion
 from data.labels import (
     check_scored, label_ids, label_note, list_labels, saved_labels, several_labels)
@@ -267,13 +268,21 @@ def report(model: M3AE, data: Data, run_cfg: RunConfig, dist_env: DistEnv, step:
     out, task = Path(run_cfg.out), data.cfg.task
     found, ranges = figures(table, task), figure_intervals(table, task)
     log = checkpoint.Log(out, math.inf)
-    log.write(step, "test", **found, score=score(found, task), **log_names(ranges))
+    baseline = {}
+    if task != "irtr" and not several_labels(data.test.packs):
+        share = most_frequent_label(data.train, table["target"], data.labels)
+        baseline = {"most_frequent_label": share}
+    log.write(step, "test", **found, score=score(found, task), **baseline, **log_names(ranges))
     write_table(table, out / "test_predictions.csv")
     if task == "cls" and not several_labels(data.test.packs):
         draw_confusion(table, out / "plots" / "confusion.png")
     print(f"\nOn {count:,} test samples (step {step:,}), with 95 % intervals:")
     print(report_table(found, ranges, table))
+    if baseline:
+        print(f"  {'always the most frequent label':32}{share:>7.1%}")
+    write_card(out, data.test.packs)
     print(f"Predictions: {out / 'test_predictions.csv'}")
+    print(f"Model card: {out / 'card.md'}")
 
 
 if __name__ == "__main__":

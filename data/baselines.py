@@ -68,6 +68,15 @@ def trivial_baselines(train: Samples, test: Samples, limit: int,
     return {"most_frequent_token": max(tokens.values()) / tokens.total()} | metrics
 
 
+def most_frequent_label(train: Samples, targets: np.ndarray, labels: list[str]) -> float:
+    """Accuracy of always giving the most frequent training label; with one label a row.
+
+    targets (n,): the right answers of each test row, "#" between alternatives, or its class."""
+    known = train.label_ids[train.label_ids >= 0]
+    label = labels[np.bincount(known, minlength=len(labels)).argmax()]
+    return float(np.mean([label in target.split("#") for target in targets]))
+
+
 def mean_image(samples: Samples) -> np.ndarray:
     """The mean of at most BLIND_SAMPLES images, evenly spaced: uint8 (3, S, S)."""
     side, count = samples.cfg.image_size, min(BLIND_SAMPLES, samples.n)

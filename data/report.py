@@ -1,13 +1,22 @@
 """The report of a pre-training: each metric on the test split, its interval, a trivial baseline."""
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from data.baselines import trivial_baselines
+from data.card import write_card
+from data.pair_metrics import PAIR_METRICS, chance_figures, pair_figures, pair_intervals
 from data.scores import intervals
 from data.task_metrics import clusters
 from m3ae_mini import M3AE, checkpoint, evaluate
 from m3ae_mini.distributed import DistEnv
-from m3ae_mini.loader import Samples
+from m3ae_mini.loader import VAL_SEED, Samples, load, validation_micro_batches
 from m3ae_mini.objectives import loss_weights
 
 
@@ -25,10 +34,20 @@ def report_pretraining(model: M3AE, train: Samples, out: Path, limit: int,
     metrics["score"] = evaluate.score(metrics, loss_weights(model.cfg))
     ranges = intervals(lambda weights: evaluate.means(table, weights), clusters(test, indices))
     metrics |= trivial_baselines(train, test, limit, dist_env.device)
-    checkpoint.Log(out, math.inf).write(best["step"], "test", **metrics, **log_names(ranges))
+    pairs = pair_report(model, train, test, dist_env) if "itc" in model.objectives else NO_PAIRS
+    checkpoint.Log(out, math.inf).write(best["step"], "test", **metrics, **pairs.figures,
+                                        **log_names(ranges | pairs.ranges))
     print(f"\nOn {len(indices):,} test samples (step {best['step']:,}), with 95 % intervals:")
     print(pretraining_table(metrics, ranges))
+    for name, value in pairs.figures.items():
+        print(table_line(PAIR_METRICS[name], SHARE, value, pairs.ranges[name],
+                         f"chance: {pairs.chance[name]:.1%}"))
+    if pairs.figures:
+        print(f"  The last four: scores of ITC, mean of {1 + SHIFTS ** 2} crops of each image "
+              "(data/pair_metrics.py)")
+    write_card(out, train.packs)
     print(f"Plots: {out / 'plots'}")
+    print(f"Model card: {out / 'card.md'}")
 
 
 def log_names(ranges: dict[str, tuple[float, float]]) -> dict[str, float]:
@@ -87,3 +106,70 @@ def table_line(title: str, number: str, value: float, interval: tuple[float, flo
         low, high = (number.format(scale * end).rstrip("%") for end in interval)
         low_to_high = f"({low} to {high})"
     return f"  {title:27}{shown:>7}  {low_to_high:19}{note}".rstrip()
+
+
+# ----------------------------------------------------------------------- which image for which text
+
+MOST_PAIRS = 1000                      # whose scores are figures, evenly spaced
+VIEW_SIDE = 0.85                       # side of a crop, as a share of the image's
+SHIFTS = 3                             # positions of crops along each side
+
+
+class Pairs(NamedTuple):
+    """The four figures of pair_metrics.py: {name: value} or {name: interval}."""
+    figures: dict[str, float]
+    ranges: dict[str, tuple[float, float]]
+    chance: dict[str, float]
+
+
+NO_PAIRS = Pairs({}, {}, {})
+
+
+def pair_report(model: M3AE, train: Samples, test: Samples, dist_env: DistEnv) -> Pairs:
+    """How well ITC tells which image and text of test belong together.
+
+    The threshold of matching comes from val. NO_PAIRS where a split has no wrong pair."""
+    val = Samples(train.packs, "val", train.tokenizer, train.cfg, train.train_cfg)
+    threshold = None
+    for samples in (val, test):
+        indices, scores = itc_scores(model, samples, dist_env)
+        texts = [samples.line(n)["text"] for n in indices]
+        images = samples.identities(indices)[0].tolist()
+        if len(set(texts)) < 2 or len(set(images)) < 2:
+            return NO_PAIRS
+        found = pair_figures(scores, texts, threshold, images)
+        threshold = found.pop("threshold")
+    ranges = pair_intervals(scores, texts, clusters(test, indices), threshold, images)
+    return Pairs(found, ranges, chance_figures(texts, images))
+
+
+@torch.no_grad()
+def itc_scores(model: M3AE, samples: Samples, dist_env: DistEnv) -> tuple[np.ndarray, np.ndarray]:
+    """At most MOST_PAIRS samples (n,), and ITC's scores of their images with their texts (n, n)"""
+    model.eval()
+    itc = model.objectives["itc"]
+    rows, images, texts = [], [], []
+    for loaded in load(samples, validation_micro_batches(samples, MOST_PAIRS), VAL_SEED,
+                       dist_env.device):
+        batch = loaded.batch
+        rows.append(loaded.indices)
+        with dist_env.autocast():
+            text = model.encode_text(batch["text_ids"], batch["text_mask"])   # (B, T, D)
+            texts.append(itc.text_features(text, batch))              # (B, D)
+            features = [itc.image_features(model.encode_image(view))
+                        for view in views(batch["image"])]            # (B, D) each
+        images.append(F.normalize(torch.stack(features).mean(0), dim=-1))  # (B, D)
+    model.train()
+    return np.concatenate(rows), itc.scores(torch.cat(images), torch.cat(texts)).cpu().numpy()
+
+
+def views(image: Tensor) -> Iterator[Tensor]:
+    """image (B, 3, S, S), then crops of it at SHIFTS² positions, (B, 3, S, S) each"""
+    yield image
+    size = image.shape[-1]
+    side = round(VIEW_SIDE * size)
+    starts = [round(i * (size - side) / (SHIFTS - 1)) for i in range(SHIFTS)]
+    for top in starts:
+        for left in starts:
+            crop = image[:, :, top:top + side, left:left + side]      # (B, 3, side, side)
+            yield F.interpolate(crop, (size, size), mode="bilinear", align_corners=False)

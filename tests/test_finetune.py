@@ -86,12 +86,22 @@ def test_a_run_leaves_what_it_promises(packs, pretrained, tmp_path, monkeypatch,
     # Every figure, and its interval, comes from the file alone.
     table = read_table(out / "test_predictions.csv")
     found, ranges = figures(table, task), figure_intervals(table, task)
-    logged_figures = {name: value for name, value in test.items() if name not in ("step", "split", "score")}
+    other = ("step", "split", "score", "most_frequent_label")
+    logged_figures = {name: value for name, value in test.items() if name not in other}
     assert logged_figures == pytest.approx(
         found | {f"low_{name}": low for name, (low, _) in ranges.items()}
         | {f"high_{name}": high for name, (_, high) in ranges.items()}, abs=1e-6)
     assert all(low <= found[name] <= high for name, (low, high) in ranges.items())
     assert (out / "plots" / "confusion.png").exists() == (task == "cls")
+    if task != "irtr":                                       # what the most frequent training label gets
+        key = {"vqa": "answer", "cls": "label"}[task]
+        trained = [line[key] for line in Pack(packs[task]).lines("train")]
+        most = max(dict.fromkeys(trained) if task == "vqa" else sorted(set(trained)), key=trained.count)
+        assert test["most_frequent_label"] == pytest.approx(np.mean(table["target"] == most))
+    card = (out / "card.md").read_text()
+    assert card.startswith("# Model card of run\n") and f"- `--init {pretrained}`" in card
+    assert f"**{packs[task]}** (test, fingerprint {Pack(packs[task]).fingerprint()})" in card
+    assert "- samples: 40 train, 13 val, 11 test" in card
     rows = COUNTS["test"] if task != "irtr" else len(set(table["text"])) + len(set(table["source"]))
     assert len(table["source"]) == rows
     assert set(table["source"]) <= {line["source"] for line in Pack(packs[task]).lines("test")}

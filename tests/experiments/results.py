@@ -202,8 +202,8 @@ def make_table(cells: list[Cell]) -> tuple[str, dict]:
     for task, row, run in cells:
         logged = run.test_metrics()
         for name, value in logged.items():
-            if (name not in ("step", "split", "loss", "score") and " " not in name
-                    and not name.startswith(("low_", "high_"))):
+            other = ("step", "split", "loss", "score", "most_frequent_label")
+            if (name not in other and " " not in name and not name.startswith(("low_", "high_"))):
                 metrics = found.setdefault(task, {}).setdefault(row, {})
                 metrics.setdefault(name, []).append(with_interval(logged, name))
 
