@@ -135,3 +135,129 @@ def test_the_report_knows_chance(small_config, random_batch):
     rows = {name: torch.cat([table[name] for table in tables]).detach().numpy() for name in tables[0]}
     assert means(rows)["itc_chance"] == pytest.approx(2 / 6)
     assert len(rows["itc_loss"]) == rows["itc_acc"][:, 1].sum() == 6
+
+
+# -------------------------------------------------------------------------- means, bags of words, soft targets
+
+def with_words(cfg, idf, dims=3):
+    """ITC with a bag of words of these weights {token: idf}, and random components."""
+    torch.manual_seed(0)
+    itc = ITC(cfg)
+    for parameter in itc.parameters():
+        if parameter.ndim:
+            torch.nn.init.normal_(parameter)
+    for token, weight in idf.items():
+        itc.words.idf[token] = weight
+    itc.words.mean.copy_(torch.rand(cfg.vocab_size) * (itc.words.idf > 0) / 10)
+    itc.words.components.copy_(torch.randn(cfg.vocab_size, dims))
+    return itc
+
+
+def test_means_leave_padding_and_the_class_token_out(small_config, random_batch):
+    cfg = small_config(itc=1.0, itc_pool="mean")
+    itc, batch = ITC(cfg), random_batch(cfg)
+    text, image = torch.randn(4, 12, 64), torch.randn(4, 17, 64)
+    for row in range(4):
+        length = int(batch["text_mask"][row].sum())
+        assert length < 12 or row == 0
+        mean = text[row, :length].mean(0) @ itc.text_proj.weight.T
+        found = itc.text_features(text, batch)[row]
+        torch.testing.assert_close(found, mean / mean.norm(), atol=1e-5, rtol=1e-4)
+        mean = image[row, 1:].mean(0) @ itc.image_proj.weight.T
+        torch.testing.assert_close(itc.image_features(image)[row], mean / mean.norm(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_bag_of_words_by_hand(small_config):
+    """TF-IDF of the tokens that have a weight, each once, in any order."""
+    cfg = small_config(itc=1.0, itc_words=3)
+    itc = with_words(cfg, {7: 2.0, 8: 1.0, 9: 3.0})
+    ids = torch.tensor([[0, 7, 8, 7, 2, 1], [0, 8, 7, 30, 2, 1], [0, 9, 31, 31, 2, 1], [0, 30, 31, 2, 1, 1]])
+    wanted = torch.zeros(4, cfg.vocab_size)
+    wanted[0, 7], wanted[0, 8], wanted[2, 9] = 2 / 5 ** 0.5, 1 / 5 ** 0.5, 1
+    wanted[1] = wanted[0]                                     # no order, no repeats; 30 has no weight
+    torch.testing.assert_close(itc.words.tf_idf(ids), wanted)
+    torch.testing.assert_close(itc.words.similarity(ids), wanted @ wanted.T)
+    vectors = (wanted - itc.words.mean) @ itc.words.components @ itc.words.proj.weight.T       # (4, D)
+    torch.testing.assert_close(itc.words(ids), vectors, atol=1e-5, rtol=1e-4)
+
+    text = torch.randn(4, 6, 64)
+    batch = {"text_ids": ids, "text_mask": (ids != 1).long()}
+    whole = text[:, 0] @ itc.text_proj.weight.T + vectors
+    torch.testing.assert_close(itc.text_features(text, batch), whole / whole.norm(dim=1, keepdim=True),
+                               atol=1e-5, rtol=1e-4)
+
+
+def test_soft_targets_by_hand(small_config):
+    """Half of the target goes to the texts of the batch, by a softmax of their cosines."""
+    cfg = small_config(itc=1.0, itc_words=3, itc_soft=0.5)
+    itc = with_words(cfg, {7: 2.0, 8: 1.0, 9: 3.0})
+    ids = torch.tensor([[0, 7, 8, 2], [0, 8, 9, 2], [0, 9, 31, 2]])
+    batch = {"text_ids": ids, "text_mask": torch.ones(3, 4).long(),
+             "image_id": torch.tensor([0, 1, 1]), "text_id": torch.arange(3)}
+    text, image = torch.randn(3, 4, 64), torch.randn(3, 17, 64)
+    found = itc(None, batch, text, image)["itc_loss"]
+
+    logits = itc.scores(itc.text_features(text, batch), itc.image_features(image)).double()
+    alike = itc.words.similarity(ids).double()
+    losses = []
+    for i in range(3):
+        kept = [j for j in range(3) if {i, j} != {1, 2}]      # rows 1 and 2 share their image
+        soft = {j: (alike[i, j] / 0.1).exp() for j in kept}
+        total = sum(soft.values())
+        for table in logits, logits.T:
+            log_p = {j: table[i, j] - torch.stack([table[i, k] for k in kept]).logsumexp(0) for j in kept}
+            column = {j: soft[j] / total for j in kept}
+            if table is not logits:                           # the target of image i: what texts give it
+                column = {j: (alike[j, i] / 0.1).exp() / sum(
+                    (alike[j, k] / 0.1).exp() for k in range(3) if {j, k} != {1, 2}) for j in kept}
+            target = {j: 0.5 * (i == j) + 0.5 * column[j] for j in kept}
+            losses.append(-sum(target[j] * log_p[j] for j in kept) / 2)
+    torch.testing.assert_close(found.double(), sum(losses) / 3, atol=1e-5, rtol=1e-4)
+
+
+def test_soft_targets_need_a_bag_of_words(small_config):
+    for changes, sentence in (({"itc_soft": 0.5}, "give --itc_words, too"), ({"itc_pool": "max"}, "class or mean"),
+                              ({"itc_soft": 1.0, "itc_words": 3}, "at least 0 and below 1")):
+        with pytest.raises(UserError, match=sentence):
+            M3AE(small_config(itc=1.0, **changes))
+
+
+def test_components_of_the_training_texts(tmp_path, monkeypatch):
+    """The bag of words of the training texts has mean 0 and uncorrelated components of variance 1 / dims; rare
+    tokens have no weight; first weights stay."""
+    import numpy as np
+
+    from data.bag_of_words import LEAST, fit_bag_of_words
+    from m3ae_mini.loader import Samples
+    from m3ae_mini.tokenizer import Tokenizer
+    from test_loader import CAPTIONS, settings, write_pack
+
+    class Main:
+        def print(self, line):
+            self.line = line
+
+    texts = [*CAPTIONS, "An odd word: zebra."]
+    tokenizer = Tokenizer.train(texts, 400)
+    pack, _ = write_pack(tmp_path / "p", texts, {"train": len(texts)})
+    cfg, train_cfg = settings(tokenizer)
+    cfg.itc, cfg.itc_words = 1.0, 5
+    samples, main = Samples([pack], "train", tokenizer, cfg, train_cfg), Main()
+    model = M3AE(cfg)
+    fit_bag_of_words(model, samples, main)
+    assert main.line.startswith("bag of words of ITC: ") and "5 components" in main.line
+
+    words = model.objectives["itc"].words
+    ids = [torch.from_numpy(np.asarray(samples.token_ids(n) >> 1).astype(np.int64)) for n in range(samples.n)]
+    count = sum(torch.bincount(i.unique(), minlength=cfg.vocab_size) for i in ids)     # texts with each token
+    for token in range(cfg.vocab_size):
+        wanted = np.log(samples.n / count[token].item()) if count[token] >= LEAST else 0
+        assert words.idf[token].item() == pytest.approx(wanted, abs=1e-6)
+    assert (count[words.idf == 0] > 0).any()                  # some tokens are rare
+    vectors = torch.cat([(words.tf_idf(i[None]) - words.mean) @ words.components for i in ids])
+    torch.testing.assert_close(vectors.mean(0), torch.zeros(5), atol=1e-4, rtol=0)
+    torch.testing.assert_close(vectors.T @ vectors / samples.n, torch.eye(5) / 5, atol=1e-3, rtol=0)
+
+    before = words.components.clone()
+    words.components += 1
+    fit_bag_of_words(model, samples, main)                    # they are there: kept
+    assert torch.equal(words.components, before + 1)

@@ -469,3 +469,36 @@ def test_crops_by_several_threads_are_those_of_one(made, tmp_path, monkeypatch):
         samples.batch(np.arange(32), 0, 3, 1, out, Settings(0.75, 0.15, 0.0, {}))
         results.append(out)
     assert np.array_equal(*results) and len(np.unique(results[0])) > 100
+
+
+@pytest.mark.parametrize("crop", [1.0, 0.5])
+def test_augmented_images(made, tmp_path, crop):
+    """In training alone; a pure function of the step; rotation, contrast, brightness and noise in bounds."""
+    pack, images = write_pack(tmp_path / "p", CAPTIONS, {"train": 32}, size=16, colour_every=2)
+    cfg, train_cfg = settings(made[2], min_crop_area=crop, augment=True)
+    samples = Samples([pack], "train", made[2], cfg, train_cfg)
+
+    def batch(step, settings):
+        out = np.empty((32, 3, 16, 16), np.uint8)
+        samples.batch(np.arange(32), 0, step, 1, out, settings)
+        return out
+    training = Settings(0.75, 0.15, 0.0, {})
+    assert np.array_equal(batch(3, training), batch(3, training))
+    assert not np.array_equal(batch(3, training), batch(4, training))
+    assert np.array_equal(batch(3, None), images[:32])        # validation sees the image itself
+    assert not (batch(3, training) == images[:32]).all((1, 2, 3)).any()
+
+
+def test_perturbations_by_hand():
+    from m3ae_mini.loader import perturb
+    image = np.full((3, 4, 4), 100, np.uint8)
+    image[:, 0] = 60                                          # mean 90
+    middle = np.full(16, 0.5)                                 # no noise
+    assert np.array_equal(perturb(image, np.concatenate([[0.5, 0.5, 1.0], middle])), image)
+    contrast = perturb(image, np.concatenate([[1.0, 0.5, 0.0], middle]))
+    assert contrast[0, 0, 0] == 90 - 39 and contrast[0, 1, 0] == 90 + 13       # 30 % more
+    brighter = perturb(image, np.concatenate([[0.5, 1.0, 0.0], middle]))
+    assert np.array_equal(brighter, image + 20)
+    noisy = perturb(image, np.concatenate([[0.5, 0.5, 1.0], np.ones(16)])).astype(int)
+    assert (noisy - image == 14).all()
+    assert perturb(np.full((3, 4, 4), 255, np.uint8), np.concatenate([[0.5, 1.0, 0.0], middle])).max() == 255
