@@ -28,7 +28,7 @@ CONTRAST = "--itc 1 --itc_pool mean --itc_words 200 --itc_soft 0.5"
 STAGES = {                             # name: flags of train.py
     "images": "--mlm 0 --itm 0 --mim_layer 0 --epochs 100 --lr 1e-3 --eval_every 0",
     "contrast": f"--mlm 0 --mim 0 --itm 0 {CONTRAST} --text_lr_mult 0 --min_crop_area 0.5 "
-                "--augment --epochs 24 --batch_size 128 --micro_batch 128 --eval_every 0",
+                "--augment --epochs 24 --batch_size 128 --micro_batch 128 --eval_every 1000000",
     "all": f"{CONTRAST} --text_lr_mult 0 --vit_lr_mult 0.1 --mlm_ratio 0.3 --min_crop_area 0.5 "
            "--augment --epochs 24 --eval_every 0"}
 

@@ -21,11 +21,13 @@ import bench
 import figures
 import finetune
 import gpu
+import large
+import linear
 import results
 import shift
 import train
 import walk
-from data import phantoms, prepare, report, table
+from data import few_pairs, phantoms, prepare, report, table
 from m3ae_mini import M3AE, config, evaluate, objectives, weights
 from m3ae_mini.config import PRESETS, UserError
 
@@ -50,7 +52,7 @@ SHORT = ("--steps 1 --batch_size 8 --micro_batch 4 --eval_samples 8 --test_sampl
          "--dtype float32").split()
 SCRIPTS = {"train.py": train, "finetune.py": finetune}
 EXPERIMENTS = {f"tests/experiments/{module.__name__}.py": module
-               for module in (ablate, bench, figures, gpu, results, shift, walk)}
+               for module in (ablate, bench, figures, gpu, large, linear, results, shift, walk)}
 COUNTS = {"train": 48, "val": 16, "test": 512}     # 512: figures.py looks for certain findings
 
 
@@ -125,7 +127,8 @@ def test_flags(command, monkeypatch):
             assert "has nothing for the task" not in str(caught.value)
     elif name in EXPERIMENTS:                              # parsed, not run
         script = EXPERIMENTS[name]
-        called = {figures: "open_run", walk: "tables", gpu: "run_parts", shift: "row"}
+        called = {figures: "open_run", walk: "tables", gpu: "run_parts", shift: "row", large: "make_table",
+                  linear: "report"}
         called = called.get(script, "make_all")
         if script is bench:
             called = arguments[0]
@@ -138,6 +141,10 @@ def test_flags(command, monkeypatch):
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         with pytest.raises(Parsed):
             script.main()
+    elif name == "data.few_pairs":
+        assert few_pairs.command_line().parse_args(arguments).out
+    elif name == "m3ae_mini.plots":
+        assert arguments == ["RUN", "RUN"]
     else:
         assert name == "m3ae_mini.weights" and arguments[0] == "export" and len(arguments) == 3
 
