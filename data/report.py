@@ -34,7 +34,9 @@ def report_pretraining(model: M3AE, train: Samples, out: Path, limit: int,
     metrics["score"] = evaluate.score(metrics, loss_weights(model.cfg))
     ranges = intervals(lambda weights: evaluate.means(table, weights), clusters(test, indices))
     metrics |= trivial_baselines(train, test, limit, dist_env.device)
-    pairs = pair_report(model, train, test, dist_env) if "itc" in model.objectives else NO_PAIRS
+    pairs = NO_PAIRS
+    if "itc" in model.objectives:
+        pairs = pair_report(model, train, test, min(limit, MOST_PAIRS), dist_env)
     checkpoint.Log(out, math.inf).write(best["step"], "test", **metrics, **pairs.figures,
                                         **log_names(ranges | pairs.ranges))
     print(f"\nOn {len(indices):,} test samples (step {best['step']:,}), with 95 % intervals:")
@@ -125,14 +127,15 @@ class Pairs(NamedTuple):
 NO_PAIRS = Pairs({}, {}, {})
 
 
-def pair_report(model: M3AE, train: Samples, test: Samples, dist_env: DistEnv) -> Pairs:
-    """How well ITC tells which image and text of test belong together.
+def pair_report(model: M3AE, train: Samples, test: Samples, limit: int,
+                dist_env: DistEnv) -> Pairs:
+    """How well ITC tells which image and text of at most `limit` test samples belong together.
 
     The threshold of matching comes from val. NO_PAIRS where a split has no wrong pair."""
     val = Samples(train.packs, "val", train.tokenizer, train.cfg, train.train_cfg)
     threshold = None
     for samples in (val, test):
-        indices, scores = itc_scores(model, samples, dist_env)
+        indices, scores = itc_scores(model, samples, limit, dist_env)
         texts = [samples.line(n)["text"] for n in indices]
         images = samples.identities(indices)[0].tolist()
         if len(set(texts)) < 2 or len(set(images)) < 2:
@@ -144,13 +147,14 @@ def pair_report(model: M3AE, train: Samples, test: Samples, dist_env: DistEnv) -
 
 
 @torch.no_grad()
-def itc_scores(model: M3AE, samples: Samples, dist_env: DistEnv) -> tuple[np.ndarray, np.ndarray]:
-    """At most MOST_PAIRS samples (n,), and ITC's scores of their images with their texts (n, n)"""
+def itc_scores(model: M3AE, samples: Samples, limit: int,
+               dist_env: DistEnv) -> tuple[np.ndarray, np.ndarray]:
+    """At most `limit` samples (n,), and ITC's scores of their images with their texts (n, n)"""
     model.eval()
     itc = model.objectives["itc"]
     rows, images, texts = [], [], []
-    for loaded in load(samples, validation_micro_batches(samples, MOST_PAIRS), VAL_SEED,
-                       dist_env.device):
+    micro_batches = validation_micro_batches(samples, limit)
+    for loaded in load(samples, micro_batches, VAL_SEED, dist_env.device):
         batch = loaded.batch
         rows.append(loaded.indices)
         with dist_env.autocast():

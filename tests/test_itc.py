@@ -261,3 +261,58 @@ def test_components_of_the_training_texts(tmp_path, monkeypatch):
     words.components += 1
     fit_bag_of_words(model, samples, main)                    # they are there: kept
     assert torch.equal(words.components, before + 1)
+
+
+# -------------------------------------------------------------------------------- the report on pairs
+
+def test_views_are_the_image_and_crops_of_it():
+    from data.report import views
+    image = torch.zeros(1, 3, 20, 20)
+    image[..., 0, 0], image[..., 19, 19] = 1.0, 2.0           # two corners
+    found = list(views(image))
+    assert len(found) == 10 and torch.equal(found[0], image)
+    assert all(view.shape == image.shape for view in found)
+    corners = [(view[0, 0, 0, 0].item(), view[0, 0, 19, 19].item()) for view in found[1:]]
+    assert corners[0] == (1.0, 0.0) and corners[-1] == (0.0, 2.0)      # the first and the last position
+    assert [corner for corner in corners[1:-1] if corner != (0.0, 0.0)] == []
+
+
+def test_the_report_has_the_figures_of_pairs(tmp_path, monkeypatch, capsys):
+    """Those of pair_metrics.py, by ITC's scores on test, with val's threshold."""
+    import train
+    from data.pair_metrics import pair_figures
+    from data.report import itc_scores
+    from m3ae_mini.config import TrainConfig
+    from m3ae_mini.distributed import DistEnv
+    from m3ae_mini.config import RunConfig
+    from m3ae_mini.loader import Samples
+    from m3ae_mini.tokenizer import Tokenizer
+    from test_loader import CAPTIONS, write_pack
+    from test_train import SMALL, logged
+
+    captions = [f"{caption} Number {i}." for i in range(2) for caption in CAPTIONS][:40]
+    pack, _ = write_pack(tmp_path / "p", captions, {"train": 24, "val": 8, "test": 8})
+    monkeypatch.setattr("sys.argv", ["train.py", *SMALL, "--data", str(pack.folder), "--itc", "1", "--steps", "2",
+                                     "--out", str(tmp_path / "run"), "--device", "cpu", "--dtype", "float32"])
+    train.main()
+    printed = capsys.readouterr().out
+    for words in "right above wrong", "image to text, R@10", "mean of 10 crops of each image":
+        assert words in printed
+
+    # The same by hand, from the best checkpoint.
+    state = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    from m3ae_mini import ModelConfig
+    cfg = ModelConfig(**state["model_config"])
+    model = M3AE(cfg)
+    model.load_state_dict(state["model"])
+    threshold = None
+    for split in "val", "test":
+        samples = Samples([pack], split, Tokenizer.load(tmp_path / "run"), cfg, TrainConfig())
+        indices, scores = itc_scores(model, samples, 8, DistEnv(RunConfig(device="cpu", dtype="float32")))
+        images = samples.identities(indices)[0].tolist()
+        found = pair_figures(scores, [samples.line(n)["text"] for n in indices], threshold, images)
+        threshold = found.pop("threshold")
+    (line,) = logged(tmp_path / "run", "test")
+    for name, value in found.items():
+        assert line[name] == pytest.approx(value, abs=1e-6)
+        assert line[f"low_{name}"] <= value <= line[f"high_{name}"]
