@@ -9,15 +9,15 @@ from m3ae_mini import M3AE
 from m3ae_mini.distributed import DistEnv
 from m3ae_mini.loader import Samples
 
-LEAST = 4                              # training texts that must have a token
+LEAST = 4                              # a token counts if so many training texts have it
 MOST_TOKENS = 4000                     # of those, the most frequent
 MOST_TEXTS = 20_000                    # training texts that are read, evenly spaced
 
 
 def fit_bag_of_words(model: M3AE, train: Samples, dist_env: DistEnv) -> None:
-    """Fill the buffers of ITC's BagOfWords, if it has one and first weights have not filled them.
+    """Fill the buffers of ITC's BagOfWords, unless it has none or --init has filled them.
 
-    All ranks compute the same."""
+    Its words are tokens. All ranks compute the same."""
     itc = model.objectives["itc"] if "itc" in model.objectives else None
     if itc is None or itc.words is None or itc.words.idf.any():
         return

@@ -67,7 +67,7 @@ def _about_training(settings: dict) -> list[str]:
 def _about_test(test: dict) -> list[str]:
     """A table: each figure of the test, its interval, and a trivial baseline."""
     lines = [f"Step {test['step']:,}. Shares are between 0 and 1.", "",
-             "| figure | value | 95 % interval | trivial baseline |", "|---|---|---|---|"]
+             "| metric | value | 95 % interval | trivial baseline |", "|---|---|---|---|"]
     for name, value in test.items():
         if name in ("step", "split", "score") or value is None or name in BASELINES.values() \
                 or name.startswith(("low_", "high_")):
@@ -83,5 +83,5 @@ def _about_test(test: dict) -> list[str]:
 
 def _about_phantoms(packs: list) -> list[str]:
     """One more limit, if the images were drawn."""
-    drawn = any(pack.meta["name"] == "phantoms" for pack in packs)
+    drawn = all(pack.meta["name"] == "phantoms" for pack in packs)
     return ["- Trained on phantoms, drawn images: it knows nothing of real ones."] if drawn else []

@@ -6,12 +6,12 @@ A few thousand pairs are too few to learn all at once. So the model learns in st
 train.py in a folder below --out. The commands are printed: copy one to change a stage.
 
     images      masked image modelling, without texts: what the images look like
-    contrast    ITC: which image belongs to which text. The text encoder stays fixed: it has read
-                more elsewhere (--init_text), and the bag of words needs no training
+    contrast    ITC: which image belongs to which text. The text encoder stays as it is, here and
+                below: it has read more elsewhere (--init_text). TF-IDF of the words helps it
     all         MLM, MIM, ITM and ITC, from these weights: for questions, classes, matching
 
 The same command continues where it stopped. At the end stands what a linear model gets on the same
-pairs: a model below it has learned nothing yet."""
+pairs. If your model is below it, it has learned nothing yet."""
 import argparse
 import shlex
 import subprocess
@@ -51,8 +51,8 @@ def main() -> None:
     # The stages; each starts from the one before.
     init = ["--init_text", args.init_text] if args.init_text else []
     if not args.init_text:
-        print("the texts are read by a bag of words alone: --init_text FOLDER, a small BERT that "
-              "has read much (such as all-MiniLM-L6-v2), gave better results")
+        print("the text encoder stays random, beside TF-IDF of the words: --init_text FOLDER, a "
+              "small BERT such as all-MiniLM-L6-v2, gave better results (tests/README.md)")
     for name, flags in STAGES.items():
         stage = out / name
         if not any(line["split"] == "test" for line in read_log(stage)):

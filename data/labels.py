@@ -17,7 +17,7 @@ NO_FINDING = "No Finding"
 # --------------------------------------------------------------------------------- what a line says
 
 def split_labels(cell: str, location: str = "") -> list[str]:
-    """The labels of "A|B", each once; none of "No Finding". UserError if that is not alone."""
+    """The labels of "A|B", each once; none of "No Finding". UserError if others stand with it."""
     names = list(dict.fromkeys(filter(None, map(str.strip, cell.split("|")))))
     is_none = [name.casefold() == NO_FINDING.casefold() for name in names]
     require(not any(is_none) or len(names) == 1,
@@ -66,7 +66,7 @@ def label_note(samples: Samples, labels: list[str]) -> str:
         return f"{len(labels):,}"
     shares = samples.label_ids.mean(0)                                # (C,)
     listed = ", ".join(f"{label} {share:.1%}" for label, share in zip(labels, shares))
-    return f"{len(labels):,}, several a sample, a sigmoid each: {listed}"
+    return f"{len(labels):,}, a sample may have several: {listed}"
 
 
 def check_scored(samples: Samples) -> None:

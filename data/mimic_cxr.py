@@ -41,9 +41,9 @@ def rows(root: Path, task: str, uncertain: str | None = None) -> Iterator[Row]:
     anonymised words. The group is the view (PA, AP, LATERAL, …).
 
     For "cls" the label is the study's findings joined by "|", or "No Finding" if there are none;
-    the column "No Finding" itself is not read. CheXpert read the labels in these reports:
-    `finetune.py cls --blind` shows what a text gives away. uncertain: what a label of -1 counts
-    as, "absent" (if None) or "present"; "drop" skips the images of its study.
+    the column "No Finding" itself is not read. CheXpert took the labels from these reports, so
+    the text gives them away: `finetune.py cls --blind` shows how much. uncertain: what a label of
+    -1 counts as, "absent" (if None) or "present"; "drop" skips the images of its study.
 
     For "pretrain" and "irtr" texts under 3 words are skipped.
     """

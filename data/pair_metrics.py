@@ -31,7 +31,7 @@ from data.scores import intervals, weighted_mean
 from m3ae_mini.config import require
 
 RECALL_AT = 10
-PAIR_METRICS = {"above": "right above wrong", "matching": "matching",
+PAIR_METRICS = {"above": "right above wrong", "matching": "right or wrong pair",
                 "i2t_r10": "image to text, R@10", "t2i_r10": "text to image, R@10"}
 Figures = dict[str, float]
 

@@ -6,7 +6,7 @@
     pack/           the pack's files so far; renamed to OUT when they are whole
     old/            the pack that is being replaced, between two renames
 
-The journal is written after images.bin, at least every SYNC_SECONDS, both to the disk itself.
+Every SYNC_SECONDS images.bin is flushed to the disk, then the journal.
 So a preparation that is killed, or loses its power, loses the images since then and no others.
 """
 import hashlib

@@ -45,8 +45,8 @@ def report_pretraining(model: M3AE, train: Samples, out: Path, limit: int,
         print(table_line(PAIR_METRICS[name], SHARE, value, pairs.ranges[name],
                          f"chance: {pairs.chance[name]:.1%}"))
     if pairs.figures:
-        print(f"  The last four: scores of ITC, mean of {1 + SHIFTS ** 2} crops of each image "
-              "(data/pair_metrics.py)")
+        print(f"  The last four: by ITC, with the mean feature of each image and {SHIFTS ** 2} "
+              "crops of it (data/pair_metrics.py)")
     write_card(out, train.packs)
     print(f"Plots: {out / 'plots'}")
     print(f"Model card: {out / 'card.md'}")
@@ -112,7 +112,7 @@ def table_line(title: str, number: str, value: float, interval: tuple[float, flo
 
 # ----------------------------------------------------------------------- which image for which text
 
-MOST_PAIRS = 1000                      # whose scores are figures, evenly spaced
+MOST_PAIRS = 1000                      # pairs that are scored, evenly spaced
 VIEW_SIDE = 0.85                       # side of a crop, as a share of the image's
 SHIFTS = 3                             # positions of crops along each side
 

@@ -14,7 +14,7 @@ from .model import Backbone, ViTBlock, initialise, patchify
 
 
 NEVER = -1e4                           # logit of what is no candidate
-SOFT_SCALE = 0.1                       # ITC's soft targets: softmax of cosines, divided by this
+SOFT_SCALE = 0.1                       # temperature of the softmax of ITC's soft targets
 
 
 # ------------------------------------------------------------------------------------- pre-training

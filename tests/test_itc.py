@@ -296,7 +296,7 @@ def test_the_report_has_the_figures_of_pairs(tmp_path, monkeypatch, capsys):
                                      "--out", str(tmp_path / "run"), "--device", "cpu", "--dtype", "float32"])
     train.main()
     printed = capsys.readouterr().out
-    for words in "right above wrong", "image to text, R@10", "mean of 10 crops of each image":
+    for words in "right above wrong", "image to text, R@10", "9 crops of it":
         assert words in printed
 
     # The same by hand, from the best checkpoint.

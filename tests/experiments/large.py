@@ -1,4 +1,4 @@
-"""Packs a large made-up data set, is killed at half time, continues, and starts to train.
+"""Pack a large made-up data set, kill it halfway, continue, and start to train.
 
     python tests/experiments/large.py --rows 200000
 

@@ -47,7 +47,7 @@ CCA_DIMS = 30                          # singular vectors of the cross-covarianc
 WORD_COUNT = 4                         # training texts in which a word must occur; questions: 1
 MAX_WORDS = 2000                       # of more words, the most frequent are used
 MAX_IMAGES = 2000                      # training images whose identity is a feature
-MAX_PAIRS = 1000                       # pairs of a split whose scores are figures, evenly spaced
+MAX_PAIRS = 1000                       # pairs of a split that are scored, evenly spaced
 STRENGTHS = 10.0 ** np.arange(-2, 3.5, 0.5)    # of the ridge, from which val chooses
 
 Cell = list[float]                     # a figure, and the two ends of its interval if it has one

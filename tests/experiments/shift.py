@@ -1,4 +1,4 @@
-"""Does a run bear another scanner? Accuracy on phantoms of less contrast, more blur and noise.
+"""Is a run robust to less contrast, more blur and noise? Its accuracy on shifted phantoms.
 
     python tests/experiments/shift.py runs/vqa
     python tests/experiments/shift.py runs/tables/ablations/*/vqa-pre-trained-0
