@@ -68,7 +68,7 @@ class Data(NamedTuple):
     """Samples, labels and settings of a fine-tuning run."""
     train: Samples
     val: Samples
-    test: Samples
+    test: Samples | None               # None if the packs hold no test samples
     labels: list[str]                  # the answer list or the classes; retrieval has none
     ranking: tuple[str, int]           # of retrieval's candidates: --rank, --rerank
     tokenizer: Tokenizer
@@ -133,7 +133,7 @@ def main():
             checkpoint.save_settings(out, data.settings, data.tokenizer)
     dist_env.print(f"{data.train.n:,} training and {data.val.n:,} validation samples; "
                    f"labels: {label_note(data.train, data.labels)}")
-    for line in text_notes(data.tokenizer, data.train, data.val, data.test):
+    for line in text_notes(data.tokenizer, *filter(None, (data.train, data.val, data.test))):
         dist_env.print(line)
 
     # The model, its first weights, and what is frozen.
@@ -141,7 +141,7 @@ def main():
     model = M3AE(data.cfg)
     if init_weights and not resume_from:
         dist_env.print(weights.origin_table(model, *weights.load_pretrained(model, init_weights)))
-    fit_bag_of_words(model, data.train, dist_env)
+    fit_bag_of_words(model, data.train, dist_env, resumed=bool(resume_from))
     optim.freeze(model, train_cfg, data.unused)
     model.to(dist_env.device)
     keep_freed_memory()
@@ -230,15 +230,19 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
     # The samples, their labels, and the image that --blind shows.
     train = Samples(packs, "train", tokenizer, cfg, train_cfg, train_cfg.train_samples)
     val = Samples(packs, "val", tokenizer, cfg, train_cfg)
-    test = Samples(packs, "test", tokenizer, cfg, train_cfg)
+    has_test = any(len(pack.split["test"]) for pack in packs)
+    require(has_test and run_cfg.test_samples or not task_cfg.zero_shot,
+            "--zero_shot ranks the test samples: prepare a pack with some, and leave out "
+            "--test_samples 0")
+    test = Samples(packs, "test", tokenizer, cfg, train_cfg) if has_test else None
     mean = mean_image(train) if task_cfg.blind else None
-    for samples in (train, val, test):
+    for samples in filter(None, (train, val, test)):
         samples.constant_image = mean
         if labels:
             samples.label_ids = label_ids(samples, labels)
-    several = cfg.task == "cls" and several_labels(packs)
+    several = several_labels(packs, cfg.task)
     if several:
-        check_scored(val)
+        check_scored(val, run_cfg.eval_samples)
 
     unused = optim.dry_run(cfg, train_cfg, train.example())
     optim.epochs_to_steps(train_cfg, run_cfg, train.n)
@@ -254,7 +258,9 @@ def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,
 
 
 def report(model: M3AE, data: Data, run_cfg: RunConfig, dist_env: DistEnv, step: int) -> None:
-    """Evaluate on the test split; log and print the metrics."""
+    """Evaluate on the test split, if there is one; log and print the metrics."""
+    if data.test is None:
+        return dist_env.print("no report: the data hold no test samples")
     count = min(run_cfg.test_samples, data.test.n)
     if data.cfg.task == "irtr" and data.ranking[0] == "match":
         dist_env.print(f"scoring up to {count:,} × {count:,} pairs; --rank itc --rerank 32 would "
@@ -269,14 +275,16 @@ def report(model: M3AE, data: Data, run_cfg: RunConfig, dist_env: DistEnv, step:
     found, ranges = figures(table, task), figure_intervals(table, task)
     log = checkpoint.Log(out, math.inf)
     baseline = {}
-    if task != "irtr" and not several_labels(data.test.packs):
+    several = data.settings["data"]["several_labels"]
+    if task != "irtr" and not several:
         share = most_frequent_label(data.train, table["target"], data.labels)
         baseline = {"most_frequent_label": share}
     log.write(step, "test", **found, score=score(found, task), **baseline, **log_names(ranges))
     write_table(table, out / "test_predictions.csv")
-    if task == "cls" and not several_labels(data.test.packs):
+    if task == "cls" and not several:
         draw_confusion(table, out / "plots" / "confusion.png")
-    print(f"\nOn {count:,} test samples (step {step:,}), with 95 % intervals:")
+    by = "patient" if any("patient" in data.test.line(n) for n in range(count)) else "image"
+    print(f"\nOn {count:,} test samples (step {step:,}), with 95 % intervals by {by}:")
     print(report_table(found, ranges, table))
     if baseline:
         print(f"  {'always the most frequent label':32}{share:>7.1%}")

@@ -98,7 +98,7 @@ def main():
     if init_weights and not resume_from:
         loaded = weights.load_pretrained(model, init_weights)
         dist_env.print(weights.origin_table(model, *loaded))
-    fit_bag_of_words(model, data.train, dist_env)
+    fit_bag_of_words(model, data.train, dist_env, resumed=bool(resume_from))
     optim.freeze(model, train_cfg, data.unused)
     model.to(dist_env.device)
     keep_freed_memory()

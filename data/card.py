@@ -5,7 +5,7 @@ from pathlib import Path
 from data.pair_metrics import PAIR_METRICS
 from data.task_metrics import METRIC_NAMES
 from m3ae_mini.checkpoint import read_log, saved_settings, write_atomic
-from m3ae_mini.config import ModelConfig, TrainConfig
+from m3ae_mini.config import DERIVED, ModelConfig, TrainConfig
 
 # Lines of a pack's summary that a reader of the card needs.
 SUMMARY_LINES = ("samples:", "in several splits:", "groups", "classes", "labels", "skipped rows:",
@@ -55,13 +55,21 @@ def _about_pack(pack) -> list[str]:
 
 def _about_training(settings: dict) -> list[str]:
     """Every setting that is not the default of the paper's model."""
+    defaults = {field.name: field.default for config in (ModelConfig, TrainConfig)
+                for field in fields(config)}
     lines = []
-    for name, config in (("model", ModelConfig), ("train", TrainConfig)):
-        given = settings.get(name, {})
-        lines += [f"- `--{field.name} {given[field.name]}`" for field in fields(config)
-                  if field.name in given and given[field.name] != field.default
-                  and field.name not in ("task", "vocab_size", "loss_weights")]
-    return ["All settings that differ from those of `base`:", "", *lines]
+    for part in "model", "train", "task":
+        for name, value in settings.get(part, {}).items():
+            # What the data tell is no flag; the task's own settings are all listed.
+            if name in DERIVED or value == defaults.get(name, ""):
+                continue
+            flag = f"--{name} {value}"
+            if isinstance(value, bool):
+                flag = f"--{name}" if value else f"--no-{name}"
+            lines.append(f"- `{flag}`")
+    own = settings.get("model", {}).get("loss_weights", {})
+    lines += [f"- `--{name} {weight}`" for name, weight in own.items()]
+    return ["Settings that are not the defaults of `base`:", "", *lines]
 
 
 def _about_test(test: dict) -> list[str]:
@@ -76,7 +84,8 @@ def _about_test(test: dict) -> list[str]:
         interval = "" if low is None else f"{low:.3g} to {high:.3g}"
         baseline = test.get(BASELINES.get(name, ""))
         shown = "" if baseline is None else f"{baseline:.3g}"
-        title = {**METRIC_NAMES, **PAIR_METRICS}.get(name, name)
+        titles = PAIR_METRICS if "above" in test else METRIC_NAMES
+        title = titles.get(name, name)
         lines.append(f"| {title} | {value:.3g} | {interval} | {shown} |")
     return lines
 

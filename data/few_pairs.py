@@ -13,24 +13,29 @@ train.py in a folder below --out. The commands are printed: copy one to change a
 The same command continues where it stopped. At the end stands what a linear model gets on the same
 pairs. If your model is below it, it has learned nothing yet."""
 import argparse
+import json
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from m3ae_mini.checkpoint import read_log
-from m3ae_mini.config import require
+from m3ae_mini.checkpoint import read_log, saved_settings
+from m3ae_mini.config import read_json, require
 from m3ae_mini.distributed import run
 
 SIZE = 96                              # pixels
+BATCH = 128                            # pairs of a step of "contrast"
 MODEL = f"--preset small --image_size {SIZE} --patch_size 12 --vit_blocks 6 --max_text_len 128"
 CONTRAST = "--itc 1 --itc_pool mean --itc_words 200 --itc_soft 0.5"
+# The last step is kept: ITC's validation loss rises while its ranking still gets better.
+LAST = "--eval_every 1000000"
 STAGES = {                             # name: flags of train.py
-    "images": "--mlm 0 --itm 0 --mim_layer 0 --epochs 100 --lr 1e-3 --eval_every 0",
+    "images": f"--mlm 0 --itm 0 --mim_layer 0 --epochs 100 --lr 1e-3 {LAST}",
     "contrast": f"--mlm 0 --mim 0 --itm 0 {CONTRAST} --text_lr_mult 0 --min_crop_area 0.5 "
-                "--augment --epochs 24 --batch_size 128 --micro_batch 128 --eval_every 1000000",
-    "all": f"{CONTRAST} --text_lr_mult 0 --vit_lr_mult 0.1 --mlm_ratio 0.3 --min_crop_area 0.5 "
-           "--augment --epochs 24 --eval_every 0"}
+                f"--augment --epochs 24 --batch_size {BATCH} {LAST}",
+    "all": f"--mim_layer 1 {CONTRAST} --text_lr_mult 0 --vit_lr_mult 0.1 --mlm_ratio 0.3 "
+           f"--min_crop_area 0.5 --augment --epochs 8 {LAST}"}
 
 
 def main() -> None:
@@ -39,6 +44,9 @@ def main() -> None:
     require(data.exists(), f"there is no {data}: give a table, its folder, or a pack")
     require(not args.init_text or Path(args.init_text).is_dir(),
             f"--init_text {args.init_text} is no folder: give one of BERT or RoBERTa")
+    require(BATCH % max(1, args.gpus) == 0, f"--gpus {args.gpus}: use a divisor of {BATCH}")
+    keep_settings(out / "few_pairs.json", {"data": str(data), "init_text": args.init_text,
+                                           "seed": args.seed})
 
     # The pack.
     pack = data
@@ -53,18 +61,43 @@ def main() -> None:
     if not args.init_text:
         print("the text encoder stays random, beside TF-IDF of the words: --init_text FOLDER, a "
               "small BERT such as all-MiniLM-L6-v2, gave better results (tests/README.md)")
+    share = BATCH // max(1, args.gpus)
     for name, flags in STAGES.items():
         stage = out / name
-        if not any(line["split"] == "test" for line in read_log(stage)):
+        if name == "contrast":
+            flags += f" --micro_batch {share}"
+            if share < BATCH:
+                print(f"{args.gpus} processes: each pair is told from {share - 1} others in "
+                      f"place of {BATCH - 1}")
+        if not is_finished(stage):
             call("train.py", MODEL, flags, f"--data {shlex.quote(str(pack))}",
                  shlex.join(init), f"--seed {args.seed} --device {args.device}",
                  f"--gpus {args.gpus}" if args.gpus else "",
                  f"--out {shlex.quote(str(stage))} --resume")
+        require(is_finished(stage), f"the stage {name} was stopped: the same command continues it")
         init = ["--init", str(stage)]
 
     print("\nA linear model on the same pairs:")
     call("tests/experiments/linear.py", shlex.quote(str(pack)))
-    print(f"\nThe model: {out / 'all'}. Its card: {out / 'all' / 'card.md'}")
+    print(f"\nThe model: {out / 'all'}")
+
+
+def keep_settings(path: Path, settings: dict) -> None:
+    """Write them on the first call. UserError if a later one has others: its stages would mix."""
+    saved = read_json(path)
+    changed = ", ".join(f"{name} {saved.get(name)!r} (now {value!r})"
+                        for name, value in settings.items() if saved and saved.get(name) != value)
+    require(not changed, f"{path.parent} was begun with {changed}: give the same, or another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings))
+
+
+def is_finished(stage: Path) -> bool:
+    """Was its last step validated?"""
+    steps = (saved_settings(stage) or {}).get("train", {}).get("steps")
+    log = read_log(stage)
+    validated = any(line["split"] == "val" and line["step"] == steps for line in log)
+    return validated and (stage / "best.pt").is_file()
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -82,12 +115,21 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def call(*parts: str) -> None:
-    """Print a command and run it; end as it does where it fails."""
+    """Print a command and run it; end as it does where it fails.
+
+    A signal to stop is left to the command, which ends its step and saves."""
     command = " ".join(filter(None, parts))
     print(f"\npython {command}", flush=True)
-    done = subprocess.run([sys.executable, *shlex.split(command)])
-    if done.returncode:
-        sys.exit(done.returncode)
+    with subprocess.Popen([sys.executable, *shlex.split(command)]) as process:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        while process.returncode is None:
+            try:
+                process.wait()
+            except KeyboardInterrupt:  # a terminal has sent it to the command, too
+                continue
+        signal.signal(signal.SIGTERM, before)
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from m3ae_mini.config import require
-from m3ae_mini.loader import Samples
+from m3ae_mini.loader import Samples, validation_micro_batches
 
 LABEL_KEY = {"vqa": "answer", "cls": "label"}      # where a pack's line says what is right
 NO_FINDING = "No Finding"
@@ -19,6 +19,7 @@ NO_FINDING = "No Finding"
 def split_labels(cell: str, location: str = "") -> list[str]:
     """The labels of "A|B", each once; none of "No Finding". UserError if others stand with it."""
     names = list(dict.fromkeys(filter(None, map(str.strip, cell.split("|")))))
+    require(names, f"{location}the label '{cell}' is empty between its bars: correct it")
     is_none = [name.casefold() == NO_FINDING.casefold() for name in names]
     require(not any(is_none) or len(names) == 1,
             f"{location}the label '{cell}' holds '{NO_FINDING}' and a finding: correct it")
@@ -39,9 +40,11 @@ def targets(line: dict, task: str, several: bool = False) -> list[str]:
 
 # ------------------------------------------------------------------------------------- of all lines
 
-def several_labels(packs: list) -> bool:
-    """Has any row of the packs several labels? Then all rows are taken so."""
-    return any(pack.meta.get("several_labels") for pack in packs)
+def several_labels(packs: list, task: str) -> bool:
+    """May a row of cls have several labels? So it is if any pack says so."""
+    return task == "cls" and any(
+        pack.meta.get("several_labels", any("|" in label for label in pack.meta.get("labels", ())))
+        for pack in packs)
 
 
 def label_ids(samples: Samples, labels: list[str]) -> np.ndarray:
@@ -49,7 +52,8 @@ def label_ids(samples: Samples, labels: list[str]) -> np.ndarray:
 
     With several labels a row: which of the C labels each sample has: float32 (n, C)."""
     index = {label: i for i, label in enumerate(labels)}
-    task, several = samples.cfg.task, several_labels(samples.packs)
+    task = samples.cfg.task
+    several = several_labels(samples.packs, task)
     ids = np.zeros((samples.n, len(labels)), np.float32) if several else np.full(samples.n, -1)
     for n in range(samples.n):
         known = [index[name] for name in targets(samples.line(n), task, several) if name in index]
@@ -69,9 +73,12 @@ def label_note(samples: Samples, labels: list[str]) -> str:
     return f"{len(labels):,}, a sample may have several: {listed}"
 
 
-def check_scored(samples: Samples) -> None:
-    """UserError if AUROC, which chooses the best checkpoint, is not defined for any label."""
-    share = samples.label_ids.mean(0)                                 # (C,) of the positives
+def check_scored(samples: Samples, limit: int) -> None:
+    """UserError if AUROC, which chooses the best checkpoint, is not defined for any label.
+
+    samples: of the validation, which takes at most `limit` of them."""
+    indices = np.concatenate([n for _, _, n in validation_micro_batches(samples, limit)])
+    share = samples.label_ids[indices].mean(0)                        # (C,) of the positives
     require(((0 < share) & (share < 1)).any(),
             "no label is present in some validation samples and absent in others, so AUROC is not "
             "defined and can't choose the best checkpoint: prepare another split")
@@ -87,7 +94,7 @@ def list_labels(packs: list, task: str, answers: str) -> list[str]:
                 f"{task}")
 
     # dict keys: a set that keeps the order.
-    several = several_labels(packs)
+    several = several_labels(packs, task)
     seen: dict[str, dict[str, None]] = {"train": {}, "val": {}, "test": {}}
     for split, names in seen.items():
         for pack in packs:
@@ -100,7 +107,9 @@ def list_labels(packs: list, task: str, answers: str) -> list[str]:
     unseen = sorted((seen["val"] | seen["test"]).keys() - seen["train"].keys())
     require(not unseen,
             f"no training sample has the class {', '.join(unseen)}: prepare another split")
-    require(seen["train"], "no training sample has a label: prepare another split")
+    least = 1 if several else 2
+    require(len(seen["train"]) >= least, f"the training samples have {len(seen['train'])} labels, "
+            f"so there is nothing to learn: prepare data with {least} or more")
     return sorted(seen["train"])
 
 

@@ -251,6 +251,7 @@ def open_part(out: Path, overwrite: bool, settings: dict[str, Any],
     try:
         with lock_folder(folder, out, wait):
             put_back(folder, target)   # a kill between the two renames
+            shutil.rmtree(folder / "old", ignore_errors=True)   # or while it was removed
             part = Part(folder)
             try:
                 require(overwrite or not target.exists(), meanwhile)

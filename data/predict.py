@@ -31,6 +31,7 @@ from m3ae_mini.tokenizer import Tokenizer
 BATCH = 32                             # images of one forward pass
 FOUND = 10                             # results that a search shows
 SPLITS = ("train", "val", "test")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".webp", ".jp2")
 
 
 class LoadedRun(NamedTuple):
@@ -229,7 +230,8 @@ def named_pairs(source: Path, text: str, task: str) -> list[tuple[Path, str]]:
 
 def all_batches(run: LoadedRun, packs: str) -> Iterator[tuple[Samples, LoadedBatch]]:
     """Every sample of the packs, split by split, in batches."""
-    opened = open_packs(packs, run.cfg.image_size, 1.0, run.cfg.task)
+    # Larger packs are fine: the whole images are resized (min_crop_area 0 allows for it).
+    opened = open_packs(packs, run.cfg.image_size, 0.0, run.cfg.task)
     for split in SPLITS:
         if any(len(pack.split[split]) for pack in opened):
             samples = Samples(opened, split, run.tokenizer, run.cfg, TrainConfig())
@@ -272,14 +274,16 @@ def search(folder: Path, query: str, packs: str, out: str | None, device: torch.
     require("itc" in run.model.objectives,
             f"{folder} has no ITC head, which a search needs: pre-train with --itc 1")
     require(path.suffix == ".png", f"--out {path}: name a file that ends in .png")
-    require(Path(query).is_file() or not Path(query).suffix and "/" not in query,
-            f"there is no file {query}: give an image file, or words without a slash")
-    by_image, itc = Path(query).is_file(), run.model.objectives["itc"]
+    by_image, itc = query.lower().endswith(IMAGE_SUFFIXES), run.model.objectives["itc"]
+    require(not by_image or Path(query).is_file(),
+            f"there is no file {query}: give an image file, or words")
     if by_image:
         asked = run.model.encode_image(read_images([query], run))             # (1, 1+L, D)
         feature = itc.image_features(asked)                                   # (1, D)
     else:
-        ids, mask, _ = read_texts([query], run)
+        ids, mask, num_truncated = read_texts([query], run)
+        if num_truncated:
+            print(f"the query has more than {run.cfg.max_text_len} tokens: the rest is not read")
         asked = run.model.encode_text(ids, mask)                              # (1, T, D)
         query_batch = {"text_ids": ids, "text_mask": mask}
         feature = itc.text_features(asked, query_batch)                       # (1, D)
@@ -306,11 +310,12 @@ def search(folder: Path, query: str, packs: str, out: str | None, device: torch.
         text, picture, mask = (encoded[None], asked, text_mask[None]) if by_image else (
             asked, encoded[None], mask)
         found.append((match_score(run.model, text, picture, mask), score, line, image))
-    found.sort(key=lambda item: -item[0])
+    found.sort(key=lambda item: -item[0])         # ties stay in the order of ITC
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_found(query, found, path)
-    print(f"the {len(found)} best {'texts' if by_image else 'images'} by ITC, in the order of "
-          "matching (higher is better):")
+    has_head = {"irtr", "itm"} & set(run.model.objectives.keys())
+    order = "in the order of matching (higher is better)" if has_head else "without matching"
+    print(f"the {len(found)} best {'texts' if by_image else 'images'} by ITC, {order}:")
     for matching, score, line, _ in found:
         print(f"matching {matching:6.2f}  ITC {score:6.2f}  {line['split']}  {line['source']}  "
               f"{line['text'][:80]}")

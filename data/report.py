@@ -136,7 +136,7 @@ def pair_report(model: M3AE, train: Samples, test: Samples, limit: int,
     threshold = None
     for samples in (val, test):
         indices, scores = itc_scores(model, samples, limit, dist_env)
-        texts = [samples.line(n)["text"] for n in indices]
+        texts = [samples.line(n)["text"].lower() for n in indices]
         images = samples.identities(indices)[0].tolist()
         if len(set(texts)) < 2 or len(set(images)) < 2:
             return NO_PAIRS

@@ -51,7 +51,7 @@ def predict_table(model: M3AE, samples: Samples, labels: list[str], dist_env: Di
 
     indices, logits = task_logits(model, samples, dist_env, limit)    # (n,), (n, A)
     known, lines = known_columns(samples, indices), [samples.line(n) for n in indices]
-    if several_labels(samples.packs):
+    if several_labels(samples.packs, task):
         return known | label_columns(lines, logits.sigmoid().numpy(), labels)
     probabilities = (logits.sigmoid() if task == "vqa" else logits.softmax(-1)).numpy()
     return known | answer_columns(lines, probabilities, labels, task)
@@ -87,8 +87,9 @@ def known_columns(samples: Samples, indices: np.ndarray) -> Table:
 def clusters(samples: Samples, indices: np.ndarray) -> list[str]:
     """What each sample belongs to: its patient where the data tell, else its image."""
     lines = [samples.line(n) for n in indices]
-    return [line.get("patient") or f"image {pack} {line['image']}"
-            for line, (pack, _) in zip(lines, samples.location[indices])]
+    names = [samples.packs[pack].meta["name"] for pack, _ in samples.location[indices]]
+    return [f"{name} {line['patient']}" if "patient" in line else f"image {pack} {line['image']}"
+            for name, line, (pack, _) in zip(names, lines, samples.location[indices])]
 
 
 def answer_columns(lines: list[dict], probabilities: np.ndarray, labels: list[str],

@@ -9,7 +9,7 @@ from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -331,12 +331,6 @@ def make_parser(description: str, configs: tuple, losses: Iterable[str] = ()) ->
         parser.add_argument(f"--{name}", dest=f"loss_weights.{name}", type=float, metavar="X",
                             help=f"weight of the loss {name}; 0 leaves it out [1.0]")
     return parser
-
-
-def help_text(f: Field) -> str:
-    """A flag's help with its default and, where they differ, the presets' values."""
-    values = [f"{name} {preset[f.name]}" for name, preset in PRESETS.items() if f.name in preset]
-    return f"{f.metadata['help']} [{', '.join([str(f.default), *values])}]"
 
 
 def parse(parser: ArgumentParser, configs: tuple, argv: list[str] | None = None) -> tuple:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .distributed import DistEnv
 from .loader import VAL_SEED, Samples, load, validation_micro_batches
-from .objectives import M3AE, MIM, loss_weights
+from .objectives import M3AE, MIM, NEVER, loss_weights
 
 Table = dict[str, np.ndarray]          # {metric: (n, 2), sum and count of each sample}
 
@@ -153,9 +153,10 @@ def itc_metrics(model: M3AE, batch: dict, text: Tensor, image: Tensor) -> dict[s
     """Loss of ITC, how often the text's own image has the highest score, and chance."""
     out = model.objectives["itc"](model, batch, text, image)
     ones = torch.ones_like(out["itc_logits"][0])                      # (B,)
+    candidates = (out["itc_logits"] > NEVER).sum(1)                   # (B,)
     right = out["itc_logits"].argmax(1) == torch.arange(len(ones), device=ones.device)  # (B,)
     return {"itc_loss": per_row(out["itc_loss"] * ones), "itc_acc": per_row(right),
-            "itc_chance": per_row(ones / len(ones))}
+            "itc_chance": per_row(1 / candidates)}
 
 
 METRICS = {"mlm": mlm_metrics, "mim": mim_metrics, "itm": itm_metrics, "itc": itc_metrics}

@@ -191,7 +191,8 @@ class ITC(nn.Module):
         if self.soft:
             alike = self.words.similarity(batch["text_ids"]).masked_fill(same, NEVER)  # (B, B)
             targets = (1 - self.soft) * targets + self.soft * (alike / SOFT_SCALE).softmax(1)
-        loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets.T)) / 2
+        # Likeness is symmetric: the targets of text i are those of image i.
+        loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
         return {"itc_loss": loss, "itc_logits": logits}
 
     def text_features(self, text: Tensor, batch: dict) -> Tensor:
@@ -236,9 +237,9 @@ class BagOfWords(nn.Module):
         return F.normalize(present * self.idf, dim=1)
 
     def similarity(self, ids: Tensor) -> Tensor:
-        """ids (B, T) -> cosines of TF-IDF (B, B)"""
+        """ids (B, T) -> cosines of TF-IDF (B, B); 1 with itself, even without such words"""
         tf_idf = self.tf_idf(ids)                                     # (B, V)
-        return tf_idf @ tf_idf.T
+        return (tf_idf @ tf_idf.T).fill_diagonal_(1)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> (B, D)"""

@@ -1,5 +1,6 @@
 """The recipe for a few thousand pairs: one command from a table to a report, which continues where it stopped."""
 import csv
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from m3ae_mini.config import UserError
 from test_loader import CAPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT = {name: f"{flags} --steps 2 --epochs 0 --batch_size 16 --micro_batch 16 --log_every 1"
+SHORT = {name: f"{flags} --steps 2 --epochs 0 --batch_size 16 --log_every 1"
          for name, flags in few_pairs.STAGES.items()}
 
 
@@ -23,6 +24,7 @@ def table(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(few_pairs, "MODEL", "--preset tiny --image_size 96 --patch_size 24 --max_text_len 48")
     monkeypatch.setattr(few_pairs, "STAGES", SHORT)
+    monkeypatch.setattr(few_pairs, "BATCH", 16)
     random = np.random.default_rng(0)
     with open(tmp_path / "t.csv", "w", newline="") as file:
         rows = csv.writer(file)
@@ -59,8 +61,15 @@ def test_from_a_table_to_a_report(table, tmp_path, monkeypatch, capfd):
     assert "mim_loss" not in read_log(out / "contrast")[0] and "itc_loss" in read_log(out / "contrast")[0]
     assert read_log(out / "all")[0].keys() >= {"mlm_loss", "mim_loss", "itm_loss", "itc_loss"}
 
+    assert settings["images"]["model"]["mim_layer"] == 0 and settings["all"]["model"]["mim_layer"] == 1
+    assert settings["contrast"]["train"]["micro_batch"] == 16
+
+    # Other settings would mix with what is there.
+    with pytest.raises(UserError, match=r"was begun with seed 0 \(now 1\): give the same, or another --out"):
+        started(monkeypatch, table, "--out", out, "--device", "cpu", "--seed", 1)
+
     # What has finished is not made again.
-    (out / "all" / "metrics.jsonl").unlink()
+    shutil.rmtree(out / "all")
     kept = {name: (out / name / "last.pt").stat().st_mtime_ns for name in ("images", "contrast")}
     started(monkeypatch, table, "--out", out, "--device", "cpu")
     assert {name: (out / name / "last.pt").stat().st_mtime_ns for name in kept} == kept
@@ -74,6 +83,8 @@ def test_mistakes(table, tmp_path, monkeypatch, capfd):
         started(monkeypatch, tmp_path / "none.csv", "--out", tmp_path / "run")
     with pytest.raises(UserError, match="is no folder: give one of BERT or RoBERTa"):
         started(monkeypatch, table, "--out", tmp_path / "run", "--init_text", tmp_path / "none")
+    with pytest.raises(UserError, match="--gpus 3: use a divisor of 16"):
+        started(monkeypatch, table, "--out", tmp_path / "run", "--gpus", 3)
     assert not (tmp_path / "run").exists()
     table.write_text("image,text,split\nnone.png,A chest.,train\n")
     with pytest.raises(SystemExit) as caught:                 # the command that failed has said why

@@ -176,7 +176,8 @@ def test_a_bag_of_words_by_hand(small_config):
     wanted[0, 7], wanted[0, 8], wanted[2, 9] = 2 / 5 ** 0.5, 1 / 5 ** 0.5, 1
     wanted[1] = wanted[0]                                     # no order, no repeats; 30 has no weight
     torch.testing.assert_close(itc.words.tf_idf(ids), wanted)
-    torch.testing.assert_close(itc.words.similarity(ids), wanted @ wanted.T)
+    cosines = (wanted @ wanted.T).fill_diagonal_(1)           # row 3 has no words that count
+    torch.testing.assert_close(itc.words.similarity(ids), cosines)
     vectors = (wanted - itc.words.mean) @ itc.words.components @ itc.words.proj.weight.T       # (4, D)
     torch.testing.assert_close(itc.words(ids), vectors, atol=1e-5, rtol=1e-4)
 
@@ -207,9 +208,6 @@ def test_soft_targets_by_hand(small_config):
         for table in logits, logits.T:
             log_p = {j: table[i, j] - torch.stack([table[i, k] for k in kept]).logsumexp(0) for j in kept}
             column = {j: soft[j] / total for j in kept}
-            if table is not logits:                           # the target of image i: what texts give it
-                column = {j: (alike[j, i] / 0.1).exp() / sum(
-                    (alike[j, k] / 0.1).exp() for k in range(3) if {j, k} != {1, 2}) for j in kept}
             target = {j: 0.5 * (i == j) + 0.5 * column[j] for j in kept}
             losses.append(-sum(target[j] * log_p[j] for j in kept) / 2)
     torch.testing.assert_close(found.double(), sum(losses) / 3, atol=1e-5, rtol=1e-4)
@@ -243,7 +241,9 @@ def test_components_of_the_training_texts(tmp_path, monkeypatch):
     cfg.itc, cfg.itc_words = 1.0, 5
     samples, main = Samples([pack], "train", tokenizer, cfg, train_cfg), Main()
     model = M3AE(cfg)
-    fit_bag_of_words(model, samples, main)
+    fit_bag_of_words(model, samples, main, resumed=True)      # a checkpoint will fill it
+    assert not model.objectives["itc"].words.idf.any()
+    fit_bag_of_words(model, samples, main, resumed=False)
     assert main.line.startswith("bag of words of ITC: ") and "5 components" in main.line
 
     words = model.objectives["itc"].words
@@ -259,8 +259,43 @@ def test_components_of_the_training_texts(tmp_path, monkeypatch):
 
     before = words.components.clone()
     words.components += 1
-    fit_bag_of_words(model, samples, main)                    # they are there: kept
-    assert torch.equal(words.components, before + 1)
+    fit_bag_of_words(model, samples, main, resumed=False)     # they are there: kept
+    assert torch.equal(words.components, before + 1) and main.line.endswith("--init is kept")
+
+
+def test_components_that_do_not_vary_are_left_out(tmp_path):
+    """Four distinct texts span three directions, however many are asked for: the others stay 0."""
+    from data.bag_of_words import fit_bag_of_words
+    from m3ae_mini.loader import Samples
+    from m3ae_mini.tokenizer import Tokenizer
+    from test_loader import settings, write_pack
+
+    class Main:
+        def print(self, line):
+            self.line = line
+
+    texts = [f"{size} {what}." for size in ("large", "small") for what in ("nodule", "effusion")] * 6
+    tokenizer = Tokenizer.train(texts, 300)
+    pack, _ = write_pack(tmp_path / "p", texts, {"train": len(texts)})
+    cfg, train_cfg = settings(tokenizer)
+    cfg.itc, cfg.itc_words = 1.0, 10
+    samples, main = Samples([pack], "train", tokenizer, cfg, train_cfg), Main()
+    model = M3AE(cfg)
+    fit_bag_of_words(model, samples, main, resumed=False)
+    assert main.line.endswith("2 components") or main.line.endswith("3 components")
+    words = model.objectives["itc"].words
+    new = torch.tensor([[int(i) >> 1 for i in samples.token_ids(0)][:3]])
+    assert ((words.tf_idf(new) - words.mean) @ words.components).norm() < 10
+
+    cfg.max_text_len = 3                                      # of each text the model reads one token
+    few = Samples([write_pack(tmp_path / "q", texts[:3], {"train": 3})[0]], "train", tokenizer, cfg, train_cfg)
+    with pytest.raises(UserError, match="no token stands in 4 training texts: leave out --itc_words"):
+        fit_bag_of_words(M3AE(cfg), few, main, resumed=False)
+
+
+def test_a_text_without_counted_words_has_its_own_image_as_target(small_config):
+    itc = with_words(small_config(itc=1.0, itc_words=3, itc_soft=0.5), {7: 2.0})
+    assert torch.equal(itc.words.similarity(torch.tensor([[0, 30, 2], [0, 31, 2], [0, 7, 2]])), torch.eye(3))
 
 
 # -------------------------------------------------------------------------------- the report on pairs

@@ -21,6 +21,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +35,7 @@ from PIL import Image
 from data.pack import SPLITS, Pack
 from data.pair_metrics import PAIR_METRICS, chance_figures, pair_figures, pair_intervals
 from data.scores import auroc, intervals
-from data.labels import targets
+from data.labels import several_labels, targets
 from data.task_metrics import METRIC_NAMES, answer_columns, figures
 from m3ae_mini.config import require
 from m3ae_mini.distributed import run
@@ -388,11 +389,11 @@ def question_rows(splits: dict[str, Split], image_sets: dict[str, np.ndarray]) -
     return label_rows(splits, multi_hot(names, labels), blocks, judge_answers("vqa", labels))
 
 
-def class_rows(splits: dict[str, Split], image_sets: dict[str, np.ndarray]) -> dict[str, Rows]:
-    """Classes from the words of the text, from the image, from both; of several labels a sample,
-    separated by "|", one regression each."""
+def class_rows(splits: dict[str, Split], image_sets: dict[str, np.ndarray],
+               several: bool) -> dict[str, Rows]:
+    """Classes from the words of the text, from the image, from both. With several labels a sample,
+    one regression each."""
     train, lines = splits["train"], [line for part in splits.values() for line in part.lines]
-    several = any("|" in line["label"] for line in lines)
     labels = sorted({name for line in lines for name in targets(line, "cls", several)})
     encode = BagOfWords(train.texts(), WORD_COUNT, idf=True)
     print(f"{len(train.lines):,} training samples, {len(labels):,} "
@@ -460,7 +461,8 @@ def report(folder: Path, init: Path | None) -> dict:
     train = splits["train"].images
     image_sets = {name: standardise(features, train) for name, features in image_sets.items()}
 
-    make = {"vqa": question_rows, "cls": class_rows}.get(task, pair_rows)
+    several = several_labels([pack], task)
+    make = {"vqa": question_rows, "cls": partial(class_rows, several=several)}.get(task, pair_rows)
     tables = {{"vqa": "answers", "cls": "classes"}.get(task, "pairs"): make(splits, image_sets)}
     if task in ("pretrain", "irtr"):
         tables["group"] = group_rows(splits, image_sets)
