@@ -46,7 +46,8 @@ def rows(root: Path, task: str) -> Iterator[Row]:
         patient = record["Patient ID"].strip()
         view = record["View Position"].strip()
         findings = record["Finding Labels"].strip("| ")
-        label = join_labels(split_labels(findings, f"{table}, line {number}: "))
+        location = f"{table}, line {number}: "
+        label = join_labels(split_labels(findings, location)) if findings else None
 
         split = splits.get(name)
         unseen.discard(name)
@@ -55,7 +56,7 @@ def rows(root: Path, task: str) -> Iterator[Row]:
         missing += split is not None and name not in found
         text = f"Chest x-ray, {view} view." if view else "Chest x-ray."
         yield Row(split or "train", found.get(name, folders[0]) / name, text,
-                  label=label if findings else None, group=view or None, patient=patient,
+                  label=label, group=view or None, patient=patient,
                   skip=None if split else "in neither list")
 
     if unseen:
