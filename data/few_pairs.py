@@ -8,7 +8,8 @@ train.py in a folder below --out. The commands are printed: copy one to change a
     images      masked image modelling, without texts: what the images look like
     contrast    ITC: which image belongs to which text. The text encoder stays as it is, here and
                 below: it has read more elsewhere (--init_text). TF-IDF of the words helps it
-    all         MLM, MIM, ITM and ITC, from these weights: for questions, classes, matching
+    all         MLM, MIM, ITM and ITC, from these weights. On 1,621 pairs it keeps what ITC has
+                learned; the other losses have only begun when it ends
 
 The same command continues where it stopped. At the end stands what a linear model gets on the same
 pairs. If your model is below it, it has learned nothing yet."""
