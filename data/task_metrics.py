@@ -1,4 +1,5 @@
-"""Figures of the downstream tasks, all computed from one table with a row per test row.
+"""Figures of the downstream tasks, all computed from one table with a row per test row,
+or, in retrieval, per query.
 
 The table is a dict of columns (n,). finetune.py writes it to test_predictions.csv; `figures` of
 that file gives the report. Columns of every task: source (the image's file), text, cluster (the

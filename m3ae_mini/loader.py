@@ -51,8 +51,9 @@ class Samples:
     """One split of one or several packs, as one list; `batch` makes a micro-batch of it.
 
     n: number of samples, `limit` at most (0: all), taken evenly spaced; label_ids: int64 (n,), the
-    right answer or class of each sample, set by the script that knows them; constant_image: uint8
-    (3, S, S), shown in place of every image if it is set (--blind)."""
+    right answer or class of each sample, or float32 (n, C), which labels it has, set by the script
+    that knows them; constant_image: uint8 (3, S, S), shown in place of every image if it is set
+    (--blind)."""
 
     def __init__(self, packs: list, split: str, tokenizer, cfg: ModelConfig, train_cfg: TrainConfig,
                  limit: int = 0):
