@@ -91,8 +91,10 @@ def test_a_stopped_preparation_is_continued(folder, tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("moment", [0.2, 0.7])
-def test_a_preparation_that_is_killed_is_continued(folder, tmp_path, moment):
+def test_a_preparation_that_is_killed_is_continued(folder, tmp_path, moment, request):
     """SIGKILL: the work since the journal was last written is lost. The workers end, too."""
+    if moment > 0.5 and not request.config.getoption("--long"):
+        pytest.skip("a second moment with --long")
     script = tmp_path / "script.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(REPO)!r})\n"
                       "import time\nfrom data import partial, prepare\npartial.SYNC_SECONDS = 0.1\n"
