@@ -60,16 +60,17 @@ def main() -> None:
     # The stages; each starts from the one before.
     init = ["--init_text", args.init_text] if args.init_text else []
     if not args.init_text:
-        print("the text encoder stays random, beside TF-IDF of the words: --init_text FOLDER, a "
-              "small BERT such as all-MiniLM-L6-v2, gave better results (tests/README.md)")
+        print("the text encoder stays random; only TF-IDF of the words helps it. --init_text "
+              "FOLDER, a small BERT such as all-MiniLM-L6-v2, gave better results "
+              "(tests/README.md)")
     share = BATCH // max(1, args.gpus)
     for name, flags in STAGES.items():
         stage = out / name
         if name == "contrast":
             flags += f" --micro_batch {share}"
             if share < BATCH:
-                print(f"{args.gpus} processes: each pair is told from {share - 1} others in "
-                      f"place of {BATCH - 1}")
+                print(f"{args.gpus} processes: each pair has {share - 1} negatives, not "
+                      f"{BATCH - 1}")
         if not is_finished(stage):
             call("train.py", MODEL, flags, f"--data {shlex.quote(str(pack))}",
                  shlex.join(init), f"--seed {args.seed} --device {args.device}",

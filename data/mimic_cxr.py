@@ -7,7 +7,7 @@ The tables may be unpacked, without .gz, and have another version in their names
     mimic-cxr-2.0.0-chexpert.csv.gz    subject_id,study_id,Atelectasis,…; for "cls" only
     files/p10/p10000032/s50414267/02aa804e-bde0afdd-112c0b34-7bc16630-4e384014.jpg
 
-The reports are MIMIC-CXR's (mimic-cxr-reports.zip). They may be beside the images, or in a folder
+The reports are MIMIC-CXR's (mimic-cxr-reports.zip). They may be next to the images, or in a folder
 mimic-cxr-reports in --root or next to it:
 
     {.,mimic-cxr-reports,../mimic-cxr-reports}/files/p10/p10000032/s50414267.txt

@@ -307,7 +307,7 @@ def lock_folder(folder: Path, out: Path, wait: bool) -> ContextManager:
 
 
 def remove(folder: Path) -> None:
-    """Remove the folder, its lock last: until then nobody else writes there."""
+    """Remove the folder, its lock last: until then no one else writes there."""
     with suppress(OSError):
         for path in folder.iterdir():
             if path.is_dir():

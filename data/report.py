@@ -58,7 +58,7 @@ def log_names(ranges: dict[str, tuple[float, float]]) -> dict[str, float]:
             for name, values in ranges.items()}
 
 
-# One line per metric: its name, how it is printed, its title, and what stands beside it.
+# One line per metric: its name, how it is printed, its title, and a note.
 POINTS, SHARE, ERROR = "{:+.1f}", "{:.1%}", "{:.3f}"
 LINES = (
     ("mlm_acc", SHARE, "masked tokens, accuracy",

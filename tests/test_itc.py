@@ -220,6 +220,13 @@ def test_soft_targets_need_a_bag_of_words(small_config):
             M3AE(small_config(itc=1.0, **changes))
 
 
+class Main:
+    """Rank 0: keeps the last line that was printed."""
+
+    def print(self, line):
+        self.line = line
+
+
 def test_components_of_the_training_texts(tmp_path, monkeypatch):
     """The bag of words of the training texts has mean 0 and uncorrelated components of variance 1 / dims; rare
     tokens have no weight; first weights stay."""
@@ -229,10 +236,6 @@ def test_components_of_the_training_texts(tmp_path, monkeypatch):
     from m3ae_mini.loader import Samples
     from m3ae_mini.tokenizer import Tokenizer
     from test_loader import CAPTIONS, settings, write_pack
-
-    class Main:
-        def print(self, line):
-            self.line = line
 
     texts = [*CAPTIONS, "An odd word: zebra."]
     tokenizer = Tokenizer.train(texts, 400)
@@ -269,10 +272,6 @@ def test_components_that_do_not_vary_are_left_out(tmp_path):
     from m3ae_mini.loader import Samples
     from m3ae_mini.tokenizer import Tokenizer
     from test_loader import settings, write_pack
-
-    class Main:
-        def print(self, line):
-            self.line = line
 
     texts = [f"{size} {what}." for size in ("large", "small") for what in ("nodule", "effusion")] * 6
     tokenizer = Tokenizer.train(texts, 300)
