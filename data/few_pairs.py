@@ -80,7 +80,8 @@ def main() -> None:
         init = ["--init", str(stage)]
 
     print("\nA linear model on the same pairs:")
-    call("tests/experiments/linear.py", shlex.quote(str(pack)))
+    call("tests/experiments/linear.py", shlex.quote(str(pack)),
+         shlex.join(["--init_text", args.init_text] if args.init_text else []))
     print(f"\nThe model: {out / 'all'}")
 
 

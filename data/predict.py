@@ -77,21 +77,23 @@ def read_images(paths: list[str | Path], run: LoadedRun) -> Tensor:
     return normalise(torch.stack(pixels).to(run.device))
 
 
-def read_texts(texts: list[str], run: LoadedRun) -> tuple[Tensor, Tensor, int]:
-    """Texts -> ids, mask (B, T) on the run's device, and how many are truncated"""
-    longest, pad_id = run.cfg.max_text_len - 2, run.tokenizer.pad_id
-    token_ids = [ids for ids, _ in run.tokenizer.encode(map(clean_text, texts))]
+def read_texts(texts: list[str], tokenizer: Tokenizer,
+               max_text_len: int) -> tuple[Tensor, Tensor, int]:
+    """Texts -> ids, mask (B, T), and how many are truncated"""
+    longest, pad_id = max_text_len - 2, tokenizer.pad_id
+    token_ids = [ids for ids, _ in tokenizer.encode(map(clean_text, texts))]
     ids = torch.full((len(texts), max(map(len, token_ids)) + 2), pad_id)
     for row, tokens in zip(ids, token_ids):
-        tokens = [run.tokenizer.cls_id, *tokens[:longest], run.tokenizer.sep_id]
+        tokens = [tokenizer.cls_id, *tokens[:longest], tokenizer.sep_id]
         row[:len(tokens)] = torch.tensor(tokens)
-    ids = ids[:, :run.cfg.max_text_len].to(run.device)                        # (B, T)
+    ids = ids[:, :max_text_len]                                       # (B, T)
     return ids, (ids != pad_id).long(), sum(len(tokens) > longest for tokens in token_ids)
 
 
 def make_batch(run: LoadedRun, images: Tensor, texts: list[str]) -> dict[str, Tensor]:
     """Images (B, 3, S, S) and their texts -> a batch for the model"""
-    ids, mask, _ = read_texts(texts, run)
+    ids, mask, _ = read_texts(texts, run.tokenizer, run.cfg.max_text_len)
+    ids, mask = ids.to(run.device), mask.to(run.device)
     labels = torch.zeros(len(images), dtype=torch.long, device=run.device)
     return {"image": images, "text_ids": ids, "text_mask": mask, f"{run.cfg.task}_labels": labels}
 
@@ -173,7 +175,7 @@ def predict_many(run: LoadedRun, source: Path, text: str, out: Path) -> None:
                 errors[row] = str(error)
         if rows:
             probabilities[rows] = answer(run, torch.cat(images), texts).cpu().numpy()
-            num_truncated += read_texts(texts, run)[2]
+            num_truncated += read_texts(texts, run.tokenizer, run.cfg.max_text_len)[2]
     write_table(prediction_columns(run, pairs, probabilities, errors), out)
 
     bad = [str(path) for (path, _), error in zip(pairs, errors) if error]
@@ -281,7 +283,8 @@ def search(folder: Path, query: str, packs: str, out: str | None, device: torch.
         asked = run.model.encode_image(read_images([query], run))             # (1, 1+L, D)
         feature = itc.image_features(asked)                                   # (1, D)
     else:
-        ids, mask, num_truncated = read_texts([query], run)
+        ids, mask, num_truncated = read_texts([query], run.tokenizer, run.cfg.max_text_len)
+        ids, mask = ids.to(run.device), mask.to(run.device)
         if num_truncated:
             print(f"the query has more than {run.cfg.max_text_len} tokens: the rest is not read")
         asked = run.model.encode_text(ids, mask)                              # (1, T, D)

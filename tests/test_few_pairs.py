@@ -70,7 +70,7 @@ def test_from_a_table_to_a_report(table, tmp_path, monkeypatch, capfd):
     # What has finished is not made again.
     kept = {name: (out / name / "last.pt").stat().st_mtime_ns for name in SHORT}
     called = []
-    monkeypatch.setattr(few_pairs, "call", lambda *parts: called.append(" ".join(parts)))
+    monkeypatch.setattr(few_pairs, "call", lambda *parts: called.append(" ".join(filter(None, parts))))
     started(monkeypatch, table, "--out", out, "--device", "cpu")
     assert {name: (out / name / "last.pt").stat().st_mtime_ns for name in kept} == kept
     assert called == [f"tests/experiments/linear.py {out / 'pack'}"]

@@ -1,6 +1,7 @@
 """linear.py finds the relations that made-up packs have, and no others."""
 import json
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))
+import features
 import linear
 from data import Row, scores as scores_module
 from data.pack import Pack
@@ -18,7 +20,9 @@ from data.predict import load_run
 from data.write_pack import write_pack
 from m3ae_mini.config import UserError
 from m3ae_mini.loader import normalise
+from m3ae_mini.weights import load_text
 from test_finetune import packs, pretrained                            # fixtures
+from test_weights import CFG, hugging_face, other_model
 
 SIZE = 16
 CORNERS = "north", "east", "south", "west"
@@ -53,16 +57,16 @@ def test_principal_components_are_uncorrelated_and_no_more_than_there_are():
 
 
 def test_words_are_weighted_and_unknown_ones_ignored():
-    encode = linear.BagOfWords(["a b", "a c", "a b 12", "d"], 2, idf=True)
+    encode = features.BagOfWords(["a b", "a c", "a b 12", "d"], 2, idf=True)
     assert list(encode.index) == ["a", "b"]
     weights = np.log([4 / 3, 4 / 2])
     assert np.allclose(encode(["b a a x", "x"]), [weights / np.linalg.norm(weights), [0, 0]])
-    assert np.allclose(linear.BagOfWords(["a b"], 1, idf=False)(["b a"]), np.sqrt([[1 / 2, 1 / 2]]))
+    assert np.allclose(features.BagOfWords(["a b"], 1, idf=False)(["b a"]), np.sqrt([[1 / 2, 1 / 2]]))
 
 
 def test_only_the_most_frequent_words_are_used(monkeypatch, capsys):
-    monkeypatch.setattr(linear, "MAX_WORDS", 1)
-    assert list(linear.BagOfWords(["a b", "b"], 1, idf=True).index) == ["b"]
+    monkeypatch.setattr(features, "MAX_WORDS", 1)
+    assert list(features.BagOfWords(["a b", "b"], 1, idf=True).index) == ["b"]
     assert "of 2 words the 1 most frequent are used" in capsys.readouterr().out
 
 
@@ -71,10 +75,10 @@ def test_a_gradient_falls_into_the_bin_of_its_direction(tmp_path):
     for name, pixels in (("0.png", ramp), ("1.png", ramp.T)):
         Image.fromarray(pixels).save(tmp_path / name)
     rows = [Row("train", tmp_path / name, "a") for name in ("0.png", "1.png")]
-    across, down = linear.pixel_features(made(rows, tmp_path / "pack", "pretrain"))
+    across, down = features.pixel_features(made(rows, tmp_path / "pack", "pretrain"))
     assert across.shape == (196 + 392 + 32,)
-    for features, direction in (across, 0), (down, 4):
-        histograms = features[196:588].reshape(49, 8)
+    for row, direction in (across, 0), (down, 4):
+        histograms = row[196:588].reshape(49, 8)
         assert histograms.argmax(1).tolist() == [direction] * 49
         assert histograms.sum() == pytest.approx(histograms[:, direction].sum())
     assert np.allclose(across[:196].reshape(14, 14), down[:196].reshape(14, 14).T, atol=0.01)
@@ -227,15 +231,15 @@ def test_the_image_encoder_of_a_run(packs, pretrained, tmp_path, monkeypatch, ca
     assert "| val: words + encoder |" in capsys.readouterr().out
 
     pack, run = Pack(packs["pretrain"]), load_run(pretrained)
-    features = linear.encoder_features(pack, pretrained)
+    vectors = features.encoder_features(pack, pretrained)
     pixels = np.empty((3, 16, 16), np.uint8)
     for index in 0, len(pack.offsets) - 2:
         pack.read_image(index, pixels)
         tokens = run.model.encode_image(normalise(torch.from_numpy(pixels)[None]))[0]     # (1+L, D)
         by_hand = torch.cat([tokens[0], tokens[1:].mean(0)]).numpy()
-        assert np.allclose(features[index], by_hand, atol=1e-2)
+        assert np.allclose(vectors[index], by_hand, atol=1e-2)
     train = np.arange(10)
-    scaled = linear.standardise(features, train)[train]
+    scaled = features.standardise(vectors, train)[train]
     assert np.allclose(scaled.mean(0), 0, atol=1e-6) and np.allclose(scaled.std(0), 1, atol=0.01)
 
 
@@ -274,3 +278,42 @@ def test_a_json_file_without_a_folder(packs, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["linear.py", str(packs["cls"]), "--json", "no/such/folder.json"])
     with pytest.raises(UserError, match="the folder is not there: make it first"):
         linear.main()
+
+
+def bert_folder(folder):
+    """A text encoder with random weights, and a tokenizer that knows the words of the captions."""
+    folder.mkdir()
+    hugging_face(folder, "bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "seen", ":", *CORNERS]
+    words += [f"filler{i}" for i in range(50 - len(words))]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    return folder
+
+
+def test_captions_as_a_text_encoder_reads_them(tmp_path, monkeypatch, capsys):
+    folder = bert_folder(tmp_path / "bert")
+    monkeypatch.setattr(features, "MAX_TOKENS", 6)
+    vectors = features.sentence_features(str(folder))(["seen: north", "seen: east west south north"])
+    assert "1 of 2 texts have more than 6 tokens: the rest is not read" in capsys.readouterr().out
+    fields, state = load_text(folder)
+    net = other_model(replace(CFG, **fields)).eval()
+    net.load_state_dict(state, strict=False)
+    for vector, ids in zip(vectors, ([2, 5, 6, 7, 3], [2, 5, 6, 8, 10, 3])):
+        tokens = net.text(torch.tensor([ids]), torch.ones(1, len(ids)).long())
+        mean = tokens[0].mean(0).detach().numpy()
+        assert np.allclose(vector, mean / np.linalg.norm(mean), atol=1e-5)
+
+    scored = []
+
+    def watched(scores, *rest):
+        scored.append(scores)
+        return pair_figures(scores, *rest)
+    monkeypatch.setattr(linear, "pair_figures", watched)
+    rows = [Row(split, corners(tmp_path, bits, n), "seen: " + " ".join(
+                word for word, bit in zip(CORNERS, bits) if bit)) for split, n, bits in scenes()]
+    pack = made(rows, tmp_path / "pack", "pretrain")
+    pairs = linear.report(pack.folder, None, str(folder))["tables"]["pairs"]
+    assert list(pairs["test"]) == ["chance", "pixels", "pixels, texts as read", "pixels, mean of both"]
+    assert value(pairs, "test", "pixels, texts as read", "above") > 0.9
+    for split in range(2):                                             # each row has val, then test
+        assert np.allclose(scored[split + 4], (scored[split] + scored[split + 2]) / 2)

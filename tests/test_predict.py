@@ -104,7 +104,7 @@ def test_search_by_words_and_by_image(packs, contrasted, images, tmp_path, monke
     # By hand: the ITC scores of all images of the pack.
     run, pack = load_run(contrasted), Pack(packs["irtr"])
     itc = run.model.objectives["itc"]
-    ids, mask, _ = read_texts(["large nodule on the left"], run)
+    ids, mask, _ = read_texts(["large nodule on the left"], run.tokenizer, run.cfg.max_text_len)
     pixels = np.empty((3, 16, 16), dtype=np.uint8)
     found = {}
     with torch.no_grad():

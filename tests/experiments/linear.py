@@ -2,6 +2,7 @@
 
     python tests/experiments/linear.py packs/medpix packs/rad               seconds each, one core
     python tests/experiments/linear.py packs/medpix --init runs/pretrain    linear probe of a run
+    python tests/experiments/linear.py packs/medpix --init_text MINILM      also texts as read
 
 The pack's task decides. Everything is fitted on train and chosen on val, and nothing is random.
 
@@ -13,16 +14,16 @@ questions also from the identity of the image, that is which one it is. Figures:
 data/task_metrics.py.
 
 Image features are simple ones of the pixels: `pixel_features`. With --init a second set comes from
-the image encoder of a run, nothing of which is trained: `encoder_features`.
+the image encoder of a run, nothing of which is trained: `encoder_features`. With --init_text pairs
+have two more rows: captions as vectors of a text encoder, `sentence_features`, instead of TF-IDF;
+and the mean of the scores of both.
 """
 import argparse
 import json
-import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
-from PIL import Image
+from features import (BagOfWords, encoder_features, pixel_features, sentence_features, standardise,
+                      unit)
 
 from data.pack import SPLITS, Pack
 from data.pair_metrics import PAIR_METRICS, chance_figures, pair_figures, pair_intervals
@@ -40,13 +42,9 @@ from data.task_metrics import METRIC_NAMES, answer_columns, figures
 from m3ae_mini.config import require
 from m3ae_mini.distributed import run
 
-SIDE = 112                             # pixels of an image from which features are made
-MEANS, CELLS = 14, 7                   # cells along a side: of grey means, of gradient histograms
-DIRECTIONS, GREYS = 8, 32              # bins of the histograms
 IMAGE_DIMS, TEXT_DIMS = 60, 200        # principal components
 CCA_DIMS = 30                          # singular vectors of the cross-covariance
 WORD_COUNT = 4                         # training texts in which a word must occur; questions: 1
-MAX_WORDS = 2000                       # of more words, the most frequent are used
 MAX_IMAGES = 2000                      # training images whose identity is a feature
 MAX_PAIRS = 1000                       # pairs of a split that are scored, evenly spaced
 STRENGTHS = 10.0 ** np.arange(-2, 3.5, 0.5)    # of the ridge, from which val chooses
@@ -77,110 +75,6 @@ def read_splits(pack: Pack) -> dict[str, Split]:
         require(split in found, f"{pack.folder} holds no {split} samples: a linear model is fitted "
                                 "on train and chosen on val, so prepare a pack with both")
     return found
-
-
-# ---------------------------------------------------------------------------------------- features
-
-def read_images(pack: Pack, size: int) -> Iterator[Image.Image]:
-    """All images of a pack, RGB, resized to (size, size)."""
-    pixels = np.empty((3, pack.size, pack.size), np.uint8)
-    for index in range(len(pack.offsets) - 1):
-        pack.read_image(index, pixels)
-        image = Image.fromarray(pixels.transpose(1, 2, 0))
-        yield image.resize((size, size), Image.Resampling.BICUBIC)
-
-
-def pixel_features(pack: Pack) -> np.ndarray:
-    """Grey means, gradient histograms and the grey histogram of each image: (images, 620)
-
-    A gradient histogram is that of a cell: how strong the gradients of each direction are, with
-    norm 1 but for flat cells. Directions that differ by half a turn are one."""
-    side = np.arange(SIDE) * CELLS // SIDE                            # (S,) cell of each pixel
-    cell = (side[:, None] * CELLS + side) * DIRECTIONS                # (S, S)
-    features = []
-    for image in read_images(pack, SIDE):
-        grey = np.asarray(image.convert("L")) / 255                   # (S, S)
-        means = grey.reshape(MEANS, SIDE // MEANS, MEANS, SIDE // MEANS).mean((1, 3))
-
-        dy, dx = np.gradient(grey)
-        turn = np.arctan2(dy, dx) % np.pi / np.pi                     # (S, S) 0 … 1
-        bins = cell + (turn * DIRECTIONS).astype(int).clip(0, DIRECTIONS - 1)
-        gradients = np.bincount(bins.ravel(), np.hypot(dx, dy).ravel(), CELLS ** 2 * DIRECTIONS)
-        gradients = gradients.reshape(CELLS ** 2, DIRECTIONS)
-        gradients /= np.linalg.norm(gradients, axis=1, keepdims=True) + 0.5
-
-        greys = np.sqrt(np.histogram(grey, GREYS, (0, 1))[0] / grey.size)
-        features.append(np.concatenate([means.ravel(), gradients.ravel(), greys]))
-    return np.array(features)
-
-
-def encoder_features(pack: Pack, folder: Path) -> np.ndarray:
-    """What a run's image encoder makes of each image: class token and the mean of the patch tokens,
-    (images, 2D)"""
-    import torch                       # pixels alone need none of these
-
-    from data.predict import BATCH, load_run
-    from m3ae_mini.loader import normalise
-
-    trained = load_run(folder, "cuda" if torch.cuda.is_available() else "cpu")
-    size, fit = trained.cfg.image_size, pack.meta.get("fit", "crop")
-    if size != pack.size:
-        print(f"{pack.folder}: images of {pack.size} pixels are resized to {size} for the encoder")
-    if fit != trained.fit:
-        print(f"warning: {pack.folder} was prepared with --fit {fit}, {folder} was trained with "
-              f"--fit {trained.fit}", file=sys.stderr)
-
-    features, images = [], read_images(pack, size)
-    while part := [np.asarray(image) for image in islice(images, BATCH)]:
-        pixels = torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2)         # (B, 3, S, S)
-        with torch.no_grad():
-            tokens = trained.model.encode_image(normalise(pixels.to(trained.device)))
-        both = torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)        # (B, 2D)
-        features.append(both.double().cpu().numpy())
-    return np.concatenate(features)
-
-
-class BagOfWords:
-    """Texts as vectors of norm 1, one number a word: 0 where a text lacks it, else its weight.
-
-    Words are those in at least `count` training texts. With `idf` a word that is in n of N training
-    texts has the weight log(N / n), else 1. UserError if there are no words."""
-
-    def __init__(self, texts: list[str], count: int, idf: bool):
-        held_by = Counter(word for text in texts for word in self._words(text))
-        frequent = [word for word, n in held_by.most_common() if n >= count]
-        require(frequent, f"no word occurs in {count} training texts: a linear model learns "
-                          "nothing from these texts, so give a larger pack")
-        if len(frequent) > MAX_WORDS:
-            print(f"of {len(frequent):,} words the {MAX_WORDS:,} most frequent are used")
-        frequent = frequent[:MAX_WORDS]
-        self.index = {word: i for i, word in enumerate(frequent)}
-        shares = np.array([held_by[word] for word in frequent]) / len(texts)      # (V,)
-        self.weights = -np.log(shares) if idf else np.ones(len(frequent))         # (V,)
-
-    def __call__(self, texts: list[str]) -> np.ndarray:
-        """n texts -> (n, V)"""
-        table = np.zeros((len(texts), len(self.index)))
-        for row, text in zip(table, texts):
-            known = [self.index[word] for word in self._words(text) if word in self.index]
-            row[known] = self.weights[known]
-        return unit(table)
-
-    @staticmethod
-    def _words(text: str) -> dict[str, None]:
-        """Each word of a text once, in order. Numbers are none."""
-        return dict.fromkeys(re.findall(r"[^\W\d_]+", text))
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    """Rows (n, D) with norm 1; zeros stay."""
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
-
-
-def standardise(features: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """Features (images, D) with mean 0 and deviation 1 over the training samples' images (n,)"""
-    rows = features[train]
-    return (features - rows.mean(0)) / (rows.std(0) + 1e-6)
 
 
 # ----------------------------------------------------------------------------------- linear models
@@ -250,37 +144,46 @@ def best_ridge(blocks: list[np.ndarray], parts: dict[str, slice], y: np.ndarray,
 
 # ------------------------------------------------------------------ pairs of an image and a caption
 
-def pair_rows(splits: dict[str, Split], image_sets: dict[str, np.ndarray]) -> dict[str, Rows]:
+def pair_rows(splits: dict[str, Split], image_sets: dict[str, np.ndarray],
+              init_text: str) -> dict[str, Rows]:
     """{split: rows of the four figures of pair_metrics}, for val and test"""
     train = splits["train"]
     encode = BagOfWords(train.texts(), WORD_COUNT, idf=True)
     print(f"{len(train.lines):,} training pairs of {len(set(train.texts())):,} texts, "
           f"{len(encode.index):,} words")
+    parts = {split: thinned(part, split) for split, part in splits.items() if split != "train"}
+
+    # {name: {split: features (n, V)}}, and which of them a row uses: the mean of their scores.
+    all_parts = {"train": train} | parts
+    text_sets = {"": {split: encode(part.texts()) for split, part in all_parts.items()}}
+    members = {"": [""]}
+    if init_text:
+        encode = sentence_features(init_text)
+        text_sets["read"] = {split: encode(part.texts()) for split, part in all_parts.items()}
+        members |= {", texts as read": ["read"], ", mean of both": ["", "read"]}
+
     found: dict[str, Rows] = {}
-    for name, features in image_sets.items():
-        score = fit_cca(features[train.images], encode(train.texts()))
-        threshold = None
-        for split in SPLITS[1:]:
-            if split not in splits:
-                continue
-            part = thinned(splits[split], split, announce=name == "pixels")
+    for name, (suffix, used) in product(image_sets, members.items()):
+        features, threshold = image_sets[name], None
+        fitted = [fit_cca(features[train.images], text_sets[text]["train"]) for text in used]
+        for split, part in parts.items():
             texts, images = part.texts(), part.images.tolist()
-            scores = score(features[part.images], encode(texts))
+            scores = np.mean([score(features[part.images], text_sets[text][split])
+                              for score, text in zip(fitted, used)], axis=0)
             values = pair_figures(scores, texts, threshold, images)
             ranges = pair_intervals(scores, texts, part.clusters(), threshold, images)
             threshold = values.pop("threshold")                       # test takes that of val
             rows = found.setdefault(split, {"chance": cells(chance_figures(texts, images))})
-            rows[name] = cells(values, ranges)
+            rows[name + suffix] = cells(values, ranges)
     return found
 
 
-def thinned(part: Split, split: str, announce: bool) -> Split:
+def thinned(part: Split, split: str) -> Split:
     """At most MAX_PAIRS samples, evenly spaced, as --test_samples takes them."""
     n = len(part.lines)
     if n <= MAX_PAIRS:
         return part
-    if announce:
-        print(f"{split}: {MAX_PAIRS:,} of {n:,} pairs, evenly spaced")
+    print(f"{split}: {MAX_PAIRS:,} of {n:,} pairs, evenly spaced")
     indices = np.arange(MAX_PAIRS) * n // MAX_PAIRS
     return Split([part.lines[i] for i in indices], part.images[indices])
 
@@ -444,7 +347,7 @@ def print_table(title: str, tables: dict[str, Rows]) -> None:
             print(f"| {split}: {name} | {' | '.join(shown)} |")
 
 
-def report(folder: Path, init: Path | None) -> dict:
+def report(folder: Path, init: Path | None, init_text: str = "") -> dict:
     """Fit, print, and return what --json keeps of a pack."""
     pack = Pack(folder)
     task, splits = pack.meta.get("task"), read_splits(pack)
@@ -462,7 +365,8 @@ def report(folder: Path, init: Path | None) -> dict:
     image_sets = {name: standardise(features, train) for name, features in image_sets.items()}
 
     several = several_labels([pack], task)
-    make = {"vqa": question_rows, "cls": partial(class_rows, several=several)}.get(task, pair_rows)
+    make = {"vqa": question_rows, "cls": partial(class_rows, several=several)}.get(
+        task, partial(pair_rows, init_text=init_text))
     tables = {{"vqa": "answers", "cls": "classes"}.get(task, "pairs"): make(splits, image_sets)}
     if task in ("pretrain", "irtr"):
         tables["group"] = group_rows(splits, image_sets)
@@ -479,11 +383,13 @@ def main():
     add("packs", nargs="+", type=Path, metavar="PACK", help="folders that data.prepare has written")
     add("--init", type=Path, metavar="RUN",
         help="also use the image encoder of this run: what has it learned?")
+    add("--init_text", default="", metavar="FOLDER",
+        help="pairs: also read the captions with this text encoder of BERT or RoBERTa")
     add("--json", type=Path, metavar="FILE", help="write all figures and intervals to this file")
     args = parser.parse_args()
     require(not args.json or args.json.absolute().parent.is_dir(),
             f"--json {args.json}: the folder is not there: make it first")
-    found = {str(folder): report(folder, args.init) for folder in args.packs}
+    found = {str(folder): report(folder, args.init, args.init_text) for folder in args.packs}
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
 
