@@ -4,6 +4,8 @@ An objective is called with the model, the batch, and the encodings that it name
 masked_text, image. Each of them is computed once and shared. It returns a dict: `NAME_loss` and its
 predictions. A new loss is one class here and one entry in OBJECTIVES. The batch's tensors are
 listed at Samples.batch in loader.py."""
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -161,14 +163,17 @@ class ITC(nn.Module):
 
     Not in the paper; ALBEF and CLIP train it. It compares one vector of each encoder, before the
     fusion, so that a million pairs are one matrix product: the class token, or with `itc_pool mean`
-    the mean of the tokens. `itc_words` adds the text's bag of words."""
+    the mean of the tokens. `itc_words` adds the text's bag of words: a second vector of each, K = 2
+    instead of 1, which has its own loss. A pair's score is the mean of the K cosines."""
     inputs = ("text", "image")
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.pool_mean, self.soft = cfg.itc_pool == "mean", cfg.itc_soft
-        self.text_proj = nn.Linear(cfg.fusion_width, cfg.fusion_width, bias=False)
-        self.image_proj = nn.Linear(cfg.fusion_width, cfg.fusion_width, bias=False)
+        self.num_vectors = 2 if cfg.itc_words else 1                  # K
+        width = cfg.fusion_width
+        self.text_proj = nn.Linear(width, width, bias=False)
+        self.image_proj = nn.Linear(width, self.num_vectors * width, bias=False)
         self.words = BagOfWords(cfg) if cfg.itc_words else None
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())            # CLIP's first value
 
@@ -177,42 +182,59 @@ class ITC(nn.Module):
 
         The loss is the mean of both directions. Rows with the same image or text are not negatives
         of each other. They have equal batch["image_id"] or batch["text_id"], (B,), if given."""
-        logits = self.scores(self.text_features(text, batch), self.image_features(image))  # (B, B)
-        own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)   # (B, B)
+        text = self.text_features(text, batch)                        # (B, K·D)
+        image = self.image_features(image)                            # (B, K·D)
+        own = torch.eye(len(text), dtype=torch.bool, device=text.device)       # (B, B)
         same = torch.zeros_like(own)                                  # (B, B)
         for name in ("image_id", "text_id"):
             if name in batch:
                 same = same | (batch[name][:, None] == batch[name])
         same = same & ~own
-        logits = logits.masked_fill(same, NEVER)
 
         # A text may fit other images a little, by how alike the words of the texts are.
         targets = own.float()                                         # (B, B)
         if self.soft:
             alike = self.words.similarity(batch["text_ids"]).masked_fill(same, NEVER)  # (B, B)
             targets = (1 - self.soft) * targets + self.soft * (alike / SOFT_SCALE).softmax(1)
-        # Likeness is symmetric: the targets of text i are those of image i.
-        loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-        return {"itc_loss": loss, "itc_logits": logits}
+
+        # Each of the K vectors learns to tell the pairs apart alone. They are of length 1/√K, so
+        # K times their product is a cosine. Likeness is symmetric: the targets of text i are those
+        # of image i.
+        losses = []
+        for text_part, image_part in zip(self.split(text), self.split(image)):
+            logits = self.num_vectors * self.scores(text_part, image_part)     # (B, B)
+            logits = logits.masked_fill(same, NEVER)
+            losses += [F.cross_entropy(logits, targets), F.cross_entropy(logits.T, targets)]
+        logits = self.scores(text, image).masked_fill(same, NEVER)
+        return {"itc_loss": torch.stack(losses).mean(), "itc_logits": logits}
 
     def text_features(self, text: Tensor, batch: dict) -> Tensor:
-        """text (B, T, D); text_ids, text_mask (B, T) of the batch -> (B, D) of length 1"""
+        """text (B, T, D); text_ids, text_mask (B, T) of the batch -> (B, K·D) of length 1"""
         pooled = text[:, 0]                                           # (B, D)
         if self.pool_mean:
             mask = batch["text_mask"][..., None].to(text.dtype)       # (B, T, 1)
             pooled = (text * mask).sum(1) / mask.sum(1)
-        feature = self.text_proj(pooled).float()                      # (B, D)
+        vectors = [self.text_proj(pooled)]                            # (B, D)
         if self.words is not None:
-            feature = feature + self.words(batch["text_ids"]).float()
-        return F.normalize(feature, dim=-1)
+            vectors.append(self.words(batch["text_ids"]))             # (B, D)
+        return self.join(vectors)
 
     def image_features(self, image: Tensor) -> Tensor:
-        """image (B, 1+L, D) -> (B, D) of length 1"""
+        """image (B, 1+L, D) -> (B, K·D) of length 1"""
         pooled = image[:, 1:].mean(1) if self.pool_mean else image[:, 0]       # (B, D)
-        return F.normalize(self.image_proj(pooled).float(), dim=-1)
+        return self.join(self.split(self.image_proj(pooled)))
+
+    def split(self, features: Tensor) -> tuple[Tensor, ...]:
+        """(B, K·D) -> K vectors (B, D)"""
+        return features.chunk(self.num_vectors, dim=1)
+
+    def join(self, vectors: Sequence[Tensor]) -> Tensor:
+        """K vectors (B, D) -> (B, K·D) of length 1, to which each contributes the same"""
+        vectors = [F.normalize(vector.float(), dim=-1) for vector in vectors]
+        return torch.cat(vectors, dim=1) / len(vectors) ** 0.5
 
     def scores(self, text: Tensor, image: Tensor) -> Tensor:
-        """Features (Q, D), (P, D) -> scores of all pairs (Q, P), scaled by at most 100"""
+        """Features (Q, C), (P, C) -> scores of all pairs (Q, P), scaled by at most 100"""
         device = text.device.type.replace("meta", "cpu")              # meta has no autocast
         with torch.autocast(device, enabled=False):                   # bf16 makes many scores equal
             return self.log_scale.exp().clamp(max=100) * (text.float() @ image.float().T)

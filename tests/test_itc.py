@@ -183,9 +183,17 @@ def test_a_bag_of_words_by_hand(small_config):
 
     text = torch.randn(4, 6, 64)
     batch = {"text_ids": ids, "text_mask": (ids != 1).long()}
-    whole = text[:, 0] @ itc.text_proj.weight.T + vectors
-    torch.testing.assert_close(itc.text_features(text, batch), whole / whole.norm(dim=1, keepdim=True),
-                               atol=1e-5, rtol=1e-4)
+    read = text[:, 0] @ itc.text_proj.weight.T
+    both = torch.cat([x / x.norm(dim=1, keepdim=True) for x in (read, vectors)], dim=1) / 2 ** 0.5
+    torch.testing.assert_close(itc.text_features(text, batch), both, atol=1e-5, rtol=1e-4)
+
+    # An image has a vector for each of the two, and the score is the mean of their cosines.
+    image = torch.randn(5, 17, 64)
+    seen = [image[:, 0] @ weight.T for weight in itc.image_proj.weight.split(64)]
+    cosines = [torch.nn.functional.cosine_similarity(t[:, None], i, dim=-1)
+               for t, i in zip((read, vectors), seen)]                # (4, 5) each
+    found = itc.scores(itc.text_features(text, batch), itc.image_features(image))
+    torch.testing.assert_close(found, itc.log_scale.exp() * (cosines[0] + cosines[1]) / 2, atol=1e-4, rtol=1e-4)
 
 
 def test_soft_targets_by_hand(small_config):
@@ -198,18 +206,22 @@ def test_soft_targets_by_hand(small_config):
     text, image = torch.randn(3, 4, 64), torch.randn(3, 17, 64)
     found = itc(None, batch, text, image)["itc_loss"]
 
-    logits = itc.scores(itc.text_features(text, batch), itc.image_features(image)).double()
+    features = itc.text_features(text, batch), itc.image_features(image)
+    tables = []                                               # one of each vector: both have a loss
+    for text_part, image_part in zip(*(feature.split(64, dim=1) for feature in features)):
+        cosines = torch.nn.functional.cosine_similarity(text_part[:, None], image_part, dim=-1)
+        tables += [logits := (itc.log_scale.exp() * cosines).double(), logits.T]
     alike = itc.words.similarity(ids).double()
     losses = []
     for i in range(3):
         kept = [j for j in range(3) if {i, j} != {1, 2}]      # rows 1 and 2 share their image
         soft = {j: (alike[i, j] / 0.1).exp() for j in kept}
         total = sum(soft.values())
-        for table in logits, logits.T:
+        for table in tables:
             log_p = {j: table[i, j] - torch.stack([table[i, k] for k in kept]).logsumexp(0) for j in kept}
             column = {j: soft[j] / total for j in kept}
             target = {j: 0.5 * (i == j) + 0.5 * column[j] for j in kept}
-            losses.append(-sum(target[j] * log_p[j] for j in kept) / 2)
+            losses.append(-sum(target[j] * log_p[j] for j in kept) / 4)
     torch.testing.assert_close(found.double(), sum(losses) / 3, atol=1e-5, rtol=1e-4)
 
 
