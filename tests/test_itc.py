@@ -239,23 +239,29 @@ class Main:
         self.line = line
 
 
+def training_texts(folder, texts, vocabulary, dims):
+    """(the training samples of a pack of these texts, a model with a bag of words, rank 0)"""
+    from m3ae_mini.loader import Samples
+    from m3ae_mini.tokenizer import Tokenizer
+    from test_loader import settings, write_pack
+
+    tokenizer = Tokenizer.train(texts, vocabulary)
+    pack, _ = write_pack(folder / "p", texts, {"train": len(texts)})
+    cfg, train_cfg = settings(tokenizer)
+    cfg.itc, cfg.itc_words = 1.0, dims
+    return Samples([pack], "train", tokenizer, cfg, train_cfg), M3AE(cfg), Main()
+
+
 def test_components_of_the_training_texts(tmp_path, monkeypatch):
     """The bag of words of the training texts has mean 0 and uncorrelated components of variance 1 / dims; rare
     tokens have no weight; first weights stay."""
     import numpy as np
 
     from data.bag_of_words import LEAST, fit_bag_of_words
-    from m3ae_mini.loader import Samples
-    from m3ae_mini.tokenizer import Tokenizer
-    from test_loader import CAPTIONS, settings, write_pack
+    from test_loader import CAPTIONS
 
-    texts = [*CAPTIONS, "An odd word: zebra."]
-    tokenizer = Tokenizer.train(texts, 400)
-    pack, _ = write_pack(tmp_path / "p", texts, {"train": len(texts)})
-    cfg, train_cfg = settings(tokenizer)
-    cfg.itc, cfg.itc_words = 1.0, 5
-    samples, main = Samples([pack], "train", tokenizer, cfg, train_cfg), Main()
-    model = M3AE(cfg)
+    samples, model, main = training_texts(tmp_path, [*CAPTIONS, "An odd word: zebra."], 400, dims=5)
+    cfg = model.cfg
     fit_bag_of_words(model, samples, main, resumed=True)      # a checkpoint will fill it
     assert not model.objectives["itc"].words.idf.any()
     fit_bag_of_words(model, samples, main, resumed=False)
@@ -281,27 +287,20 @@ def test_components_of_the_training_texts(tmp_path, monkeypatch):
 def test_components_that_do_not_vary_are_left_out(tmp_path):
     """Four distinct texts span three directions, however many are asked for: the others stay 0."""
     from data.bag_of_words import fit_bag_of_words
-    from m3ae_mini.loader import Samples
-    from m3ae_mini.tokenizer import Tokenizer
-    from test_loader import settings, write_pack
 
     texts = [f"{size} {what}." for size in ("large", "small") for what in ("nodule", "effusion")] * 6
-    tokenizer = Tokenizer.train(texts, 300)
-    pack, _ = write_pack(tmp_path / "p", texts, {"train": len(texts)})
-    cfg, train_cfg = settings(tokenizer)
-    cfg.itc, cfg.itc_words = 1.0, 10
-    samples, main = Samples([pack], "train", tokenizer, cfg, train_cfg), Main()
-    model = M3AE(cfg)
+    samples, model, main = training_texts(tmp_path, texts, 300, dims=10)
     fit_bag_of_words(model, samples, main, resumed=False)
     assert main.line.endswith("2 components") or main.line.endswith("3 components")
     words = model.objectives["itc"].words
     new = torch.tensor([[int(i) >> 1 for i in samples.token_ids(0)][:3]])
     assert ((words.tf_idf(new) - words.mean) @ words.components).norm() < 10
 
-    cfg.max_text_len = 3                                      # of each text the model reads one token
-    few = Samples([write_pack(tmp_path / "q", texts[:3], {"train": 3})[0]], "train", tokenizer, cfg, train_cfg)
+    (tmp_path / "few").mkdir()
+    few, model, main = training_texts(tmp_path / "few", texts[:3], 300, dims=10)
+    few.cfg.max_text_len = 3                                  # of each text the model reads one token
     with pytest.raises(UserError, match="no token stands in 4 training texts: leave out --itc_words"):
-        fit_bag_of_words(M3AE(cfg), few, main, resumed=False)
+        fit_bag_of_words(model, few, main, resumed=False)
 
 
 def test_a_text_without_counted_words_has_its_own_image_as_target(small_config):

@@ -162,9 +162,9 @@ def test_questions_that_need_words_or_an_image(tmp_path, capsys):
     for split in "val", "test":
         table = tables["answers"][split]
         assert table["words"]["acc_open"][0] == 1 and table["words"]["acc_closed"][0] < 0.6
-        for features in "pixels", "identity":
-            assert table[f"words + {features}"]["acc"][0] == 1
-            assert table[features]["acc_open"][0] < 0.6
+        for block in "pixels", "identity":
+            assert table[f"words + {block}"]["acc"][0] == 1
+            assert table[block]["acc_open"][0] < 0.6
         assert table["most frequent"]["acc_open"][0] == 0
         assert table["words"]["answer_not_in_list"] == [0, 0, 0]
     assert "100% of val, 100% of test" in printed and "answer_not_in_list" not in printed
@@ -302,6 +302,18 @@ def test_captions_as_a_text_encoder_reads_them(tmp_path, monkeypatch, capsys):
         tokens = net.text(torch.tensor([ids]), torch.ones(1, len(ids)).long())
         mean = tokens[0].mean(0).detach().numpy()
         assert np.allclose(vector, mean / np.linalg.norm(mean), atol=1e-5)
+
+    # As many tokens as it has positions; a tokenizer of its own.
+    monkeypatch.setattr(features, "MAX_TOKENS", 128)
+    features.sentence_features(str(folder))(["seen: " + "north " * 30])
+    longest = fields["text_max_positions"] - 2
+    assert f"1 of 1 texts have more than {longest} tokens" in capsys.readouterr().out
+    with open(folder / "vocab.txt", "a") as file:
+        file.write("\nanother")
+    with pytest.raises(UserError, match="the tokenizer of another model, of 51 tokens: .*, of 50"):
+        features.sentence_features(str(folder))
+    bert_folder(folder.with_name("again"))
+    folder = folder.with_name("again")
 
     scored = []
 

@@ -119,7 +119,9 @@ class BagOfWords:
 
 def sentence_features(folder: str) -> Callable[[list[str]], np.ndarray]:
     """The text encoder in a folder of BERT or RoBERTa -> a function: texts -> the mean of the
-    tokens of each, with norm 1: (n, D)"""
+    tokens of each, with norm 1: (n, D)
+
+    UserError if the folder's tokenizer is not that of its weights."""
     import torch
 
     from data.predict import BATCH, read_texts
@@ -129,6 +131,10 @@ def sentence_features(folder: str) -> Callable[[list[str]], np.ndarray]:
 
     arch, state = weights.load_text(folder)
     tokenizer = Tokenizer.load(folder)
+    require(tokenizer.kind == arch["text_kind"] and tokenizer.vocab_size <= arch["vocab_size"],
+            f"{folder} holds the tokenizer of another model, of {tokenizer.vocab_size:,} tokens: "
+            f"put the one of its weights there, of {arch['vocab_size']:,}")
+    longest = min(MAX_TOKENS, arch["text_max_positions"] - 2)         # RoBERTa counts from 2
     encoder = TextEncoder(ModelConfig.preset("tiny", **arch)).eval()
     encoder.load_state_dict({name.removeprefix("text."): tensor for name, tensor in state.items()})
 
@@ -136,12 +142,12 @@ def sentence_features(folder: str) -> Callable[[list[str]], np.ndarray]:
     def encode(texts: list[str]) -> np.ndarray:
         vectors, num_truncated = [], 0
         for start in range(0, len(texts), BATCH):
-            ids, mask, truncated = read_texts(texts[start:start + BATCH], tokenizer, MAX_TOKENS)
+            ids, mask, truncated = read_texts(texts[start:start + BATCH], tokenizer, longest)
             tokens, mask = encoder(ids, mask), mask[..., None]        # (B, T, D), (B, T, 1)
             vectors.append(((tokens * mask).sum(1) / mask.sum(1)).double().numpy())
             num_truncated += truncated
         if num_truncated:
-            print(f"{num_truncated:,} of {len(texts):,} texts have more than {MAX_TOKENS} tokens: "
+            print(f"{num_truncated:,} of {len(texts):,} texts have more than {longest} tokens: "
                   "the rest is not read")
         return unit(np.concatenate(vectors))
     return encode

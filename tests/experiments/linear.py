@@ -153,14 +153,14 @@ def pair_rows(splits: dict[str, Split], image_sets: dict[str, np.ndarray],
           f"{len(encode.index):,} words")
     parts = {split: thinned(part, split) for split, part in splits.items() if split != "train"}
 
-    # {name: {split: features (n, V)}}, and which of them a row uses: the mean of their scores.
+    # Text features {name: {split: (n, V)}}. A row's score is the mean over those that it uses.
     all_parts = {"train": train} | parts
-    text_sets = {"": {split: encode(part.texts()) for split, part in all_parts.items()}}
-    members = {"": [""]}
+    text_sets = {"words": {split: encode(part.texts()) for split, part in all_parts.items()}}
+    members = {"": ["words"]}          # {end of the row's name: text features}
     if init_text:
         encode = sentence_features(init_text)
         text_sets["read"] = {split: encode(part.texts()) for split, part in all_parts.items()}
-        members |= {", texts as read": ["read"], ", mean of both": ["", "read"]}
+        members |= {", texts as read": ["read"], ", mean of both": ["words", "read"]}
 
     found: dict[str, Rows] = {}
     for name, (suffix, used) in product(image_sets, members.items()):
@@ -357,6 +357,8 @@ def report(folder: Path, init: Path | None, init_text: str = "") -> dict:
     require(all(key in line for part in splits.values() for line in part.lines),
             f"{folder} holds samples without {key}: prepare it with --task {task}")
     print(f"\n{folder}: {pack.meta['name']} for {task}")
+    if init_text and task in ("vqa", "cls"):
+        print("--init_text is for pairs: not used here")
 
     image_sets = {"pixels": pixel_features(pack)}
     if init:
