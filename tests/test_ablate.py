@@ -345,8 +345,8 @@ def test_the_table_holds_what_has_finished(tmp_path, monkeypatch):
 
     ablate.write_tables()
     text = (tmp_path / ablate.OUT / "ablations.md").read_text()
-    assert "| the default (`unchanged`) | 2 | 18.8 (12.5 to 25.0) |" in text
-    assert "| words are not restored (`no_mlm`) | 1 | – | – | 50.0 (50.0 to 50.0) |" in text
+    assert "| the default (`unchanged`) | 2 | 18.8 (12.5–25.0) |" in text
+    assert "| words are not restored (`no_mlm`) | 1 | – | – | 50.0 (50.0–50.0) |" in text
     with Image.open(tmp_path / ablate.OUT / "ablations.png") as image:
         assert ablate.GREEN in {colour for _, colour in image.getcolors(1 << 16)}
 

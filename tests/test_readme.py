@@ -308,7 +308,7 @@ def plain(text):
 
 def test_the_front_doors_results_are_those_of_tests():
     """README.md repeats figures of tests/README.md; none differs."""
-    cells = re.findall(r"\d+\.\d \(\d+\.\d to \d+\.\d\)", MAIN.replace("**", ""))
+    cells = re.findall(r"\d+\.\d \(\d+\.\d–\d+\.\d\)", MAIN.replace("**", ""))
     assert len(cells) >= 12
     assert not [cell for cell in cells if cell not in TESTS.replace("**", "")]
     for ratio in re.findall(r"\| (\d[\d.]*) times", MAIN):

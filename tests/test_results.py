@@ -34,8 +34,8 @@ def test_a_cell_is_the_mean_with_its_least_and_greatest(tmp_path, monkeypatch):
              for row, accs in rows.items() for seed, acc in enumerate(accs)]
     text, found = results.make_table(cells)
     assert "| cls | acc |" in text
-    assert "| pre-trained | 70.0 (50.0 to 90.0) |" in text
-    assert "| blind | 25.0 (25.0 to 25.0) |" in text
+    assert "| pre-trained | 70.0 (50.0–90.0) |" in text
+    assert "| blind | 25.0 (25.0–25.0) |" in text
     assert found["cls"]["pre-trained"]["acc"] == [(0.5,) * 3, (0.7,) * 3, (0.9,) * 3]
 
 
@@ -43,14 +43,14 @@ def test_a_cell_has_half_the_interval_of_a_seed(tmp_path, monkeypatch):
     """Ranks are no shares, and figures of single classes are left out."""
     metrics = {"acc": 0.5, "low_acc": 0.42, "high_acc": 0.56, "t2i_median_rank": 3.0, "AUROC of CT": 0.9}
     text, found = results.make_table([("irtr", "one", finished(monkeypatch, tmp_path, "one", **metrics))])
-    assert "| one | 50.0 (50.0 to 50.0) ±7.0 | 3.0 (3.0 to 3.0) |" in text
+    assert "| one | 50.0 (50.0–50.0) ±7.0 | 3.0 (3.0–3.0) |" in text
     assert found["irtr"]["one"].keys() == {"acc", "t2i_median_rank"}
 
 
 def test_a_metric_that_a_row_lacks_is_a_dash(tmp_path, monkeypatch):
     cells = [("vqa", "one", finished(monkeypatch, tmp_path, "one", acc=0.5, acc_open=0.25)),
              ("vqa", "other", finished(monkeypatch, tmp_path, "other", acc=0.5))]
-    assert "| other | 50.0 (50.0 to 50.0) | – |" in results.make_table(cells)[0]
+    assert "| other | 50.0 (50.0–50.0) | – |" in results.make_table(cells)[0]
 
 
 def test_a_finished_run_is_kept_and_a_failing_one_named(tmp_path, monkeypatch):

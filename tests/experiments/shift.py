@@ -45,7 +45,7 @@ def row(folder: str, dist_env: DistEnv) -> str:
     require(run.cfg.task in ("vqa", "cls") and run.labels,
             f"{folder} is not a run of finetune.py vqa or cls without --blind: give one")
     cells = [accuracy(run, shift, dist_env) for shift in (0, *SHIFTS)]
-    shown = [f"{100 * value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+    shown = [f"{100 * value:.1f} ({100 * low:.1f}–{100 * high:.1f})"
              for value, low, high in cells]
     return f"| {folder} | {' | '.join(shown)} |"
 
