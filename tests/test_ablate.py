@@ -333,7 +333,7 @@ def test_the_table_holds_what_has_finished(tmp_path, monkeypatch):
     for name, gains in ("unchanged", (0.125, 0.25)), ("no_mlm", (None,)):
         for seed, gain in enumerate(gains):
             for which, run in ablate.runs(name, seed).items():
-                metrics = {"acc": 0.5}
+                metrics = {"acc": 0.5, "low_acc": 0.48, "high_acc": 0.52}
                 if which == "pretrain":
                     metrics = {"mlm_gain_hard": gain} if gain else {}
                 (tmp_path / run.out).mkdir(parents=True)
@@ -347,6 +347,7 @@ def test_the_table_holds_what_has_finished(tmp_path, monkeypatch):
     text = (tmp_path / ablate.OUT / "ablations.md").read_text()
     assert "| the default (`unchanged`) | 2 | 18.8 (12.5–25.0) |" in text
     assert "| words are not restored (`no_mlm`) | 1 | – | – | 50.0 (50.0–50.0) |" in text
+    assert text.endswith("| half of a seed's 95 % interval | | – | – | ±2.0 | ±2.0 |\n")
     with Image.open(tmp_path / ablate.OUT / "ablations.png") as image:
         assert ablate.GREEN in {colour for _, colour in image.getcolors(1 << 16)}
 

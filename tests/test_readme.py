@@ -336,7 +336,7 @@ def test_the_ablations(tmp_path):
         assert max(gap) < 1                                # of 255: another Pillow, other letters
 
     # README.md: the mean; bold where all seeds lie on one side of the default's.
-    assert set(ROWS.values()) == set(rows)
+    assert set(ROWS.values()) <= set(rows)
     for label, name in ROWS.items():
         cells = []
         for head in "questions", "classes":

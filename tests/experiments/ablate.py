@@ -151,13 +151,21 @@ def measured() -> dict[str, dict[str, list[list[float]]]]:
 
 
 def table(rows: dict[str, dict[str, list[list[float]]]]) -> str:
-    """Markdown: the mean over the seeds, the least and the greatest."""
+    """Markdown: the mean over the seeds, the least and the greatest; below, how far the choice of
+    test samples leaves a seed open: half of its 95 % interval, mean of all that have one."""
     lines = [f"| | seeds | {' | '.join(COLUMNS.values())} |",
              "|---" * (2 + len(COLUMNS)) + "|"]
     for name, row in rows.items():
-        cells = [format_seeds(row[head], 1) if head in row else "–" for head in COLUMNS.values()]
+        cells = [format_seeds([(value, value, value) for value, _, _ in row[head]], 1)
+                 if head in row else "–" for head in COLUMNS.values()]
         seeds = max(map(len, row.values()))
         lines.append(f"| {what(name)} (`{name}`) | {seeds} | {' | '.join(cells)} |")
+
+    halves = {head: [(high - low) / 2 for row in rows.values()
+                     for _, low, high in row.get(head, []) if high > low] for head in COLUMNS.values()}
+    if any(halves.values()):
+        cells = [f"±{sum(half) / len(half):.1f}" if half else "–" for half in halves.values()]
+        lines.append(f"| half of a seed's 95 % interval | | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
