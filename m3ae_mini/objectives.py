@@ -4,6 +4,7 @@ An objective is called with the model, the batch, and the encodings that it name
 masked_text, image. Each of them is computed once and shared. It returns a dict: `NAME_loss` and its
 predictions. A new loss is one class here and one entry in OBJECTIVES. The batch's tensors are
 listed at Samples.batch in loader.py."""
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -163,8 +164,9 @@ class ITC(nn.Module):
 
     Not in the paper; ALBEF and CLIP train it. It compares one vector of each encoder, before the
     fusion, so that a million pairs are one matrix product: the class token, or with `itc_pool mean`
-    the mean of the tokens. `itc_words` adds the text's bag of words: a second vector of each, K = 2
-    instead of 1, which has its own loss. A pair's score is the mean of the K cosines."""
+    the mean of a text's tokens and the means of an image's four quarters, which keep some of its
+    layout. `itc_words` adds the text's bag of words: a second vector of each, K = 2 instead of 1,
+    which has its own loss. A pair's score is the mean of the K cosines."""
     inputs = ("text", "image")
 
     def __init__(self, cfg: ModelConfig):
@@ -173,7 +175,8 @@ class ITC(nn.Module):
         self.num_vectors = 2 if cfg.itc_words else 1                  # K
         width = cfg.fusion_width
         self.text_proj = nn.Linear(width, width, bias=False)
-        self.image_proj = nn.Linear(width, self.num_vectors * width, bias=False)
+        pooled_width = 4 * width if self.pool_mean else width
+        self.image_proj = nn.Linear(pooled_width, self.num_vectors * width, bias=False)
         self.words = BagOfWords(cfg) if cfg.itc_words else None
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())            # CLIP's first value
 
@@ -221,7 +224,11 @@ class ITC(nn.Module):
 
     def image_features(self, image: Tensor) -> Tensor:
         """image (B, 1+L, D) -> (B, K·D) of length 1"""
-        pooled = image[:, 1:].mean(1) if self.pool_mean else image[:, 0]       # (B, D)
+        pooled = image[:, 0]                                          # (B, D)
+        if self.pool_mean:
+            side = math.isqrt(image.shape[1] - 1)
+            grid = image[:, 1:].mT.unflatten(2, (side, side))         # (B, D, √L, √L)
+            pooled = F.adaptive_avg_pool2d(grid, 2).flatten(1)        # (B, 4·D)
         return self.join(self.split(self.image_proj(pooled)))
 
     def split(self, features: Tensor) -> tuple[Tensor, ...]:

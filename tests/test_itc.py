@@ -153,7 +153,7 @@ def with_words(cfg, idf, dims=3):
     return itc
 
 
-def test_means_leave_padding_and_the_class_token_out(small_config, random_batch):
+def test_means_of_tokens_and_of_quarters(small_config, random_batch):
     cfg = small_config(itc=1.0, itc_pool="mean")
     itc, batch = ITC(cfg), random_batch(cfg)
     text, image = torch.randn(4, 12, 64), torch.randn(4, 17, 64)
@@ -163,7 +163,9 @@ def test_means_leave_padding_and_the_class_token_out(small_config, random_batch)
         mean = text[row, :length].mean(0) @ itc.text_proj.weight.T
         found = itc.text_features(text, batch)[row]
         torch.testing.assert_close(found, mean / mean.norm(), atol=1e-5, rtol=1e-4)
-        mean = image[row, 1:].mean(0) @ itc.image_proj.weight.T
+        quarters = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]  # of 4 x 4 patches
+        means = torch.stack([image[row, 1:][quarter].mean(0) for quarter in quarters])      # (4, D)
+        mean = means.T.flatten() @ itc.image_proj.weight.T
         torch.testing.assert_close(itc.image_features(image)[row], mean / mean.norm(), atol=1e-5, rtol=1e-4)
 
 
