@@ -217,7 +217,7 @@ def test_several_labels_a_sample(tmp_path, capsys):
 # ------------------------------------------------------------------------------ a run, the command line
 
 def test_the_image_encoder_of_a_run(packs, pretrained, tmp_path, monkeypatch, capsys):
-    """Class token and mean patch token, standardised; as one by one."""
+    """Class token and the means of quarters, standardised; as one by one."""
     out = tmp_path / "found.json"
     flags = [packs["pretrain"], packs["cls"], "--init", pretrained, "--json", out]
     monkeypatch.setattr(sys, "argv", ["linear.py", *map(str, flags)])
@@ -232,11 +232,12 @@ def test_the_image_encoder_of_a_run(packs, pretrained, tmp_path, monkeypatch, ca
 
     pack, run = Pack(packs["pretrain"]), load_run(pretrained)
     vectors = features.encoder_features(pack, pretrained)
-    pixels = np.empty((3, 16, 16), np.uint8)
+    pixels, half = np.empty((3, 16, 16), np.uint8), 16 // run.cfg.patch_size // 2
     for index in 0, len(pack.offsets) - 2:
         pack.read_image(index, pixels)
         tokens = run.model.encode_image(normalise(torch.from_numpy(pixels)[None]))[0]     # (1+L, D)
-        by_hand = torch.cat([tokens[0], tokens[1:].mean(0)]).numpy()
+        rows = tokens[1:].view(2, half, 2, half, -1)                    # (top | bottom, row, left | right, column, D)
+        by_hand = torch.cat([tokens[0], rows.mean((1, 3)).flatten(0, 1).T.flatten()]).numpy()
         assert np.allclose(vectors[index], by_hand, atol=1e-2)
     train = np.arange(10)
     scaled = features.standardise(vectors, train)[train]

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
+from math import isqrt
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +59,8 @@ def pixel_features(pack: Pack) -> np.ndarray:
 
 
 def encoder_features(pack: Pack, folder: Path) -> np.ndarray:
-    """What a run's image encoder makes of each image: class token and the mean of the patch tokens,
-    (images, 2D)"""
+    """What a run's image encoder makes of each image: the class token, and the means of the patch
+    tokens in its four quarters, (images, 5D)"""
     import torch                       # pixels alone need none of these
 
     from data.predict import BATCH, load_run
@@ -78,7 +79,10 @@ def encoder_features(pack: Pack, folder: Path) -> np.ndarray:
         pixels = torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2)         # (B, 3, S, S)
         with torch.no_grad():
             tokens = trained.model.encode_image(normalise(pixels.to(trained.device)))
-        both = torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)        # (B, 2D)
+        side = isqrt(tokens.shape[1] - 1)
+        grid = tokens[:, 1:].mT.unflatten(2, (side, side))                    # (B, D, √L, √L)
+        quarters = torch.nn.functional.adaptive_avg_pool2d(grid, 2).flatten(1)    # (B, 4D)
+        both = torch.cat([tokens[:, 0], quarters], dim=1)                     # (B, 5D)
         features.append(both.double().cpu().numpy())
     return np.concatenate(features)
 
