@@ -6,8 +6,8 @@ A few thousand pairs are too few to learn all at once. So the model learns in st
 train.py in a folder below --out. The commands are printed: copy one to change a stage.
 
     images      masked image modelling, without texts: what the images look like
-    contrast    ITC: which image belongs to which text. The text encoder stays as it is, here and
-                below: it has read more elsewhere (--init_text). TF-IDF of the words helps it
+    contrast    ITC: which image belongs to which text. Here and below the text encoder is frozen:
+                --init_text brings one that has read more. TF-IDF of the words stands beside it
     all         MLM, MIM, ITM and ITC, from these weights. On 1,621 pairs it keeps what ITC has
                 learned; the other losses have only begun when it ends
 
@@ -29,7 +29,8 @@ SIZE = 96                              # pixels
 BATCH = 128                            # pairs of a step of "contrast"
 MODEL = f"--preset small --image_size {SIZE} --patch_size 12 --vit_blocks 6 --max_text_len 128"
 CONTRAST = "--itc 1 --itc_pool mean --itc_words 200 --itc_soft 0.5"
-# The last step is kept: ITC's validation loss rises while its ranking still gets better.
+# One validation, at the end, so best.pt is the last step: ITC's validation loss rises while its
+# ranking still gets better.
 LAST = "--eval_every 1000000"
 STAGES = {                             # name: flags of train.py
     "images": f"--mlm 0 --itm 0 --mim_layer 0 --epochs 100 --lr 1e-3 {LAST}",

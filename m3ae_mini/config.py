@@ -89,7 +89,7 @@ class ModelConfig:
     mim: float = opt(1.0, "weight of masked image modelling; 0 leaves it out")
     itm: float = opt(1.0, "weight of image-text matching; 0 leaves it out")
     itc: float = opt(0.0, "weight of image-text contrast; 0, as in the paper, leaves it out")
-    itc_pool: str = opt("class", "what ITC compares: class (tokens) or mean (of tokens, of quarters)")
+    itc_pool: str = opt("class", "what ITC compares: class (tokens) or mean (tokens, quarters)")
     itc_words: int = opt(0, "ITC: size of the space of the text's bag of words; 0: without it")
     itc_soft: float = opt(0.0, "ITC: share of the target given to texts of like words")
     loss_weights: dict = field(default_factory=dict)     # of losses without a setting of their own

@@ -162,11 +162,12 @@ class ITM(nn.Module):
 class ITC(nn.Module):
     """Image-text contrast: find the image of each text in the micro-batch, and vice versa.
 
-    Not in the paper; ALBEF and CLIP train it. It compares one vector of each encoder, before the
-    fusion, so that a million pairs are one matrix product: the class token, or with `itc_pool mean`
-    the mean of a text's tokens and the means of an image's four quarters, which keep some of its
-    layout. `itc_words` adds the text's bag of words: a second vector of each, K = 2 instead of 1,
-    which has its own loss. A pair's score is the mean of the K cosines."""
+    Not in the paper; CLIP and ALBEF have it. It compares a vector of each encoder, before the
+    fusion, so that a million pairs are one matrix product. The vector is a projection of the class
+    token. With `itc_pool mean` it is one of the mean of a text's tokens, and of the means of an
+    image's four quarters, which keep some of its layout. `itc_words` adds a second pair of vectors
+    with a loss of its own, of the text's bag of words and of the image: K = 2 instead of 1. A
+    pair's score is the mean of the K cosines."""
     inputs = ("text", "image")
 
     def __init__(self, cfg: ModelConfig):
@@ -248,10 +249,10 @@ class ITC(nn.Module):
 
 
 class BagOfWords(nn.Module):
-    """Which words a text has: TF-IDF, in the space of its principal components (LSA).
+    """Which words a text has: TF-IDF (TF 0 or 1), in the space of its principal components (LSA).
 
-    A few thousand texts teach an encoder too little; what is known of the words here needs no
-    training but `proj`. The rest are statistics of the training texts (data/bag_of_words.py)."""
+    A few thousand texts teach an encoder too little. Here only `proj` is trained. The rest are
+    statistics of the training texts (data/bag_of_words.py)."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -266,7 +267,7 @@ class BagOfWords(nn.Module):
         return F.normalize(present * self.idf, dim=1)
 
     def similarity(self, ids: Tensor) -> Tensor:
-        """ids (B, T) -> cosines of TF-IDF (B, B); 1 with itself, even without such words"""
+        """ids (B, T) -> cosines of TF-IDF (B, B); 1 with itself, even if no token counts"""
         tf_idf = self.tf_idf(ids)                                     # (B, V)
         return (tf_idf @ tf_idf.T).fill_diagonal_(1)
 
