@@ -316,11 +316,11 @@ def test_the_front_doors_results_are_those_of_tests():
 
 
 ROWS = {"none": "unchanged", "without MLM": "no_mlm", "without MIM": "no_mim",
-        "without ITM": "no_itm", "mask 50 % of the patches and 50 % of the words": "mask_50_50",
-        "a Transformer predicts the words, not an MLP": "transformer_text_head",
-        "an MLP predicts the pixels, not a Transformer": "mlp_pixel_decoder",
-        "pixels decoded after the last fusion layer": "pixels_last",
-        "a fourth loss: image-text contrast (`--itc 1`)": "itc"}
+        "mask 50 % of the patches": "mask_50", "mask 50 % of the words": "words_50",
+        "a fourth loss: image-text contrast (`--itc 1`)": "itc",
+        "contrast, and mask 50 % of the words": "itc_words_50",
+        "contrast, patches and words masked as in XLIP": "xlip",
+        "contrast first, then masks (Jamal & Mohareri)": "contrast_first"}
 
 
 def test_the_ablations(tmp_path):
