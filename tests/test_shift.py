@@ -61,8 +61,8 @@ def test_the_table_of_two_runs(inside, monkeypatch, capsys):
         lines = list(map(json.loads, open(f"runs/{task}/metrics.jsonl")))
         test = next(line for line in lines if line["split"] == "test")
         own = [f"{100 * test[name]:.1f}" for name in ("acc", "low_acc", "high_acc")]
-        assert row.startswith(f"| runs/{task} | {own[0]} ({own[1]} to {own[2]}) | ")
-        assert len(re.findall(r"\d+\.\d \(\d+\.\d to \d+\.\d\)", row)) == 4
+        assert row.startswith(f"| runs/{task} | {own[0]} ({own[1]}–{own[2]}) | ")
+        assert len(re.findall(r"\d+\.\d \(\d+\.\d–\d+\.\d\)", row)) == 4
 
 
 def test_what_is_refused(inside, monkeypatch, tmp_path):
