@@ -7,7 +7,7 @@ train.py in a folder below --out. The commands are printed: copy one to change a
 
     images      masked image modelling, without texts: what the images look like
     contrast    ITC: which image belongs to which text. Here and below the text encoder is frozen:
-                --init_text brings one that has read more. TF-IDF of the words stands beside it
+                --init_text brings one that has read more. ITC also uses TF-IDF of the words
     all         MLM, MIM, ITM and ITC, from these weights. On 1,621 pairs it keeps what ITC has
                 learned; the other losses have only begun when it ends
 

@@ -162,12 +162,12 @@ class ITM(nn.Module):
 class ITC(nn.Module):
     """Image-text contrast: find the image of each text in the micro-batch, and vice versa.
 
-    Not in the paper; CLIP and ALBEF have it. It compares a vector of each encoder, before the
-    fusion, so that a million pairs are one matrix product. The vector is a projection of the class
-    token. With `itc_pool mean` it is one of the mean of a text's tokens, and of the means of an
-    image's four quarters, which keep some of its layout. `itc_words` adds a second pair of vectors
-    with a loss of its own, of the text's bag of words and of the image: K = 2 instead of 1. A
-    pair's score is the mean of the K cosines."""
+    Not in the paper; CLIP and ALBEF have it. A text and an image are one vector each, before the
+    fusion, so that a million pairs are one matrix product. Both are projections: of the class
+    token, or with `itc_pool mean` of the mean of the text's tokens and of `quarter_means` of the
+    image. `itc_words` adds a second pair of vectors with a loss of its own: the text's bag of words
+    and a second projection of the image, K = 2 instead of 1. A pair's score is the mean of the K
+    cosines."""
     inputs = ("text", "image")
 
     def __init__(self, cfg: ModelConfig):
@@ -225,11 +225,7 @@ class ITC(nn.Module):
 
     def image_features(self, image: Tensor) -> Tensor:
         """image (B, 1+L, D) -> (B, K·D) of length 1"""
-        pooled = image[:, 0]                                          # (B, D)
-        if self.pool_mean:
-            side = math.isqrt(image.shape[1] - 1)
-            grid = image[:, 1:].mT.unflatten(2, (side, side))         # (B, D, √L, √L)
-            pooled = F.adaptive_avg_pool2d(grid, 2).flatten(1)        # (B, 4·D)
+        pooled = quarter_means(image) if self.pool_mean else image[:, 0]       # (B, 4·D | D)
         return self.join(self.split(self.image_proj(pooled)))
 
     def split(self, features: Tensor) -> tuple[Tensor, ...]:
@@ -246,6 +242,15 @@ class ITC(nn.Module):
         device = text.device.type.replace("meta", "cpu")              # meta has no autocast
         with torch.autocast(device, enabled=False):                   # bf16 makes many scores equal
             return self.log_scale.exp().clamp(max=100) * (text.float() @ image.float().T)
+
+
+def quarter_means(image: Tensor) -> Tensor:
+    """image (B, 1+L, D) -> (B, 4·D), the mean of the patches in each quarter of the image
+
+    One mean of all patches would lose the layout, and with it the plane of a CT or MR image."""
+    side = math.isqrt(image.shape[1] - 1)
+    grid = image[:, 1:].mT.unflatten(2, (side, side))                 # (B, D, √L, √L)
+    return F.adaptive_avg_pool2d(grid, 2).flatten(1)
 
 
 class BagOfWords(nn.Module):

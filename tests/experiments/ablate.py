@@ -19,7 +19,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from results import OUT, ROOT, Run, format_seeds, make_all, task_on_phantoms, with_interval
+from results import OUT, ROOT, Run, format_spread, make_all, task_on_phantoms, with_interval
 
 from PIL import Image, ImageDraw
 
@@ -156,8 +156,8 @@ def table(rows: dict[str, dict[str, list[list[float]]]]) -> str:
     lines = [f"| | seeds | {' | '.join(COLUMNS.values())} |",
              "|---" * (2 + len(COLUMNS)) + "|"]
     for name, row in rows.items():
-        cells = [format_seeds([(value, value, value) for value, _, _ in row[head]], 1)
-                 if head in row else "–" for head in COLUMNS.values()]
+        cells = [format_spread([value for value, _, _ in row[head]]) if head in row else "–"
+                 for head in COLUMNS.values()]
         seeds = max(map(len, row.values()))
         lines.append(f"| {what(name)} (`{name}`) | {seeds} | {' | '.join(cells)} |")
 

@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
-from math import isqrt
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +64,7 @@ def encoder_features(pack: Pack, folder: Path) -> np.ndarray:
 
     from data.predict import BATCH, load_run
     from m3ae_mini.loader import normalise
+    from m3ae_mini.objectives import quarter_means
 
     trained = load_run(folder, "cuda" if torch.cuda.is_available() else "cpu")
     size, fit = trained.cfg.image_size, pack.meta.get("fit", "crop")
@@ -79,10 +79,7 @@ def encoder_features(pack: Pack, folder: Path) -> np.ndarray:
         pixels = torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2)         # (B, 3, S, S)
         with torch.no_grad():
             tokens = trained.model.encode_image(normalise(pixels.to(trained.device)))
-        side = isqrt(tokens.shape[1] - 1)
-        grid = tokens[:, 1:].mT.unflatten(2, (side, side))                    # (B, D, √L, √L)
-        quarters = torch.nn.functional.adaptive_avg_pool2d(grid, 2).flatten(1)    # (B, 4D)
-        both = torch.cat([tokens[:, 0], quarters], dim=1)                     # (B, 5D)
+        both = torch.cat([tokens[:, 0], quarter_means(tokens)], dim=1)        # (B, 5D)
         features.append(both.double().cpu().numpy())
     return np.concatenate(features)
 

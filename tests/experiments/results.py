@@ -227,10 +227,13 @@ def with_interval(logged: dict, name: str) -> tuple[float, float, float]:
 def format_seeds(seeds: list[tuple[float, float, float]], scale: float = 100) -> str:
     """(value, low, high) of each seed -> "72.0 (70.0–75.0) ±2.1": mean, least and greatest
     value; and half of the 95 % interval of one seed, which the test rows leave open."""
-    values = [scale * value for value, _, _ in seeds]
     half = sum(scale * (high - low) / 2 for _, low, high in seeds) / len(seeds)
-    return (f"{sum(values) / len(values):.1f} ({min(values):.1f}–{max(values):.1f})"
-            + f" ±{half:.1f}" * (half > 0))
+    return format_spread([scale * value for value, _, _ in seeds]) + f" ±{half:.1f}" * (half > 0)
+
+
+def format_spread(values: list[float]) -> str:
+    """Values of all seeds -> "72.0 (70.0–75.0)": mean, least and greatest."""
+    return f"{sum(values) / len(values):.1f} ({min(values):.1f}–{max(values):.1f})"
 
 
 def main():
