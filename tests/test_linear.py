@@ -48,6 +48,19 @@ def test_ridge_is_the_closed_form_whichever_matrix_is_smaller():
             assert np.allclose(predict(x), x @ weights[:-1] + weights[-1], atol=1e-6)
 
 
+def test_products_are_those_of_the_features_one_by_one():
+    """Kernel ridge against ridge on [a, b, all products of a and b], all centred by their maker."""
+    random = np.random.default_rng(7)
+    a, b, y = random.normal(size=(40, 3)), random.normal(size=(40, 4)), random.normal(size=(30, 2))
+    parts = {"train": slice(0, 30), "val": slice(30, 40)}
+    found, strength = linear.best_ridge([[a], [b]], parts, y, lambda outputs: -np.square(outputs).mean())
+
+    a, b = linear.join([a], 30), linear.join([b], 30)
+    x = np.concatenate([a, b, np.einsum("ni,nj->nij", a, b).reshape(40, -1)], axis=1)
+    weights = np.linalg.solve(x[:30].T @ x[:30] + strength * np.eye(x.shape[1]), x[:30].T @ (y - y.mean(0)))
+    assert np.allclose(found, x @ weights + y.mean(0))
+
+
 def test_principal_components_are_uncorrelated_and_no_more_than_there_are():
     random = np.random.default_rng(5)
     rows = random.normal(size=(50, 4)) @ random.normal(size=(4, 9)) + 2
@@ -170,12 +183,28 @@ def test_questions_that_need_words_or_an_image(tmp_path, capsys):
     assert "100% of val, 100% of test" in printed and "answer_not_in_list" not in printed
 
 
+def test_questions_whose_words_and_image_must_meet(tmp_path, monkeypatch, capsys):
+    """Bright or dark, asked either way: neither words nor image nor their sum tell the answer."""
+    rows = [Row(split, corners(tmp_path, [bits[0]] * 4, n), f"Is it {('dark', 'bright')[bits[1]]}?",
+                "yes" if bits[0] == bits[1] else "no", closed=True) for split, n, bits in scenes()]
+    pack = made(rows, tmp_path / "pack", "vqa")
+    tables, _ = report(pack, capsys)
+    for split in "val", "test":
+        assert value(tables["answers"], split, "words × pixels", "acc") == 1
+        assert value(tables["answers"], split, "words + pixels", "acc") < 0.75
+    monkeypatch.setattr(linear, "MAX_PRODUCTS", 159)
+    tables, printed = report(pack, capsys)
+    assert "words × pixels" not in tables["answers"]["test"]
+    assert "no rows with products: 160 training samples are more than 159" in printed
+
+
 def test_questions_on_new_images_have_no_identity(tmp_path, capsys):
     rows = [Row(split, corners(tmp_path, bits, n), "Is it bright?", "yes" if bits[0] else "no", closed=True)
             for split, n, bits in scenes()]
     pack = made(rows, tmp_path / "pack", "vqa")
     tables, _ = report(pack, capsys)
-    assert list(tables["answers"]["test"]) == ["most frequent", "words", "pixels", "words + pixels"]
+    assert list(tables["answers"]["test"]) == ["most frequent", "words", "pixels", "words + pixels",
+                                                "words × pixels"]
     assert value(tables["answers"], "test", "words + pixels", "acc_closed") == 1
     again, _ = report(pack, capsys)
     assert again == tables                                            # nothing is random
@@ -330,3 +359,14 @@ def test_captions_as_a_text_encoder_reads_them(tmp_path, monkeypatch, capsys):
     assert value(pairs, "test", "pixels, texts as read", "above") > 0.9
     for split in range(2):                                             # each row has val, then test
         assert np.allclose(scored[split + 4], (scored[split] + scored[split + 2]) / 2)
+
+
+def test_questions_as_a_text_encoder_reads_them(tmp_path):
+    folder = bert_folder(tmp_path / "bert")
+    rows = [Row(split, corners(tmp_path, [bits[0]] * 4, n), CORNERS[bits[1]],
+                "yes" if bits[0] == bits[1] else "no", closed=True) for split, n, bits in scenes()]
+    pack = made(rows, tmp_path / "pack", "vqa")
+    table = linear.report(pack.folder, None, str(folder))["tables"]["answers"]["test"]
+    assert list(table) == ["most frequent", "words", "read", "pixels", "words + pixels", "words × pixels",
+                           "words, read + pixels", "words, read × pixels"]
+    assert table["words, read × pixels"]["acc"][0] == 1 > 0.75 > table["read"]["acc"][0]

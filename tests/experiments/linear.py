@@ -10,13 +10,14 @@ pretrain, irtr: image features and TF-IDF of the captions, each reduced by PCA; 
 of their cross-covariance (a CCA, regularised by the PCA); cosine. Figures: data/pair_metrics.py.
 Where samples have groups, ridge regression guesses the group from the image.
 vqa, cls: ridge regression to the right answers or classes, from words, image, and both; with
-questions also from the identity of the image, that is which one it is. Figures:
-data/task_metrics.py.
+questions also from the identity of the image, that is which one it is. "words + pixels" adds what
+each says; "words × pixels" has all products of a word and a pixel feature, too: it answers as a
+similar question on a similar image was answered. Figures: data/task_metrics.py.
 
 Image features are simple ones of the pixels: `pixel_features`. With --init a second set comes from
-the image encoder of a run, nothing of which is trained: `encoder_features`. With --init_text pairs
-have two more rows: captions as vectors of a text encoder, `sentence_features`, instead of TF-IDF;
-and the mean of the scores of both.
+the image encoder of a run, nothing of which is trained: `encoder_features`. With --init_text there
+are more rows: texts as vectors of a text encoder, `sentence_features`. With pairs they stand
+instead of TF-IDF, and the scores of both are averaged; else they stand beside the words.
 """
 import argparse
 import json
@@ -47,6 +48,7 @@ CCA_DIMS = 30                          # singular vectors of the cross-covarianc
 WORD_COUNT = 4                         # training texts in which a word must occur; questions: 1
 MAX_IMAGES = 2000                      # training images whose identity is a feature
 MAX_PAIRS = 1000                       # pairs of a split that are scored, evenly spaced
+MAX_PRODUCTS = 6000                    # training samples of a ridge with products: a matrix of n × n
 STRENGTHS = 10.0 ** np.arange(-2, 3.5, 0.5)    # of the ridge, from which val chooses
 
 Cell = list[float]                     # a figure, and the two ends of its interval if it has one
@@ -119,6 +121,17 @@ def fit_ridge(x: np.ndarray, y: np.ndarray) -> Iterator[Callable[[np.ndarray], n
         yield lambda rows, weights=weights: (rows - x_mean) @ weights + y_mean
 
 
+def fit_kernel_ridge(kernel: np.ndarray,
+                     y: np.ndarray) -> Iterator[Callable[[np.ndarray], np.ndarray]]:
+    """The same from inner products alone: kernel (n, n) of the n training samples with each other,
+    y (n, C) -> for each of STRENGTHS a function: (m, n), those of m samples with them -> (m, C).
+    The intercept is the mean of y."""
+    y_mean = y.mean(0)
+    for strength in STRENGTHS:
+        weights = np.linalg.solve(kernel + strength * np.eye(len(kernel)), y - y_mean)     # (n, C)
+        yield lambda rows, weights=weights: rows @ weights + y_mean
+
+
 def join(blocks: list[np.ndarray], train: int) -> np.ndarray:
     """Blocks of features (n, …), each scaled to a mean squared norm of 1 over the first `train`
     rows, side by side: (n, D)"""
@@ -127,15 +140,22 @@ def join(blocks: list[np.ndarray], train: int) -> np.ndarray:
                            for block in centred], axis=1)
 
 
-def best_ridge(blocks: list[np.ndarray], parts: dict[str, slice], y: np.ndarray,
+def best_ridge(factors: list[list[np.ndarray]], parts: dict[str, slice], y: np.ndarray,
                score: Callable[[np.ndarray], float]) -> tuple[np.ndarray, float]:
     """The outputs (n, C) for all rows of the ridge with the highest score on val, and its strength.
 
-    blocks: features (n, …) of all rows; parts: the rows of each split; y (rows of train, C);
-    score: outputs of val -> how good they are. Of equally good ones the strongest is taken."""
-    x = join(blocks, parts["train"].stop)
+    factors: each a list of blocks, features (n, …) of all rows; of two factors also the products
+    are features; parts: the rows of each split; y (rows of train, C); score: outputs of val -> how
+    good they are. Of equally good ones the strongest is taken."""
+    train = parts["train"]
+    joined = [join(blocks, train.stop) for blocks in factors]
+    x, fit = joined[0], fit_ridge
+    if len(joined) > 1:
+        # (1 + a·a')(1 + b·b') - 1 is the inner product of [a, b, all products of a and b].
+        x = np.prod([1 + one @ one[train].T for one in joined], axis=0) - 1   # (n, rows of train)
+        fit = fit_kernel_ridge
     best = (-np.inf, x[:0], 0.0)
-    for strength, predict in zip(STRENGTHS, fit_ridge(x[parts["train"]], y)):
+    for strength, predict in zip(STRENGTHS, fit(x[train], y)):
         outputs = predict(x)
         reached = score(outputs[parts["val"]])
         best = max(best, (reached, outputs, strength), key=lambda one: (one[0], one[2]))
@@ -230,9 +250,10 @@ def label_rows(splits: dict[str, Split], y: np.ndarray, blocks: dict[str, dict[s
                judge: Judge) -> dict[str, Rows]:
     """{split: rows of figures}, for val and test
 
-    y (rows of train, C); blocks: {name: {split: features (n, …)}}. There is a row for each block,
-    for words with each other block, and for the most frequent label, which needs no features. The
-    strength is the one of the highest accuracy on val; of several labels a sample, mean AUROC."""
+    y (rows of train, C); blocks: {name: {split: features (n, …)}}; those called words or read are
+    of the text. There is a row for each block, for text with each other block, with and without
+    products, and for the most frequent label, which needs no features. The strength is the one of
+    the highest accuracy on val; of several labels a sample, mean AUROC."""
     ends = np.cumsum([0, *(len(part.lines) for part in splits.values())])
     rows_of = {split: slice(*ends[i:i + 2]) for i, split in enumerate(splits)}
 
@@ -243,15 +264,22 @@ def label_rows(splits: dict[str, Split], y: np.ndarray, blocks: dict[str, dict[s
         found = values("val", outputs)
         return found.get("acc", found.get("mean_auroc", 0.0))
 
-    sets: dict[str, list[str]] = {"most frequent": []} | {name: [name] for name in blocks}
-    if "words" in blocks:
-        sets |= {f"words + {name}": ["words", name] for name in blocks if name != "words"}
+    texts = [name for name in ("words", "read") if name in blocks]
+    products = len(y) <= MAX_PRODUCTS
+    if texts and not products:
+        print(f"no rows with products: {len(y):,} training samples are more than {MAX_PRODUCTS:,}")
+    sets: dict[str, list[list[str]]] = {"most frequent": []} | {name: [[name]] for name in blocks}
+    for used, name in product([texts[:i + 1] for i in range(len(texts))], blocks):
+        if name not in texts:
+            sets[f"{', '.join(used)} + {name}"] = [[*used, name]]
+            if products:
+                sets[f"{', '.join(used)} × {name}"] = [used, [name]]
     found: dict[str, Rows] = {split: {} for split in SPLITS[1:] if split in splits}
-    for name, members in sets.items():
+    for name, factors in sets.items():
         outputs = np.tile(y.mean(0), (ends[-1], 1))                   # (n, C)
-        if members:
-            stacked = [np.concatenate([blocks[member][split] for split in splits])
-                       for member in members]
+        if factors:
+            stacked = [[np.concatenate([blocks[member][split] for split in splits])
+                        for member in factor] for factor in factors]
             outputs, _ = best_ridge(stacked, rows_of, y, score)
         for split, rows in found.items():
             ranges = intervals(judge(splits[split], outputs[rows_of[split]]),
@@ -266,8 +294,16 @@ def image_blocks(splits: dict[str, Split], image_sets: dict[str, np.ndarray]):
             for name, features in image_sets.items()}
 
 
-def question_rows(splits: dict[str, Split], image_sets: dict[str, np.ndarray]) -> dict[str, Rows]:
-    """Answers from the words of the question, from the image, from both. Where images of val or
+def text_blocks(splits: dict[str, Split], encode: BagOfWords, init_text: str):
+    """{"words" and, with --init_text, "read": {split: features (n, V)}}"""
+    encoders = {"words": encode} | ({"read": sentence_features(init_text)} if init_text else {})
+    return {name: {split: encoder(part.texts()) for split, part in splits.items()}
+            for name, encoder in encoders.items()}
+
+
+def question_rows(splits: dict[str, Split], image_sets: dict[str, np.ndarray],
+                  init_text: str) -> dict[str, Rows]:
+    """Answers from the text of the question, from the image, from both. Where images of val or
     test are also training images: from their identity, one feature an image."""
     train = splits["train"]
     names = [targets(line, "vqa") for line in train.lines]
@@ -275,8 +311,7 @@ def question_rows(splits: dict[str, Split], image_sets: dict[str, np.ndarray]) -
     encode = BagOfWords(train.texts(), 1, idf=False)
     print(f"{len(train.lines):,} training questions, {len(labels):,} answers, "
           f"{len(encode.index):,} words")
-    blocks = {"words": {split: encode(part.texts()) for split, part in splits.items()}}
-    blocks |= image_blocks(splits, image_sets)
+    blocks = text_blocks(splits, encode, init_text) | image_blocks(splits, image_sets)
 
     known = np.unique(train.images)
     again = {split: np.isin(part.images, known) for split, part in splits.items()}
@@ -293,18 +328,18 @@ def question_rows(splits: dict[str, Split], image_sets: dict[str, np.ndarray]) -
 
 
 def class_rows(splits: dict[str, Split], image_sets: dict[str, np.ndarray],
-               several: bool) -> dict[str, Rows]:
-    """Classes from the words of the text, from the image, from both. With several labels a sample,
-    one regression each."""
+               init_text: str, several: bool) -> dict[str, Rows]:
+    """Classes from the text, from the image, from both. With several labels a sample, one
+    regression each."""
     train, lines = splits["train"], [line for part in splits.values() for line in part.lines]
     labels = sorted({name for line in lines for name in targets(line, "cls", several)})
     encode = BagOfWords(train.texts(), WORD_COUNT, idf=True)
     print(f"{len(train.lines):,} training samples, {len(labels):,} "
           f"{'labels, several a sample' if several else 'classes'}, {len(encode.index):,} words")
-    blocks = {"words": {split: encode(part.texts()) for split, part in splits.items()}}
+    blocks = text_blocks(splits, encode, init_text) | image_blocks(splits, image_sets)
     judge = judge_findings(labels) if several else judge_answers("cls", labels)
     y = multi_hot([targets(line, "cls", several) for line in train.lines], labels)
-    return label_rows(splits, y, blocks | image_blocks(splits, image_sets), judge)
+    return label_rows(splits, y, blocks, judge)
 
 
 def group_rows(splits: dict[str, Split], image_sets: dict[str, np.ndarray]) -> dict[str, Rows]:
@@ -357,8 +392,6 @@ def report(folder: Path, init: Path | None, init_text: str = "") -> dict:
     require(all(key in line for part in splits.values() for line in part.lines),
             f"{folder} holds samples without {key}: prepare it with --task {task}")
     print(f"\n{folder}: {pack.meta['name']} for {task}")
-    if init_text and task in ("vqa", "cls"):
-        print("--init_text is for pairs: not used here")
 
     image_sets = {"pixels": pixel_features(pack)}
     if init:
@@ -368,8 +401,9 @@ def report(folder: Path, init: Path | None, init_text: str = "") -> dict:
 
     several = several_labels([pack], task)
     make = {"vqa": question_rows, "cls": partial(class_rows, several=several)}.get(
-        task, partial(pair_rows, init_text=init_text))
-    tables = {{"vqa": "answers", "cls": "classes"}.get(task, "pairs"): make(splits, image_sets)}
+        task, pair_rows)
+    tables = {{"vqa": "answers", "cls": "classes"}.get(task, "pairs"):
+              make(splits, image_sets, init_text)}
     if task in ("pretrain", "irtr"):
         tables["group"] = group_rows(splits, image_sets)
     tables = {title: rows for title, rows in tables.items() if rows}
@@ -386,7 +420,7 @@ def main():
     add("--init", type=Path, metavar="RUN",
         help="also use the image encoder of this run: what has it learned?")
     add("--init_text", default="", metavar="FOLDER",
-        help="pairs: also read the captions with this text encoder of BERT or RoBERTa")
+        help="also read the texts with this text encoder of BERT or RoBERTa")
     add("--json", type=Path, metavar="FILE", help="write all figures and intervals to this file")
     args = parser.parse_args()
     require(not args.json or args.json.absolute().parent.is_dir(),
