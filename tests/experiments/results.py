@@ -1,11 +1,11 @@
 """What does pre-training bring to the three tasks? Tables of tests/README.md, over several seeds.
 
     python tests/experiments/results.py phantoms
-    python tests/experiments/results.py vqa_rad --vqa_rad DIR --medpix DIR
-    python tests/experiments/results.py medpix --medpix DIR
+    python tests/experiments/results.py vqa_rad --vqa_rad DIR --medpix DIR --text MINILM
+    python tests/experiments/results.py medpix --vqa_rad DIR --medpix DIR --text MINILM
 
-phantoms: the data set that is drawn; vqa_rad: questions on real images; medpix: classes and
-retrieval on real images.
+phantoms: the data set that is drawn; vqa_rad: questions on real images; medpix: classes of real
+images with their captions.
 
 A table is made of runs of train.py and finetune.py, `--jobs` of them at once with one thread each.
 A run that was stopped continues, and one that has finished is kept: the same command continues a
@@ -20,11 +20,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from data.few_pairs import BATCH, MODEL, SIZE, STAGES
 from m3ae_mini.config import require
 from m3ae_mini.distributed import run as run_main
 
@@ -47,6 +49,10 @@ class Run:
         self.packs = packs or {}
         self.code = code
 
+    def chain(self) -> "list[Run]":
+        """The runs that it needs, the first of all first, and itself."""
+        return [*(self.after.chain() if self.after else []), self]
+
     def test_metrics(self) -> dict | None:
         """The last line of metrics.jsonl of the test split; None where the run has not finished."""
         log = ROOT / self.out / "metrics.jsonl"
@@ -57,11 +63,11 @@ class Run:
     def make(self) -> None:
         """Run it to its end, unless it is there. What it prints goes to a file beside its
         folder."""
-        if self.test_metrics():
-            return
-        for pack, flags in self.packs.items():
+        for pack, flags in self.packs.items():             # also for the runs after it
             if not (ROOT / pack).exists():
                 self.call("-m", f"data.prepare {flags} --out {pack}")
+        if self.test_metrics():
+            return
         script, _, flags = self.command.partition(" ")
         self.call(self.code / script, f"{flags} --out {self.out} --resume")
         require(self.test_metrics(),
@@ -81,7 +87,7 @@ class Run:
 
 def make_all(runs: list[Run], jobs: int, after_each: Callable = lambda: None) -> None:
     """Make all runs, `jobs` at once, in their order, but none before the one that it needs."""
-    waiting = list({run.out: run for one in runs for run in (one.after, one) if run}.values())
+    waiting = list({run.out: run for one in runs for run in one.chain()}.values())
     running, finished = {}, set()
     with ThreadPoolExecutor(jobs) as pool:
         while waiting or running:
@@ -100,8 +106,8 @@ def make_all(runs: list[Run], jobs: int, after_each: Callable = lambda: None) ->
 Cell = tuple[str, str, Run]                                # task, row, run
 
 LABELS = {"vqa": 900, "cls": 300, "irtr": 400}             # training samples on phantoms
-REAL = "--device cpu --image_size 96 --patch_size 16"      # the tiny preset for real images
-CAPTIONS = "--tokenizer_vocab 2000 --hard_negatives 0.5 --mlm_ratio 0.25 --dropout 0.1"
+QUESTIONS = "--max_text_len 48 --epochs 25 --eval_every 430"
+CAPTIONS = "--epochs 15 --eval_every 98"
 
 
 def task_on_phantoms(task: str, seed: int) -> str:
@@ -124,62 +130,33 @@ def phantoms(args: argparse.Namespace, seed: int) -> Iterator[Cell]:
             yield task, row, Run(name, f"{task_on_phantoms(task, seed)} {flags}", start)
 
 
-def vqa_rad(args: argparse.Namespace, seed: int) -> Iterator[Cell]:
-    """VQA-RAD, after pre-training on MedPix (without the images that both have) and on VQA-RAD's
-    training questions with their answers. The seeds share the pre-training. With --text, one more
-    row: from scratch but for the text encoder."""
-    rad, medpix = folder(args, "vqa_rad"), folder(args, "medpix")
-    packs = {
-        "packs/medpix-96": f"medpix --root {medpix} --exclude {rad}/images --size 96",
-        "packs/rad-captions-96": f"vqa_rad --root {rad} --task pretrain --size 96",
-        "packs/rad-96": f"vqa_rad --root {rad} --task vqa --size 96"}
-    start = Run(
-        "vqa_rad/pretrain",
-        f"train.py {REAL} --data packs/medpix-96,packs/rad-captions-96 {CAPTIONS} --steps 2400 "
-        "--eval_every 600",
-        packs=packs)
+def real(args: argparse.Namespace, seed: int, name: str) -> Iterator[Cell]:
+    """VQA-RAD's questions, or the part of the body from MedPix's images and captions, after the
+    stages of data.few_pairs on MedPix. All of MedPix is without VQA-RAD's images and patients. Both
+    encoders stay frozen, so the row of an image encoder with random weights tells what the stages
+    bring. Seeds and tables share the stages."""
+    rad, medpix, text = (folder(args, name) for name in ("vqa_rad", "medpix", "text"))
+    medpix = f"medpix --root {medpix} --exclude {rad}/images"
+    task, pack, flags = {"vqa_rad": ("vqa", f"vqa_rad --root {rad}", QUESTIONS),
+                         "medpix": ("cls", medpix, CAPTIONS)}[name]
+    packs = {"packs/medpix-96": f"{medpix} --size {SIZE}",
+             f"packs/{name}-{task}-96": f"{pack} --task {task} --size {SIZE}"}
 
-    common = (f"finetune.py vqa {REAL} --seed {seed} --data packs/rad-96 --batch_size 16 "
-              "--micro_batch 16 --grad_clip 0 --dropout 0.2 --eval_every 688")
-    rates = "--epochs 50 --lr 3e-4 --head_lr_mult 5 --fusion_lr_mult 2"
-    rows = {"pre-trained": f"--init {start.out} {rates}",
-            "from scratch": f"--init none --tokenizer {start.out} {rates}",
-            "blind": f"--init {start.out} {rates} --blind"}
-    if args.text:                                          # ten times the weights of tiny
-        rows["from scratch, text encoder of --text"] = (
-            f"--init none --init_text {folder(args, 'text')} --epochs 20 --lr 1e-4 "
-            "--vit_lr_mult 4 --head_lr_mult 15 --fusion_lr_mult 6")
-    for i, (row, flags) in enumerate(rows.items()):
-        yield "vqa", row, Run(f"vqa_rad/{i}-{seed}", f"{common} {flags}", start)
-
-
-def medpix(args: argparse.Namespace, seed: int) -> Iterator[Cell]:
-    """The part of the body from image and caption, and retrieval, after pre-training on the same
-    training images. The seeds share the pre-training; zero-shot retrieval has no seed."""
-    root = folder(args, "medpix")
-    packs = {f"packs/medpix-{task}-96": f"medpix --root {root} --task {task} --size 96"
-             for task in ("pretrain", "cls", "irtr")}
-    start = Run(
-        "medpix/pretrain",
-        f"train.py {REAL} --data packs/medpix-pretrain-96 {CAPTIONS} --steps 1200 "
-        "--eval_every 300",
-        packs=packs)
-
-    rates = {"cls": "--dropout 0.2 --epochs 15 --lr 1e-3 --head_lr_mult 3 --fusion_lr_mult 1 "
-                    "--eval_every 78",
-             "irtr": "--dropout 0.2 --epochs 5"}
+    start = None
+    for stage, stage_flags in STAGES.items():
+        init = f"--init {start.out}" if start else f"--init_text {text}"
+        share = f"--micro_batch {BATCH}" if stage == "contrast" else ""
+        start = Run(f"few_pairs/{stage}", f"train.py {MODEL} {stage_flags} {share} {init} "
+                                          "--device cpu --data packs/medpix-96", start, packs)
     rows = {"pre-trained": f"--init {start.out}",
-            "from scratch": f"--init none --tokenizer {start.out}",
+            "image encoder frozen at random": f"--init none --init_text {text}",
             "blind": f"--init {start.out} --blind"}
-    common = {task: f"finetune.py {task} {REAL} --seed {seed} --data packs/medpix-{task}-96 {flags}"
-              for task, flags in rates.items()}
-    for task in rates:
-        for row, flags in rows.items():
-            name = f"medpix/{task}-{row.replace(' ', '-')}-{seed}"
-            yield task, row, Run(name, f"{common[task]} {flags}", start)
-    if seed == 0:
-        zero_shot = f"{common['irtr']} {rows['pre-trained']} --zero_shot"
-        yield "irtr", "zero-shot", Run("medpix/zero-shot", zero_shot, start)
+    for i, (row, init) in enumerate(rows.items()):
+        yield task, row, Run(
+            f"{name}/{i}-{seed}",
+            f"finetune.py {task} {MODEL} {init} --device cpu --seed {seed} "
+            f"--data packs/{name}-{task}-96 --text_lr_mult 0 --vit_lr_mult 0 --batch_size 32 "
+            f"--lr 5e-4 {flags}", start)
 
 
 def folder(args: argparse.Namespace, name: str) -> str:
@@ -189,7 +166,8 @@ def folder(args: argparse.Namespace, name: str) -> str:
     return shlex.quote(os.path.abspath(path))
 
 
-TABLES = {"phantoms": phantoms, "vqa_rad": vqa_rad, "medpix": medpix}
+TABLES = {"phantoms": phantoms, "vqa_rad": partial(real, name="vqa_rad"),
+          "medpix": partial(real, name="medpix")}
 
 
 # ---------------------------------------------------------------------------------------- the table
@@ -247,7 +225,7 @@ def main():
     add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once [one a core]")
     add("--vqa_rad", metavar="DIR", help="the folder of VQA-RAD")
     add("--medpix", metavar="DIR", help="the folder of MedPix 2.0")
-    add("--text", metavar="DIR", help="vqa_rad: a Hugging Face folder, for one more row")
+    add("--text", metavar="DIR", help="the folder of all-MiniLM-L6-v2")
     args = parser.parse_args()
 
     start = time.perf_counter()
