@@ -69,7 +69,7 @@ def _about_training(settings: dict) -> list[str]:
             lines.append(f"- `{flag}`")
     own = settings.get("model", {}).get("loss_weights", {})
     lines += [f"- `--{name} {weight}`" for name, weight in own.items()]
-    return ["Settings that are not the defaults of `base`:", "", *lines]
+    return ["Settings that are not the defaults of `base`, and all of the task:", "", *lines]
 
 
 def _about_test(test: dict) -> list[str]:
