@@ -7,12 +7,13 @@ train.py in a folder below --out. The commands are printed: copy one to change a
 
     images      masked image modelling, without texts: what the images look like
     contrast    ITC: which image belongs to which text. Here and below the text encoder is frozen:
-                --init_text brings one that has read more. ITC also uses TF-IDF of the words
-    all         MLM, MIM, ITM and ITC, from these weights. On 1,621 pairs it keeps what ITC has
-                learned; the other losses have only begun when it ends
+                --init_text loads one that has learned from much more text; without it, it is
+                random. ITC also uses TF-IDF of the words
+    all         MLM, MIM, ITM and ITC, from these weights. On 1,556 pairs ITC stays as good as it
+                was; the other losses are far from their end
 
 The same command continues where it stopped. At the end stands what a linear model gets on the same
-pairs. If your model is below it, it has learned nothing yet."""
+pairs. If your model's figures are below, training has not paid off yet."""
 import argparse
 import json
 import shlex
@@ -29,15 +30,15 @@ SIZE = 96                              # pixels
 BATCH = 128                            # pairs of a step of "contrast"
 MODEL = f"--preset small --image_size {SIZE} --patch_size 12 --vit_blocks 6 --max_text_len 128"
 CONTRAST = "--itc 1 --itc_pool mean --itc_words 200 --itc_soft 0.5"
-# One validation, at the end, so best.pt is the last step: ITC's validation loss rises while its
-# ranking still gets better.
-LAST = "--eval_every 1000000"
+# ITC's validation loss rises while its ranking still gets better. So there is one validation, at
+# the end, and best.pt is the last step.
+VALIDATE_ONCE = "--eval_every 1000000"
 STAGES = {                             # name: flags of train.py
-    "images": f"--mlm 0 --itm 0 --mim_layer 0 --epochs 100 --lr 1e-3 {LAST}",
+    "images": f"--mlm 0 --itm 0 --mim_layer 0 --epochs 100 --lr 1e-3 {VALIDATE_ONCE}",
     "contrast": f"--mlm 0 --mim 0 --itm 0 {CONTRAST} --text_lr_mult 0 --min_crop_area 0.5 "
-                f"--augment --epochs 24 --batch_size {BATCH} {LAST}",
+                f"--augment --epochs 24 --batch_size {BATCH} {VALIDATE_ONCE}",
     "all": f"--mim_layer 1 {CONTRAST} --text_lr_mult 0 --vit_lr_mult 0.1 --mlm_ratio 0.3 "
-           f"--min_crop_area 0.5 --augment --epochs 8 {LAST}"}
+           f"--min_crop_area 0.5 --augment --epochs 8 {VALIDATE_ONCE}"}
 
 
 def main() -> None:
@@ -61,7 +62,7 @@ def main() -> None:
     # The stages; each starts from the one before.
     init = ["--init_text", args.init_text] if args.init_text else []
     if not args.init_text:
-        print("the text encoder stays random; only TF-IDF of the words helps it. --init_text "
+        print("the text encoder stays random, so ITC relies on TF-IDF of the words. --init_text "
               "FOLDER, a small BERT such as all-MiniLM-L6-v2, gave better results "
               "(tests/README.md)")
     share = BATCH // max(1, args.gpus)
@@ -87,7 +88,7 @@ def main() -> None:
 
 
 def keep_settings(path: Path, settings: dict) -> None:
-    """Write them on the first call. UserError if a later one has others: its stages would mix."""
+    """Save the settings. UserError if an earlier call in this folder had others: stages would mix."""
     saved = read_json(path)
     changed = ", ".join(f"{name} {saved.get(name)!r} (now {value!r})"
                         for name, value in settings.items() if saved and saved.get(name) != value)
@@ -97,7 +98,7 @@ def keep_settings(path: Path, settings: dict) -> None:
 
 
 def is_finished(stage: Path) -> bool:
-    """Was its last step validated?"""
+    """Has it validated its last step and saved best.pt?"""
     steps = (saved_settings(stage) or {}).get("train", {}).get("steps")
     log = read_log(stage)
     validated = any(line["split"] == "val" and line["step"] == steps for line in log)
@@ -112,14 +113,14 @@ def command_line() -> argparse.ArgumentParser:
     add("data", help="a table (CSV or JSON lines) of images and texts, or a pack of 96 pixels")
     add("--out", required=True, help="the folder of all stages")
     add("--init_text", default="", help="a folder of BERT or RoBERTa for the texts")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="random seed [0]")
     add("--gpus", type=int, default=0, help="as in train.py")
     add("--device", default="auto", help="as in train.py")
     return parser
 
 
 def call(*parts: str) -> None:
-    """Print a command and run it; end as it does where it fails.
+    """Print a command and run it; exit with its status if it fails.
 
     A signal to stop is left to the command, which ends its step and saves."""
     command = " ".join(filter(None, parts))

@@ -75,7 +75,7 @@ def test_a_run_waits_for_the_one_that_it_needs(monkeypatch):
 def test_rows_of_a_table_are_commands_that_the_scripts_take(name, monkeypatch):
     args = argparse.Namespace(vqa_rad="a folder", medpix="another", text="a third")
     cells = {(task, row): run for task, row, run in results.TABLES[name](args, 0)}
-    other = "from scratch" if name == "phantoms" else "image encoder frozen at random"
+    other = "from scratch" if name == "phantoms" else "without the stages"
     assert {row for _, row in cells} == {"pre-trained", other, "blind"}
     assert len({run.out for run in cells.values()}) == len(cells)
     for run in cells.values():

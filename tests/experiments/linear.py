@@ -4,7 +4,8 @@
     python tests/experiments/linear.py packs/medpix --init runs/pretrain    linear probe of a run
     python tests/experiments/linear.py packs/medpix --init_text MINILM      also texts as read
 
-The pack's task decides. Everything is fitted on train and chosen on val, and nothing is random.
+The pack's task decides. Everything is fitted on train and chosen on val. Nothing is random but the
+resampling for the intervals, which has a fixed seed.
 
 pretrain, irtr: image features and TF-IDF of the captions, each reduced by PCA; the singular vectors
 of their cross-covariance (a CCA, regularised by the PCA); cosine. Figures: data/pair_metrics.py.
@@ -16,8 +17,9 @@ similar question on a similar image was answered. Figures: data/task_metrics.py.
 
 Image features are simple ones of the pixels: `pixel_features`. With --init a second set comes from
 the image encoder of a run, nothing of which is trained: `encoder_features`. With --init_text there
-are more rows: texts as vectors of a text encoder, `sentence_features`. With pairs they stand
-instead of TF-IDF, and the scores of both are averaged; else they stand beside the words.
+are more rows, of texts as vectors of that text encoder ("read"): `sentence_features`. Pairs: a row
+with these vectors instead of TF-IDF, and one with the mean of both scores. Questions and classes:
+these vectors alone ("read"), and beside the words ("words, read").
 """
 import argparse
 import json
@@ -95,7 +97,8 @@ def pca(train: np.ndarray, dims: int) -> Callable[[np.ndarray], np.ndarray]:
 def fit_cca(images: np.ndarray,
             texts: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """Image features (n, D) and text features (n, V) of right pairs -> a function of the same of
-    others: the score of each image with each text, the cosine of their projections."""
+    others: the score of each image with each text, the cosine of their projections. A dimension
+    counts as much as its singular value."""
     project_image, project_text = pca(images, IMAGE_DIMS), pca(texts, TEXT_DIMS)
     cross = project_image(images).T @ project_text(texts) / len(images)
     left, strength, right = np.linalg.svd(cross, full_matrices=False)
@@ -133,8 +136,8 @@ def fit_kernel_ridge(kernel: np.ndarray,
 
 
 def join(blocks: list[np.ndarray], train: int) -> np.ndarray:
-    """Blocks of features (n, …), each scaled to a mean squared norm of 1 over the first `train`
-    rows, side by side: (n, D)"""
+    """Blocks of features (n, …), each centred and scaled to a mean squared norm of 1 over the first
+    `train` rows, which are those of train, side by side: (n, D)"""
     centred = [block - block[:train].mean(0) for block in blocks]
     return np.concatenate([block / max(1e-9, np.sqrt((block[:train] ** 2).sum(1).mean()))
                            for block in centred], axis=1)
@@ -199,7 +202,7 @@ def pair_rows(splits: dict[str, Split], image_sets: dict[str, np.ndarray],
 
 
 def thinned(part: Split, split: str) -> Split:
-    """At most MAX_PAIRS samples, evenly spaced, as --test_samples takes them."""
+    """At most MAX_PAIRS samples, evenly spaced, as --test_samples of train.py takes them."""
     n = len(part.lines)
     if n <= MAX_PAIRS:
         return part
@@ -214,8 +217,8 @@ Judge = Callable[[Split, np.ndarray], Callable[[np.ndarray], dict[str, float]]]
 
 
 def judge_answers(task: str, labels: list[str]) -> Judge:
-    """A function: samples (n,), outputs (n, C) -> a function: weights (n,) -> the figures of
-    task_metrics."""
+    """A function: the n samples of a split, outputs (n, C) -> a function: how often each sample was
+    drawn (n,) -> the figures of task_metrics."""
     def judge(part: Split, outputs: np.ndarray):
         table = answer_columns(part.lines, outputs, labels, task)
         table["source"] = np.array([line.get("source", "") for line in part.lines])
@@ -224,7 +227,8 @@ def judge_answers(task: str, labels: list[str]) -> Judge:
 
 
 def judge_findings(labels: list[str]) -> Judge:
-    """The same where a sample has several labels: AUROC of each, of those defined their mean."""
+    """The same where a sample has several labels: AUROC of each label, and the mean of those that
+    are defined."""
     def judge(part: Split, outputs: np.ndarray):
         truth = multi_hot([targets(line, "cls", several=True) for line in part.lines], labels) == 1   # (n, C)
 
@@ -251,8 +255,9 @@ def label_rows(splits: dict[str, Split], y: np.ndarray, blocks: dict[str, dict[s
     """{split: rows of figures}, for val and test
 
     y (rows of train, C); blocks: {name: {split: features (n, …)}}; those called words or read are
-    of the text. There is a row for each block, for text with each other block, with and without
-    products, and for the most frequent label, which needs no features. The strength is the one of
+    of the text. There is a row for each block; for words, and for words and read together, with each
+    other block, with and without products; and for the most frequent label, which needs no
+    features. The strength is the one of
     the highest accuracy on val; of several labels a sample, mean AUROC."""
     ends = np.cumsum([0, *(len(part.lines) for part in splits.values())])
     rows_of = {split: slice(*ends[i:i + 2]) for i, split in enumerate(splits)}

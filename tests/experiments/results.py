@@ -1,4 +1,4 @@
-"""What does pre-training bring to the three tasks? Tables of tests/README.md, over several seeds.
+"""What does pre-training bring to the three tasks? The figures of tests/README.md, over seeds.
 
     python tests/experiments/results.py phantoms
     python tests/experiments/results.py vqa_rad --vqa_rad DIR --medpix DIR --text MINILM
@@ -39,7 +39,7 @@ class Run:
     """A run of train.py or finetune.py, in a folder below runs/tables.
 
     after: the run whose weights or tokenizer it needs; packs: {folder: flags of data.prepare};
-    code: the folder of the script."""
+    code: the folder of the script, another one in ablate.py."""
 
     def __init__(self, name: str, command: str, after: "Run | None" = None,
                  packs: dict[str, str] | None = None, code: Path = ROOT):
@@ -50,7 +50,7 @@ class Run:
         self.code = code
 
     def chain(self) -> "list[Run]":
-        """The runs that it needs, the first of all first, and itself."""
+        """The runs that it depends on, in their order, then itself."""
         return [*(self.after.chain() if self.after else []), self]
 
     def test_metrics(self) -> dict | None:
@@ -61,9 +61,9 @@ class Run:
         return next((line for line in reversed(lines) if line["split"] == "test"), None)
 
     def make(self) -> None:
-        """Run it to its end, unless it is there. What it prints goes to a file beside its
+        """Run it to its end, unless it has finished. What it prints goes to a file beside its
         folder."""
-        for pack, flags in self.packs.items():             # also for the runs after it
+        for pack, flags in self.packs.items():             # later runs need them, too
             if not (ROOT / pack).exists():
                 self.call("-m", f"data.prepare {flags} --out {pack}")
         if self.test_metrics():
@@ -106,8 +106,8 @@ def make_all(runs: list[Run], jobs: int, after_each: Callable = lambda: None) ->
 Cell = tuple[str, str, Run]                                # task, row, run
 
 LABELS = {"vqa": 900, "cls": 300, "irtr": 400}             # training samples on phantoms
-QUESTIONS = "--max_text_len 48 --epochs 25 --eval_every 430"
-CAPTIONS = "--epochs 6 --dropout 0.3 --eval_every 98"
+QUESTIONS = "--max_text_len 48 --epochs 25 --eval_every 430"   # five epochs, of finetune.py vqa
+CAPTIONS = "--epochs 6 --dropout 0.3 --eval_every 98"          # two epochs, of finetune.py cls
 
 
 def task_on_phantoms(task: str, seed: int) -> str:
@@ -133,30 +133,31 @@ def phantoms(args: argparse.Namespace, seed: int) -> Iterator[Cell]:
 def real(args: argparse.Namespace, seed: int, name: str) -> Iterator[Cell]:
     """VQA-RAD's questions, or the part of the body from MedPix's images and captions, after the
     stages of data.few_pairs on MedPix. All of MedPix is without VQA-RAD's images and patients. Both
-    encoders stay frozen, so the row of an image encoder with random weights tells what the stages
-    bring. Seeds and tables share the stages."""
-    rad, medpix, text = (folder(args, name) for name in ("vqa_rad", "medpix", "text"))
-    medpix = f"medpix --root {medpix} --exclude {rad}/images"
-    task, pack, flags = {"vqa_rad": ("vqa", f"vqa_rad --root {rad}", QUESTIONS),
-                         "medpix": ("cls", medpix, CAPTIONS)}[name]
-    packs = {"packs/medpix-96": f"{medpix} --size {SIZE}",
-             f"packs/{name}-{task}-96": f"{pack} --task {task} --size {SIZE}"}
+    encoders stay frozen. Without the stages only the text encoder has learned before. Seeds and
+    tables share the stages."""
+    rad, medpix, text = (folder(args, flag) for flag in ("vqa_rad", "medpix", "text"))
+    medpix_flags = f"medpix --root {medpix} --exclude {rad}/images"
+    task, pack_flags, task_flags = {
+        "vqa_rad": ("vqa", f"vqa_rad --root {rad}", QUESTIONS),
+        "medpix": ("cls", medpix_flags, CAPTIONS)}[name]
+    packs = {"packs/medpix-96": f"{medpix_flags} --size {SIZE}",
+             f"packs/{name}-{task}-96": f"{pack_flags} --task {task} --size {SIZE}"}
 
     start = None
-    for stage, stage_flags in STAGES.items():
+    for stage, flags in STAGES.items():
         init = f"--init {start.out}" if start else f"--init_text {text}"
-        share = f"--micro_batch {BATCH}" if stage == "contrast" else ""
-        start = Run(f"few_pairs/{stage}", f"train.py {MODEL} {stage_flags} {share} {init} "
+        micro_batch = f"--micro_batch {BATCH}" if stage == "contrast" else ""
+        start = Run(f"few_pairs/{stage}", f"train.py {MODEL} {flags} {micro_batch} {init} "
                                           "--device cpu --data packs/medpix-96", start, packs)
     rows = {"pre-trained": f"--init {start.out}",
-            "image encoder frozen at random": f"--init none --init_text {text}",
+            "without the stages": f"--init none --init_text {text}",
             "blind": f"--init {start.out} --blind"}
     for i, (row, init) in enumerate(rows.items()):
         yield task, row, Run(
             f"{name}/{i}-{seed}",
             f"finetune.py {task} {MODEL} {init} --device cpu --seed {seed} "
             f"--data packs/{name}-{task}-96 --text_lr_mult 0 --vit_lr_mult 0 --batch_size 32 "
-            f"--lr 5e-4 {flags}", start)
+            f"--lr 5e-4 {task_flags}", start)
 
 
 def folder(args: argparse.Namespace, name: str) -> str:
@@ -203,8 +204,8 @@ def with_interval(logged: dict, name: str) -> tuple[float, float, float]:
 
 
 def format_seeds(seeds: list[tuple[float, float, float]], scale: float = 100) -> str:
-    """(value, low, high) of each seed -> "72.0 (70.0–75.0) ±2.1": mean, least and greatest
-    value; and half of the 95 % interval of one seed, which the test rows leave open."""
+    """(value, low, high) of each seed -> "72.0 (70.0–75.0) ±2.1": mean, least and greatest value,
+    and half the width of a seed's 95 % interval by bootstrap, the mean over seeds."""
     half = sum(scale * (high - low) / 2 for _, low, high in seeds) / len(seeds)
     return format_spread([scale * value for value, _, _ in seeds]) + f" ±{half:.1f}" * (half > 0)
 
