@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def keep_settings(path: Path, settings: dict) -> None:
-    """Save the settings. UserError if an earlier call in this folder had others: stages would mix."""
+    """Save the settings. UserError if an earlier call here had others: stages would mix."""
     saved = read_json(path)
     changed = ", ".join(f"{name} {saved.get(name)!r} (now {value!r})"
                         for name, value in settings.items() if saved and saved.get(name) != value)
