@@ -257,8 +257,8 @@ def label_rows(splits: dict[str, Split], y: np.ndarray, blocks: dict[str, dict[s
     y (rows of train, C); blocks: {name: {split: features (n, …)}}; those called words or read are
     of the text. There is a row for each block; for words, and for words and read together, with each
     other block, with and without products; and for the most frequent label, which needs no
-    features. The strength is the one of
-    the highest accuracy on val; of several labels a sample, mean AUROC."""
+    features. The strength is the one of the highest accuracy on val; of several labels a sample,
+    mean AUROC."""
     ends = np.cumsum([0, *(len(part.lines) for part in splits.values())])
     rows_of = {split: slice(*ends[i:i + 2]) for i, split in enumerate(splits)}
 
