@@ -24,14 +24,16 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     The format: the header's length, the header in JSON, the tensors without gaps."""
     tensors, end_of_last = {}, 0
     with reading(path), open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        length = int.from_bytes(file.read(8), "little")
+        room = path.stat().st_size - 8 - length            # for the tensors
+        require(room >= 0, f"{path} can't be read: its header claims {length:,} bytes")
+        header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = entry["data_offsets"]
-            data = bytearray(file.read(end - start))
-            require(start == end_of_last and len(data) == end - start,
+            require(end_of_last == start <= end <= room,
                     f"{path} can't be read: the data range of tensor {name} is invalid")
-            end_of_last = end
+            data, end_of_last = bytearray(file.read(end - start)), end
             if entry["dtype"] in DTYPES:
                 numbers = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]])
                 tensors[name] = numbers.float().view(entry["shape"])

@@ -483,7 +483,7 @@ def test_safetensors_that_lie(tmp_path, change):
 
 
 @pytest.mark.parametrize("data", [
-    b"", b"\xff" * 8, struct.pack("<Q", 2 ** 40) + b"{}", struct.pack("<Q", 9) + b'{"a": [1]}',
+    b"", b"\xff" * 8, struct.pack("<Q", 3) + b"{}", struct.pack("<Q", 2 ** 40) + b"{}", struct.pack("<Q", 9) + b'{"a": [1]}',
     struct.pack("<Q", 100_000) + b"[" * 100_000, struct.pack("<Q", 2) + b"[]"])
 def test_safetensors_with_a_bad_header(tmp_path, data):
     path = tmp_path / "model.safetensors"
