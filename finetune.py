@@ -170,8 +170,7 @@ def main():
     if dist_env.world_size > 1:
         net = DistributedDataParallel(
             net,
-            gradient_as_bucket_view=True,
-            forward_sync_buffers=False)
+            gradient_as_bucket_view=True)
     dist_env.print(optim.describe(model, dist_env))
 
     # Train, with the loop of train.py; then test the best checkpoint, once.
