@@ -1,4 +1,5 @@
 """What the tests share: the project on the path, one thread, and small models with batches to match."""
+import os
 import sys
 from pathlib import Path
 
@@ -23,11 +24,13 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "invariants: holds for any model; run it after an edit")
     config.addinivalue_line("markers", "release: holds the unchanged model; a right edit may fail it")
-    config.addinivalue_line("markers", "gpu: needs a GPU")
+    config.addinivalue_line("markers", "gpu: needs a GPU; run with -m gpu")
+    if config.option.markexpr != "gpu":          # others compare bits, and fork, which CUDA does not survive
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items):
-    no_gpu = pytest.mark.skip(reason="no CUDA GPU here")
+    no_gpu = pytest.mark.skip(reason="needs a GPU, and -m gpu")
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
