@@ -37,7 +37,7 @@ from m3ae_mini.distributed import (
     DistEnv, keep_freed_memory, launch_torchrun, num_processes, pick_device, run,
     started_by_torchrun)
 from m3ae_mini.loader import Samples
-from m3ae_mini.model import use_grad_checkpointing
+from m3ae_mini.model import compile_layers, use_grad_checkpointing
 from m3ae_mini.tokenizer import Tokenizer
 from train import fit
 
@@ -163,14 +163,14 @@ def main():
         step, best_score = checkpoint.load_training_state(resume_from, model, optimizer, scaler)
         dist_env.print(f"continuing from {resume_from}, step {step:,}")
 
-    # Compile the model and wrap it in DDP.
+    # Compile its layers and wrap it in DDP.
+    if run_cfg.compile:
+        compile_layers(model)
     if run_cfg.grad_checkpointing:
         use_grad_checkpointing(model)
-    net = torch.compile(model, dynamic=True) if run_cfg.compile else model
+    net = model
     if dist_env.world_size > 1:
-        net = DistributedDataParallel(
-            net,
-            gradient_as_bucket_view=True)
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
     dist_env.print(optim.describe(model, dist_env))
 
     # Train, with the loop of train.py; then test the best checkpoint, once.

@@ -29,7 +29,7 @@ from m3ae_mini.distributed import (
     DistEnv, StopSignal, keep_freed_memory, launch_torchrun, num_processes, pick_device, run,
     started_by_torchrun)
 from m3ae_mini.loader import Samples, Settings, load, training_micro_batches
-from m3ae_mini.model import use_grad_checkpointing
+from m3ae_mini.model import compile_layers, use_grad_checkpointing
 from m3ae_mini.objectives import OBJECTIVES, loss_weights
 from m3ae_mini.tokenizer import Tokenizer
 
@@ -118,14 +118,14 @@ def main():
         step, best_score = checkpoint.load_training_state(resume_from, model, optimizer, scaler)
         dist_env.print(f"continuing from {resume_from}, step {step:,}")
 
-    # Compile the model and wrap it in DDP.
+    # Compile its layers and wrap it in DDP.
+    if run_cfg.compile:
+        compile_layers(model)
     if run_cfg.grad_checkpointing:
         use_grad_checkpointing(model)
-    net = torch.compile(model, dynamic=True) if run_cfg.compile else model
+    net = model
     if dist_env.world_size > 1:
-        net = DistributedDataParallel(
-            net,
-            gradient_as_bucket_view=True)
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
     dist_env.print(optim.describe(model, dist_env))
 
     # Train; then test the best checkpoint, once.
@@ -197,7 +197,7 @@ def fit(model: M3AE, net: torch.nn.Module, optimizer, scaler, train: Samples, va
         dist_env: DistEnv) -> bool:
     """THE training loop, of pre-training and of every downstream task -> True after the last step
 
-    model: the module; net: the same module, compiled and in DDP; train: training samples;
+    model: the module; net: the same module, in DDP; train: training samples;
     validate(model, step) -> metrics; the highest `score` is saved as best.pt; step, best_score:
     where to start. UserError after MAX_NONFINITE steps without a finite gradient."""
     out = Path(run_cfg.out)

@@ -293,6 +293,15 @@ class Backbone(nn.Module):
         return torch.cat([text, image], dim=-1).tanh()                # (B, 2D)
 
 
+def compile_layers(model: nn.Module) -> None:
+    """torch.compile for the layers. They share their code, so each kind is compiled once, however
+    deep the model; the whole model took minutes. Call it before use_grad_checkpointing."""
+    torch._dynamo.config.recompile_limit = 64      # kinds of layer, training or not, masked or not
+    for layer in model.modules():
+        if isinstance(layer, (ViTBlock, BertLayer)):
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
 def use_grad_checkpointing(model: nn.Module) -> None:
     """Keep only what enters each layer; the backward pass computes the rest again."""
     for layer in model.modules():

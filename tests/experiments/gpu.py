@@ -31,7 +31,7 @@ from m3ae_mini import M3AE, ModelConfig
 from m3ae_mini.config import TrainConfig, preset_values, require
 from m3ae_mini.distributed import run
 from m3ae_mini.loader import load, training_micro_batches
-from m3ae_mini.model import use_grad_checkpointing
+from m3ae_mini.model import compile_layers, use_grad_checkpointing
 from m3ae_mini.ops import attention, split_heads
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,9 +120,9 @@ def task_batch(cfg: ModelConfig, rows: int, args: Args) -> dict[str, Tensor]:
     return noise_batch(cfg, rows, args) | {f"{cfg.task}_labels": labels}
 
 
-def train_step(net, optimizer, batch: dict[str, Tensor], args: Args) -> Tensor:
+def train_step(model, optimizer, batch: dict[str, Tensor], args: Args) -> Tensor:
     with autocast(args):
-        loss = net(batch)["loss"]
+        loss = model(batch)["loss"]
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -158,7 +158,7 @@ def compile_part(args: Args) -> None:
         return
     cfg = task_config("pretrain", args)
     model, optimizer = new_model(cfg, args)
-    net = torch.compile(model, dynamic=True)
+    compile_layers(model)
     batch, counts = task_batch(cfg, 8, args), []
     lengths = [cfg.max_text_len - 4 * i for i in range(4)]
     start = time.perf_counter()
@@ -166,7 +166,7 @@ def compile_part(args: Args) -> None:
         short = {name: x[:, :length] if x.ndim == 2 and x.shape[1] == cfg.max_text_len else x
                  for name, x in batch.items()}
         masked = torch.arange(8 * (3 + i), device=args.device)                # (M,), another M
-        train_step(net, optimizer, short | {"mlm_positions": masked}, args)
+        train_step(model, optimizer, short | {"mlm_positions": masked}, args)
         print(f"{length} tokens: {time.perf_counter() - start:.0f} s", flush=True)
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     show([{"graphs after step 1": counts[0], "after 4 lengths": counts[3], "after 8": counts[7],
@@ -221,17 +221,18 @@ def time_task(task: str, size: int, checkpointing: bool, compiled: bool, args: A
     """{"GB": peak memory of the tensors, "samples/s": speed} of a step after three others."""
     cfg = task_config(task, args)
     model, optimizer = new_model(cfg, args)
+    if compiled:
+        compile_layers(model)
     if checkpointing:
         use_grad_checkpointing(model)
-    net = torch.compile(model, dynamic=True) if compiled else model
     batch = task_batch(cfg, size, args)
     for _ in range(3):
-        train_step(net, optimizer, batch, args)
+        train_step(model, optimizer, batch, args)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = clock(args)
     for _ in range(args.repeats):
-        train_step(net, optimizer, batch, args)
+        train_step(model, optimizer, batch, args)
     speed = size * args.repeats / (clock(args) - start)
     memory = torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else "–"
     return {"GB": memory, "samples/s": speed}
