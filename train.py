@@ -1,7 +1,7 @@
 """Pre-train M³AE.
 
     python train.py                                                 minutes on a laptop, on phantoms
-    python train.py --data packs/medpix --preset small --out runs/medpix
+    python train.py --data packs/mine --preset small --out runs/mine
     python train.py --data packs/roco,packs/medicat --preset base --gpus 4 --out runs/base
 """
 import itertools
@@ -34,6 +34,7 @@ from m3ae_mini.objectives import OBJECTIVES, loss_weights
 from m3ae_mini.tokenizer import Tokenizer
 
 MAX_NONFINITE = 20                  # steps in a row without a finite gradient before a run gives up
+FEW_PAIRS = 5000                    # fewer: all losses at once teach less than a linear model
 
 
 class Data(NamedTuple):
@@ -89,7 +90,7 @@ def main():
             checkpoint.save_settings(out, data.settings, data.tokenizer)
     dist_env.print(f"{data.train.n:,} training and {data.val.n:,} validation samples; "
                    f"vocabulary {data.cfg.vocab_size:,}")
-    for line in text_notes(data.tokenizer, data.train, data.val):
+    for line in (*text_notes(data.tokenizer, data.train, data.val), *advice(data, init_weights)):
         dist_env.print(line)
 
     # The model, its first weights, and what is frozen.
@@ -153,6 +154,14 @@ def main():
         report_pretraining(model, data.train, out, run_cfg.test_samples, dist_env)
     elif finished and not has_test:
         dist_env.print("no report: the data hold no test samples")
+
+
+def advice(data: Data, init_weights: dict) -> list[str]:
+    """What to do instead, where a run is known to learn little (tests/README.md)."""
+    if data.train.n >= FEW_PAIRS or init_weights or len(loss_weights(data.cfg)) == 1:
+        return []
+    return ["so few pairs teach random weights little when all losses start at once: "
+            "python -m data.few_pairs learns in stages"]
 
 
 def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,

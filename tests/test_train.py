@@ -212,6 +212,14 @@ def test_a_log_that_is_no_terminal_gets_lines(pack, tmp_path, monkeypatch, capfd
     assert "\r" not in printed.out + printed.err
 
 
+def test_few_pairs_and_random_weights_name_the_recipe(pack, tmp_path, monkeypatch, capsys):
+    flags = [*SMALL, "--data", pack, "--steps", 1, "--test_samples", 0]
+    for name, more, said in (("all", [], True), ("one", ["--mlm", 0, "--itm", 0], False),
+                             ("init", ["--init", tmp_path / "all"], False)):
+        started(monkeypatch, *flags, "--out", tmp_path / name, *more)
+        assert ("python -m data.few_pairs" in capsys.readouterr().out) == said
+
+
 def test_no_metric_against_hard_negatives_where_the_data_name_no_groups(tmp_path, monkeypatch, capsys):
     """The mean of nothing is no zero: ROCO, MedICaT and many a table have no groups."""
     write_pack(tmp_path / "pack", CAPTIONS * 2, {"train": 16, "val": 8, "test": 8}, groups=0)
