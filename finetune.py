@@ -25,7 +25,7 @@ from data.card import write_card
 from data.confusion import draw_confusion
 from data.labels import (
     check_scored, label_ids, label_note, list_labels, saved_labels, several_labels)
-from data.predict import use_run
+from data.predict import trained_on, use_run
 from data.prepare import describe_packs, open_packs
 from data.report import log_names
 from data.task_metrics import (
@@ -91,13 +91,14 @@ def main():
 
     # The use of a finished run: nothing is trained.
     if args.predict or args.search or cfg.task == "embed":
-        return use_run(cfg.task, args, run_cfg.data, pick_device(run_cfg))
+        return use_run(cfg.task, args, args.data, pick_device(run_cfg))
     run_cfg.out = args.out or f"runs/{cfg.task}"
     out = Path(run_cfg.out)
     train_cfg.check()
     run_cfg.check()
     task_cfg.check()
     require(train_cfg.init, "give --init RUN or CHECKPOINT, or --init none for random weights")
+    check_data(args.data, train_cfg.init, cfg.task)
 
     # The micro-batch that fits the number of processes.
     resumed = out if run_cfg.resume else None
@@ -196,6 +197,14 @@ def main():
         best = checkpoint.load_best(out, dist_env)
         model.load_state_dict(best["model"])
         report(model, data, run_cfg, dist_env, best["step"])
+
+
+def check_data(given: str | None, init: str, task: str) -> None:
+    """UserError where phantoms would follow by mistake on the real images of --init."""
+    require(not (Path(init) / "few_pairs.json").is_file(),
+            f"{init} holds the stages of data.few_pairs: give --init {init}/all")
+    require(given or trained_on(init) == "phantoms",
+            f"{init} was not trained on phantoms: give --data, a pack of {task}")
 
 
 def load_data(cfg: ModelConfig, train_cfg: TrainConfig, run_cfg: RunConfig,

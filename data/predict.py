@@ -68,6 +68,7 @@ def read_images(paths: list[str | Path], run: LoadedRun) -> Tensor:
     first pack."""
     pixels = []
     for path in paths:
+        require(Path(path).is_file(), f"there is no image {path}")
         try:
             image = open_image(Path(path), run.window)
             image = square(image, run.cfg.image_size, run.fit).convert("RGB")
@@ -107,9 +108,14 @@ def answer(run: LoadedRun, images: Tensor, texts: list[str]) -> Tensor:
     return logits.sigmoid() if one_by_one else logits.softmax(-1)
 
 
-def use_run(task: str, args: Namespace, packs: str, device: torch.device) -> None:
-    """What finetune.py does with a finished run: --predict, --search, or the task embed."""
+def use_run(task: str, args: Namespace, packs: str | None, device: torch.device) -> None:
+    """What finetune.py does with a finished run: --predict, --search, or the task embed.
+
+    packs: --data; None: those that the run was trained on."""
     require(args.init, "give the run with --init")
+    if not packs and not args.predict:
+        packs = trained_on(args.init)
+        print(f"--data is not given: {packs}, on which {args.init} was trained")
     if args.predict:
         predict(task, Path(args.init), args.predict, args.out, device)
     elif args.search:
@@ -119,6 +125,12 @@ def use_run(task: str, args: Namespace, packs: str, device: torch.device) -> Non
         embed(Path(args.init), packs, args.out, device)
 
 
+def trained_on(init: str) -> str:
+    """The --data of a run's training; "phantoms" where nothing says so."""
+    saved = saved_settings(Path(init)) if Path(init).is_dir() else None
+    return (saved or {}).get("run", {}).get("data", "phantoms")
+
+
 # ------------------------------------------------------------------------------------- predictions
 
 def predict(task: str, folder: Path, arguments: list[str], out: str | None,
@@ -126,7 +138,7 @@ def predict(task: str, folder: Path, arguments: list[str], out: str | None,
     """--predict IMAGE TEXT, --predict TABLE, or --predict FOLDER [TEXT]. UserError if it can't."""
     run = load_run(folder, device)
     require(run.labels and run.cfg.task == task, f"{folder} is not a run of finetune.py {task} "
-            "without --blind: give one with --init")
+            "without --blind: train one, and give it with --init")
     path, text = Path(arguments[0]), " ".join(arguments[1:])
     if path.is_dir() or path.suffix.lower() in (".csv", ".jsonl"):
         predict_many(run, path, text, Path(out or folder / "predictions.csv"))

@@ -392,7 +392,7 @@ def test_prediction(packs, pretrained, tmp_path, monkeypatch, capsys):
 
     (tmp_path / "broken.png").write_bytes(image.read_bytes()[:200])
     for shown, asked, sentence in ((tmp_path / "broken.png", "What?", "can't be read as an image"),
-                                   (tmp_path / "none.png", "What?", "can't be read as an image"),
+                                   (tmp_path / "none.png", "What?", "there is no image"),
                                    (image, "left " * 99, "99 tokens: give one of 1 to 30"),
                                    (image, " ", "0 tokens")):
         with pytest.raises(UserError, match=sentence):
@@ -463,6 +463,10 @@ def test_what_it_refuses(packs, pretrained, tmp_path, monkeypatch):
         checkpoint.remove_unused_run_dir(tmp_path / "never")     # as the end of the process does
         assert not (tmp_path / "never").exists()
 
+    refused("was not trained on phantoms: give --data, a pack of cls", "cls", "--init", pretrained)
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "few_pairs.json").write_text("{}")
+    refused("stages of data.few_pairs: give --init .*/all", "cls", "--init", tmp_path / "stages")
     refused("--init", "vqa", "--data", packs["vqa"])
     refused("without answer", "vqa", "--data", packs["pretrain"], "--init", "none")
     refused("without label", "cls", "--data", packs["vqa"], "--init", "none")

@@ -9,6 +9,7 @@ from PIL import Image
 
 from data.pack import Pack
 from data.predict import answer, load_run, make_batch, read_images, read_texts
+from m3ae_mini.checkpoint import saved_settings
 from m3ae_mini.config import UserError
 from m3ae_mini.loader import normalise
 from test_finetune import contrasted, packs, pretrained, started                       # fixtures, too
@@ -120,6 +121,16 @@ def test_search_by_words_and_by_image(packs, contrasted, images, tmp_path, monke
     _, *lines, _ = capsys.readouterr().out.splitlines()
     texts = [line.split(".png  ")[1] for line in lines]
     assert len(texts) == len(set(texts)) == 10
+
+
+def test_without_data_a_run_is_used_on_its_own(contrasted, tmp_path, monkeypatch, capsys):
+    """It is not phantoms that are searched when the run has never seen them."""
+    own = saved_settings(contrasted)["run"]["data"]
+    assert own != "phantoms"
+    for task, *flags in (("irtr", "--search", "nodule", "--out", tmp_path / "c.png"),
+                         ("embed", "--out", tmp_path / "c.npz")):
+        started(monkeypatch, task, "--init", contrasted, *flags)
+        assert f"--data is not given: {own}, on which {contrasted} was trained" in capsys.readouterr().out
 
 
 def test_features(packs, contrasted, tmp_path, monkeypatch, capsys):
