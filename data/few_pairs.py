@@ -22,12 +22,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from data.pack import Pack
+from data.pair_metrics import PAIR_METRICS
 from m3ae_mini.checkpoint import read_log, saved_settings
 from m3ae_mini.config import read_json, require
 from m3ae_mini.distributed import run
 
 SIZE = 96                              # pixels
 BATCH = 128                            # pairs of a step of "contrast"
+FEW = 1000                             # training pairs; fewer were not tried
 MODEL = f"--preset small --image_size {SIZE} --patch_size 12 --vit_blocks 6 --max_text_len 128"
 CONTRAST = "--itc 1 --itc_pool mean --itc_words 200 --itc_soft 0.5"
 # ITC's validation loss rises while its ranking still gets better. So there is one validation, at
@@ -58,6 +61,7 @@ def main() -> None:
         if not pack.exists():
             call("-m data.prepare table", f"--root {shlex.quote(str(data))}",
                  f"--size {SIZE} --out {shlex.quote(str(pack))}")
+    check_pack(pack)
 
     # The stages; each starts from the one before.
     init = ["--init_text", args.init_text] if args.init_text else []
@@ -84,7 +88,32 @@ def main() -> None:
     print("\nA linear model on the same pairs:")
     call("tests/experiments/linear.py", shlex.quote(str(pack)),
          shlex.join(["--init_text", args.init_text] if args.init_text else []))
+    print("\nBeside it, by the same measures:\n")
+    print("| pairs, % |", " | ".join(PAIR_METRICS.values()), "|")
+    print("|---" * (1 + len(PAIR_METRICS)) + "|")
+    for name in STAGES:
+        if row := test_figures(out / name):
+            print(f"| test: after the stage {name} | {row} |")
     print(f"\nThe model: {out / 'all'}")
+
+
+def check_pack(pack: Path) -> None:
+    """UserError where the pack's images have another size; a warning where it has few pairs."""
+    opened = Pack(pack)
+    require(opened.size == SIZE, f"{pack} holds images of {opened.size} pixels: prepare it with "
+            f"--size {SIZE}, or give the table")
+    count = len(opened.split["train"])
+    if count < FEW:
+        print(f"warning: {count:,} training pairs are few: the recipe was made on 1,556, and may "
+              "teach less than the linear model below")
+
+
+def test_figures(stage: Path) -> str:
+    """The stage's figures of test pairs with their intervals, as cells; "" where it has none."""
+    tested = [line for line in read_log(stage) if line["split"] == "test" and "above" in line]
+    return " | ".join("{:.1f} ({:.1f} to {:.1f})".format(
+        *(100 * tested[-1][key + name] for key in ("", "low_", "high_")))
+        for name in PAIR_METRICS) if tested else ""
 
 
 def keep_settings(path: Path, settings: dict) -> None:

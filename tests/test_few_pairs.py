@@ -51,6 +51,10 @@ def test_from_a_table_to_a_report(table, tmp_path, monkeypatch, capfd):
         assert (out / name / "card.md").is_file()
     assert "bag of words of ITC" in printed and "A linear model on the same pairs:" in printed
     assert printed.count("right above wrong") >= 3            # two stages, the linear model
+    assert "warning: 60 training pairs are few" in printed
+    tested = read_log(out / "all")[-1]
+    row = f"| test: after the stage all | {100 * tested['above']:.1f} ({100 * tested['low_above']:.1f} to "
+    assert row in printed and "| test: after the stage contrast |" in printed
 
     # Each stage starts from the one before, and trains what it says.
     settings = {name: saved_settings(out / name) for name in SHORT}
@@ -88,3 +92,10 @@ def test_mistakes(table, tmp_path, monkeypatch, capfd):
     with pytest.raises(SystemExit) as caught:                 # the command that failed has said why
         started(monkeypatch, table, "--out", tmp_path / "run", "--device", "cpu")
     assert caught.value.code == 2 and "images cannot be packed" in capfd.readouterr().err
+
+
+def test_a_pack_of_another_size(table, tmp_path, monkeypatch):
+    pack = tmp_path / "pack"
+    few_pairs.call("-m data.prepare table", f"--root {table} --size 48 --out {pack}")
+    with pytest.raises(UserError, match="holds images of 48 pixels: prepare it with --size 96, or give the table"):
+        started(monkeypatch, pack, "--out", tmp_path / "run", "--device", "cpu")

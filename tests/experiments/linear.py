@@ -185,6 +185,9 @@ def pair_rows(splits: dict[str, Split], image_sets: dict[str, np.ndarray],
         text_sets["read"] = {split: encode(part.texts()) for split, part in all_parts.items()}
         members |= {", texts as read": ["read"], ", mean of both": ["words", "read"]}
 
+    print("rows: gradient histograms of the pixels with TF-IDF of the words; \"texts as read\": "
+          "with vectors of --init_text; \"mean of both\": of the two scores. Right above wrong: how "
+          "often a pair scores higher than the same text with another image")
     found: dict[str, Rows] = {}
     for name, (suffix, used) in product(image_sets, members.items()):
         features, threshold = image_sets[name], None
