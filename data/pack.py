@@ -75,6 +75,9 @@ class Pack:
     def _read_meta(self) -> int:
         """Read meta.json -> number of samples."""
         path = self.folder / "meta.json"
+        require(not self.folder.is_file(), f"{self.folder} is a file: make a pack of a table with "
+                f"python -m data.prepare table --root {self.folder} --out packs/NAME (--task, "
+                "--size), and give that")
         require(path.is_file(), f"there is no pack at {self.folder}: make one with "
                                 f"python -m data.prepare NAME --root DIR --out {self.folder}")
         try:

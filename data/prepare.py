@@ -47,7 +47,7 @@ def open_packs(names: str, size: int, crop: float, task: str = "pretrain") -> li
         pack = Pack(phantom_pack(size, task) if name == "phantoms" else name)
         require(pack.size == size or (pack.size > size and crop < 1),
                 f"{pack.folder} holds images of {pack.size} pixels, not {size}: use the --preset "
-                f"(or --image_size) for {pack.size} pixels, or prepare it with --size {size}")
+                f"or --image_size of {pack.size} pixels, or prepare it with --size {size}")
         packs.append(pack)
     return packs
 

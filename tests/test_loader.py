@@ -374,6 +374,9 @@ def test_damage_is_named(made, tmp_path):
     pack = made[0]
     with pytest.raises(UserError, match="no pack at"):
         Pack(tmp_path / "nowhere")
+    (tmp_path / "table.csv").write_text("image,text\n")
+    with pytest.raises(UserError, match="table.csv is a file: make a pack of a table with python -m data.prepare"):
+        Pack(tmp_path / "table.csv")
 
     short = copy_of(pack, tmp_path / "short")
     images = short / "images.bin"
