@@ -78,7 +78,8 @@ def reconstructions(model: M3AE, samples: Samples, dist_env: DistEnv, path: Path
     model.train()
 
     # The sheet: two columns of samples, three images a sample, the caption below.
-    cell, gap, columns = max(144, samples.cfg.image_size), 12, 2
+    cell, gap = max(144, samples.cfg.image_size), 12
+    columns = 2
     width = 3 * cell + 2 * gap
     captions = [caption(samples.tokenizer, batch, row, guesses, width) for row in range(count)]
     height = cell + 42 + max((y for words in captions for _, y, _, _ in words), default=0)
@@ -102,7 +103,8 @@ def caption(tokenizer, batch: dict, row: int, guesses: dict[int, int] | None,
     there}."""
     ids, labels = batch["text_ids"][row].tolist(), batch["mlm_labels"][row].tolist()
     words = tokenizer.words(ids)
-    placed, x, y = [], 0, 0
+    placed = []
+    x, y = 0, 0
     for t, (token, label) in enumerate(zip(ids, labels)):
         if token in (tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id):
             continue
@@ -140,7 +142,8 @@ def attention_map(model: M3AE, batch: dict, words: list[str], path: Path) -> Non
     low, high = maps.aminmax(dim=1, keepdim=True)
     maps = (maps - low) / (high - low).clamp(min=1e-9)                # (T, L) in 0 … 1
 
-    grid, cell, columns = round(maps.shape[1] ** 0.5), 192, 6
+    grid = round(maps.shape[1] ** 0.5)
+    cell, columns = 192, 6
     shown = to_pil(image[0]).resize((cell, cell), Image.Resampling.BICUBIC)
     sheet = Image.new("RGB", (columns * cell, (1 + len(words) // columns) * (cell + 20)), BACK)
     for i, word in enumerate(["image", *words]):

@@ -88,9 +88,8 @@ def to_openai(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def from_official(state: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
     """Tensors (or gradients) under released names -> {name here: tensor}"""
     ours = {}
-    for name, released in name_table(cfg):
-        if not all(r in state for r in released):
-            continue
+    known = [row for row in name_table(cfg) if set(row[1]) <= state.keys()]
+    for name, released in known:
         tensor = torch.cat([state[r] for r in released])
         if name == "vit.patch_embed.weight":
             tensor = tensor.permute(0, 2, 3, 1).flatten(1)            # (W, P·P·3)
@@ -103,13 +102,11 @@ def from_official(state: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tenso
 def to_official(state: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
     """The inverse of from_official, bit for bit."""
     theirs = {}
-    for name, released in name_table(cfg):
-        if name not in state:
-            continue
+    known = [row for row in name_table(cfg) if row[0] in state]
+    for name, released in known:
         tensor = state[name]
         if name == "vit.patch_embed.weight":
-            size = cfg.patch_size
-            tensor = tensor.unflatten(1, (size, size, 3)).permute(0, 3, 1, 2)  # (W, 3, P, P)
+            tensor = tensor.unflatten(1, (-1, cfg.patch_size, 3)).permute(0, 3, 1, 2)  # (W,3,P,P)
         if name == "objectives.mim.mask_token":
             tensor = tensor[None, None]                               # (1, 1, W)
         theirs.update(zip(released, tensor.chunk(len(released))))
