@@ -17,6 +17,10 @@ from data.images import CONSTANT, NEARLY_BLACK
 from data.labels import NO_FINDING, split_labels
 from data.leaks import crossing, leaked, leaks
 
+# Why an image cannot be packed.
+OUTSIDE = "outside the data set's folder"
+MISSING = "missing image"
+UNREADABLE = "unreadable image"
 GROUPS_SHOWN = 6
 EXAMPLES = 3         # merged spellings that are shown
 
@@ -206,6 +210,9 @@ def _about_skipped(reasons: dict[str, int], rows: list[Row]) -> Iterator[str]:
     """Rows left out, by reason."""
     listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
     yield f"skipped rows: {listed} (listed in skipped.jsonl)" if listed else "skipped rows: none"
+    lost = sum(reasons.get(reason, 0) for reason in (OUTSIDE, MISSING, UNREADABLE))
+    if lost:
+        yield f"warning: {lost:,} of the skipped rows have an image that cannot be packed"
     if any(reason.startswith("excluded") for reason in reasons):
         if not any(row.patient for row in rows):
             yield ("warning: --exclude left out images, but patients are not known: other images "

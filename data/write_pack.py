@@ -22,15 +22,13 @@ from data.leaks import refuse_leaks
 from data.pack import PACK_VERSION, SAMPLE_DTYPE, SPLITS
 from data.partial import Done, HashedFile, open_part
 from data.progress import progress
-from data.summary import PackedImages, TableReport, source_name, summarise
+from data.summary import (
+    MISSING, OUTSIDE, UNREADABLE, PackedImages, TableReport, source_name, summarise)
 from m3ae_mini.config import require
 
 MAX_BAD_SHARE = 0.05   # of the images: if more are missing or unreadable, no pack is written
 
-# Why an image cannot be packed, and what to do about it.
-OUTSIDE = "outside the data set's folder"
-MISSING = "missing image"
-UNREADABLE = "unreadable image"
+# What to do about an image that cannot be packed.
 ADVICE = {OUTSIDE: "move the table into a folder that holds the images, or give that folder as "
                    "--root",
           MISSING: "put them into the data set's folder",

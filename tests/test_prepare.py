@@ -314,6 +314,8 @@ def test_five_percent_of_the_images_may_be_missing(records, tmp_path):
     meta = packed(records, tmp_path / "allowed", allow_missing=True)
     assert meta["images"] == 20
     assert meta["skipped"] == {"duplicate": 1, "missing image": 1, "no text": 1, "unreadable image": 1}
+    summary = (tmp_path / "allowed" / "summary.txt").read_text()
+    assert "warning: 2 of the skipped rows have an image that cannot be packed" in summary
     unreadable = json_lines(tmp_path / "allowed" / "skipped.jsonl")[-1]
     assert unreadable["reason"] == "unreadable image" and "cannot identify" in unreadable["detail"]
     assert unreadable["text"] == "Finding 5"
