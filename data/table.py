@@ -119,7 +119,7 @@ def _fields(record: dict, location: str, report: TableReport) -> dict[str, str]:
     for role in "image", "text":
         others = ", ".join(NAMES[role][1:])
         require(role in fields, f"{location}: no column {role} (or {others}) among "
-                                f"{', '.join(map(str.strip, record))}")
+                                f"{', '.join(map(str.strip, record))}: rename one of them")
     if "case" in names and "patient" in names:
         report.unused[names.pop("case")] = None
     elif "case" in names:
