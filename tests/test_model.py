@@ -533,24 +533,22 @@ def test_grad_checkpointing_keeps_less_and_give_the_same_bits(small_config, rand
 
 
 def test_compiled_layers_compute_the_same(small_config, random_batch, monkeypatch):
-    """With --grad_checkpointing, too. Each kind of layer is compiled once: a deeper model compiles no more."""
+    """With --grad_checkpointing, too. Layers share what was compiled: there are fewer graphs than layers."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    batch, counts = random_batch(small_config()), []
-    for depth in 1, 3:
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        cfg, found = small_config(vit_blocks=depth, text_layers=depth, dropout=0.0, attn_dropout=0.0), []
-        for compiled in False, True:
-            model = seeded(cfg)
-            if compiled:
-                model_module.compile_layers(model)
-                model_module.use_grad_checkpointing(model)
-            out = model(batch)
-            out["loss"].backward()
-            found.append([out["loss"], *(p.grad for p in model.parameters())])
-        assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(*found, strict=True))
-        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert counts[0] == counts[1] > 0
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    cfg, found = small_config(vit_blocks=8, text_layers=8, dropout=0.0, attn_dropout=0.0), []
+    for compiled in False, True:
+        model = seeded(cfg)
+        if compiled:
+            model_module.compile_layers(model)
+            model_module.use_grad_checkpointing(model)
+        out = model(random_batch(cfg))
+        out["loss"].backward()
+        found.append([out["loss"], *(p.grad for p in model.parameters())])
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(*found, strict=True))
+    layers = [m for m in model.modules() if isinstance(m, (model_module.ViTBlock, model_module.BertLayer))]
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] < len(layers)
 
 
 def test_dropout_is_for_training(small_config, random_batch):
