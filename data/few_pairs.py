@@ -12,8 +12,8 @@ train.py in a folder below --out. The commands are printed: copy one to change a
     all         MLM, MIM, ITM and ITC, from these weights. On 1,556 pairs recall rises by 2 or 3
                 points; the other losses are far from their end
 
-The same command continues where it stopped. At the end stands what a linear model gets on the same
-pairs. If your model's figures are below, training has not paid off yet."""
+The same command continues where it stopped. At the end stand the figures of a linear model on
+the same pairs, and those of the stages. If those are lower, training has not paid off yet."""
 import argparse
 import json
 import shlex
@@ -30,7 +30,7 @@ from m3ae_mini.distributed import run
 
 SIZE = 96                              # pixels
 BATCH = 128                            # pairs of a step of "contrast"
-FEW = 1000                             # training pairs; fewer were not tried
+FEW = 1000                             # training pairs; fewer were not measured
 MODEL = f"--preset small --image_size {SIZE} --patch_size 12 --vit_blocks 6 --max_text_len 128"
 CONTRAST = "--itc 1 --itc_pool mean --itc_words 200 --itc_soft 0.5"
 # ITC's validation loss rises while its ranking still gets better. So there is one validation, at
@@ -104,16 +104,20 @@ def check_pack(pack: Path) -> None:
             f"--size {SIZE}, or give the table")
     count = len(opened.split["train"])
     if count < FEW:
-        print(f"warning: {count:,} training pairs are few: the recipe was made on 1,556, and may "
-              "teach less than the linear model below")
+        print(f"warning: {count:,} training pairs are few: the recipe was chosen on 1,556, and may "
+              "do worse than the linear model below")
 
 
 def test_figures(stage: Path) -> str:
     """The stage's figures of test pairs with their intervals, as cells; "" where it has none."""
     tested = [line for line in read_log(stage) if line["split"] == "test" and "above" in line]
-    return " | ".join("{:.1f} ({:.1f} to {:.1f})".format(
-        *(100 * tested[-1][key + name] for key in ("", "low_", "high_")))
-        for name in PAIR_METRICS) if tested else ""
+    if not tested:
+        return ""
+    cells = []
+    for name in PAIR_METRICS:
+        value, low, high = (100 * tested[-1][key + name] for key in ("", "low_", "high_"))
+        cells.append(f"{value:.1f} ({low:.1f} to {high:.1f})")
+    return " | ".join(cells)
 
 
 def keep_settings(path: Path, settings: dict) -> None:

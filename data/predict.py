@@ -113,7 +113,7 @@ def use_run(task: str, args: Namespace, packs: str | None, device: torch.device)
 
     packs: --data; None: those that the run was trained on."""
     require(args.init, "give the run with --init")
-    if not packs and not args.predict:
+    if not packs and not args.predict and Path(args.init).is_dir():
         packs = trained_on(args.init)
         print(f"--data is not given: {packs}, on which {args.init} was trained")
     if args.predict:

@@ -195,7 +195,7 @@ class RunConfig:
     device: str = opt("auto", "auto, cuda or cpu")
     dtype: str = opt("auto", "auto, float32, bfloat16 or float16: type of the matrix products")
     grad_checkpointing: bool = opt(False, "recompute layers in the backward pass: saves memory")
-    compile: bool = opt(False, "compile the layers: the first step takes minutes")
+    compile: bool = opt(False, "compile the layers: the first step may take minutes")
     log_every: int = opt(20, "steps between two lines of metrics.jsonl")
     eval_every: int = opt(1000, "steps between two validations; 0: once an epoch")
     save_every: int = opt(1000, "steps between two checkpoints; 0: once an epoch")

@@ -106,7 +106,7 @@ def to_official(state: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]
     for name, released in known:
         tensor = state[name]
         if name == "vit.patch_embed.weight":
-            tensor = tensor.unflatten(1, (-1, cfg.patch_size, 3)).permute(0, 3, 1, 2)  # (W,3,P,P)
+            tensor = tensor.unflatten(1, (-1, cfg.patch_size, 3)).movedim(3, 1)  # (W, 3, P, P)
         if name == "objectives.mim.mask_token":
             tensor = tensor[None, None]                               # (1, 1, W)
         theirs.update(zip(released, tensor.chunk(len(released))))

@@ -187,7 +187,7 @@ def pair_rows(splits: dict[str, Split], image_sets: dict[str, np.ndarray],
 
     print("rows: gradient histograms of the pixels with TF-IDF of the words; \"texts as read\": "
           "with vectors of --init_text; \"mean of both\": of the two scores. Right above wrong: how "
-          "often a pair scores higher than the same text with another image")
+          "often a pair scores higher than its image with a wrong text")
     found: dict[str, Rows] = {}
     for name, (suffix, used) in product(image_sets, members.items()):
         features, threshold = image_sets[name], None
